@@ -1,0 +1,55 @@
+"""The KV cache: past keys and values, slot s of a row holding position s of that row."""
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from coreinfer_jax.config import ModelConfig
+
+MIN_BUCKET = 64
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far.
+
+    Rows of a batch are stored from slot 0 whatever their lengths, so a query at position p may attend to slots
+    0 .. p and needs no other mask; what padding wrote beyond a row's length is overwritten before it can be seen.
+
+    Attributes:
+        keys: L arrays [B, G, S, H], in the model's dtype.
+        values: the same.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+
+    @property
+    def capacity(self) -> int:
+        """S, the positions a row can hold."""
+        return int(self.keys[0].shape[2])
+
+
+def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache for `rows` (B) rows of `capacity` (S) positions."""
+    shape = (rows, config.num_kv_heads, capacity, config.head_size)
+
+    def empty() -> tuple[Array, ...]:
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+    return KVCache(keys=empty(), values=empty())
+
+
+def write(past: Array, new: Array, positions: Array) -> Array:
+    """`past` [B, G, S, H] with `new` [B, T, G, H] at slots `positions` [B, T]; positions outside 0 .. S-1 are dropped.
+
+    Dropping matters for padding only: `dynamic_update_slice` would shift a block that overhangs the end and
+    overwrite tokens that are there already.
+    """
+    B = past.shape[0]
+    return past.at[jnp.arange(B)[:, None], :, positions].set(new, mode="drop", unique_indices=True)
+
+
+def bucket(length: int) -> int:
+    """The next power of two, at least 64: programs are compiled per bucket and not per length."""
+    return max(MIN_BUCKET, 1 << (length - 1).bit_length())

@@ -1,0 +1,69 @@
+"""The conversion engine: a Hugging Face checkpoint, tensor by tensor, into the native format."""
+
+import os
+import shutil
+from pathlib import Path
+
+from tqdm import tqdm
+
+from coreinfer_jax.checkpoint.files import new_directory, refuse_existing
+from coreinfer_jax.checkpoint.hub import fetch, looks_like_hub_id
+from coreinfer_jax.checkpoint.load import open_model
+from coreinfer_jax.checkpoint.mapping import DTYPES, count_bytes, leaf_shapes, parse_dtype, read_as
+from coreinfer_jax.checkpoint.native import is_native, write_native
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.text import TOKENIZER_FILES
+
+# Room for the manifest, headers and tokenizer beside the weights.
+OVERHEAD_BYTES = 16 * 2**20
+
+
+def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str], dtype: object = None) -> Path:
+    """Convert a checkpoint. `destination` appears whole or not at all.
+
+    Memory stays below twice the largest tensor plus 1 GiB whatever the checkpoint's size; files are mapped, not read.
+
+    Args:
+        source: a Hugging Face directory, or a hub id such as `facebook/opt-125m`, fetched into the hub's cache.
+        destination: a directory that does not exist yet.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps that of the checkpoint's token embedding.
+
+    Returns:
+        The path of `destination`.
+
+    Raises:
+        CoreInferError: as `load`; also a destination that exists, or a disk without room.
+    """
+    target = Path(destination)
+    wanted = None if dtype is None else parse_dtype(dtype)
+    refuse_existing(target)
+    path = fetch(str(source)) if looks_like_hub_id(str(source)) else Path(source)
+    if path.is_dir() and is_native(path):
+        raise CoreInferError(f"{path}: converted already; copy the directory, or convert its source again")
+    config, tensors = open_model(path)
+    stored = DTYPES.get(tensors["token_embedding"].dtype, DTYPES["float32"])
+    wanted = stored if wanted is None else wanted
+    _check_room(target, count_bytes(config, wanted))
+    with new_directory(target) as partial:
+        names = tqdm(list(leaf_shapes(config)), desc="converting", unit="tensor", disable=None)
+        write_native(
+            partial, config, wanted, ((name, read_as(tensors[name], name, wanted, str(path))) for name in names)
+        )
+        _copy_texts(path, partial)
+    return target
+
+
+def _check_room(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < needed + OVERHEAD_BYTES:
+        raise CoreInferError(
+            f"{target}: needs {needed / 1e9:.2f} GB but the disk has {free / 1e9:.2f} GB free; "
+            "free some, choose another disk, or a 16-bit --dtype"
+        )
+
+
+def _copy_texts(source: Path, target: Path) -> None:
+    """The tokenizer, and the original configs: tokenizers look there for the model's type."""
+    for name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

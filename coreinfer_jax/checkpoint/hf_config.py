@@ -1,0 +1,222 @@
+"""config.json of a Hugging Face checkpoint -> `ModelConfig`, refusing what is not implemented."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from coreinfer_jax.checkpoint.files import read_json
+from coreinfer_jax.config import ModelConfig, Rope
+from coreinfer_jax.errors import CoreInferError
+
+Fields = Mapping[str, Any]
+
+# Fields that change the computation, with the one value that is implemented. Everything else that is not read below
+# (dropout, initialisation, cache flags, bookkeeping) does not change what a trained model computes.
+_NEUTRAL: dict[str, dict[str, Any]] = {
+    "opt": {"activation_function": "relu", "layer_norm_elementwise_affine": True},
+    "llama": {"partial_rotary_factor": 1.0, "sliding_window": None},
+}
+_NEUTRAL_EVERYWHERE: dict[str, Any] = {
+    "quantization_config": None,
+    "auto_map": None,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+}
+_ARCHITECTURES = {"opt": "OPTForCausalLM", "llama": "LlamaForCausalLM"}
+_REQUIRED = {
+    "opt": ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "num_attention_heads"),
+    "llama": ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"),
+}
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "ffn_dim",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "word_embed_proj_dim",
+    "max_position_embeddings",
+)
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """The model a Hugging Face directory describes; EOS ids from generation_config.json where it names them."""
+    fields = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    if generation.is_file():
+        eos = read_json(generation).get("eos_token_id")
+        fields = {**fields, **({} if eos is None else {"eos_token_id": eos})}
+    return model_config(fields, str(directory / "config.json"))
+
+
+def model_config(fields: Fields, where: str = "config.json") -> ModelConfig:
+    """`ModelConfig` of the fields of a config.json, in the spelling of transformers 4 or 5.
+
+    Args:
+        fields: the parsed JSON object.
+        where: named in errors.
+
+    Raises:
+        CoreInferError: another family, missing fields, values that are no sizes, or fields that change the
+            computation in a way that is not implemented; one error names them all.
+    """
+    family = fields.get("model_type")
+    if family not in _ARCHITECTURES:
+        raise CoreInferError(f"{where}: model_type {family!r} is not implemented; supported are 'opt' and 'llama'")
+    problems = [*_missing(fields, family), *_bad_counts(fields), *_unimplemented(fields, family)]
+    if problems:
+        raise CoreInferError(f"{where}: " + "; ".join(problems))
+    build: Callable[[Fields], ModelConfig] = {"opt": _opt, "llama": _llama}[family]
+    return build(fields)
+
+
+def _missing(fields: Fields, family: str) -> list[str]:
+    absent = [name for name in _REQUIRED[family] if fields.get(name) is None]
+    return [f"missing {', '.join(absent)}"] if absent else []
+
+
+def _bad_counts(fields: Fields) -> list[str]:
+    given = {name: fields[name] for name in _COUNTS if fields.get(name) is not None}
+    wrong = [f"{name}={value!r} (give a whole number above 0)" for name, value in given.items() if not _is_count(value)]
+    if wrong:
+        return wrong
+    D, N = given.get("hidden_size", 0), given.get("num_attention_heads", 1)
+    G = given.get("num_key_value_heads", N)
+    if "head_dim" not in given and D % N:
+        wrong.append(f"hidden_size={D} is not a multiple of num_attention_heads={N}")
+    if N % G:
+        wrong.append(f"num_attention_heads={N} is not a multiple of num_key_value_heads={G}")
+    return wrong
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _unimplemented(fields: Fields, family: str) -> list[str]:
+    neutral = _NEUTRAL_EVERYWHERE | _NEUTRAL[family]
+    found = [
+        f"{name}={fields[name]!r}"
+        for name, value in neutral.items()
+        if fields.get(name) is not None and fields[name] != value
+    ]
+    if family == "llama":
+        found += _unimplemented_llama(fields)
+    architectures = fields.get("architectures")
+    if architectures and _ARCHITECTURES[family] not in architectures:
+        found.append(f"architectures={architectures!r} (only {_ARCHITECTURES[family]})")
+    return [f"not implemented: {', '.join(found)}"] if found else []
+
+
+def _unimplemented_llama(fields: Fields) -> list[str]:
+    found = []
+    if fields.get("hidden_act", "silu") not in ("silu", "relu"):
+        found.append(f"hidden_act={fields['hidden_act']!r} (only 'silu' and 'relu')")
+    spelling, settings = _rope_settings(fields)
+    kind = _rope_kind(settings)
+    if kind not in ("default", "linear", "llama3"):
+        found.append(f"{spelling} of type {kind!r} (only 'default', 'linear' and 'llama3')")
+    if settings.get("partial_rotary_factor", 1.0) != 1.0:
+        found.append(f"{spelling} with partial_rotary_factor={settings['partial_rotary_factor']!r}")
+    wanted = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}.get(str(kind), [])
+    found += [
+        f"{spelling} of type {kind!r} without a number {name!r}" for name in wanted if not _is_number(settings, name)
+    ]
+    return found
+
+
+def _is_number(settings: Fields, name: str) -> bool:
+    value = settings.get(name)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _rope_settings(fields: Fields) -> tuple[str, Fields]:
+    """Spelling and settings of RoPE: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
+    spelling = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
+    settings = fields.get(spelling) or {}
+    if not isinstance(settings, Mapping):
+        raise CoreInferError(f"config.json: {spelling}={settings!r} is not an object")
+    return spelling, settings
+
+
+def _rope_kind(settings: Fields) -> object:
+    return settings.get("rope_type", settings.get("type", "default"))
+
+
+def _rope(fields: Fields) -> Rope:
+    _, settings = _rope_settings(fields)
+    kind = _rope_kind(settings)
+    theta = float(settings.get("rope_theta") or fields.get("rope_theta") or 10_000.0)
+    if kind == "linear":
+        return Rope(theta=theta, scaling="linear", factor=float(settings["factor"]))
+    if kind == "llama3":
+        original = settings.get("original_max_position_embeddings") or fields.get("max_position_embeddings", 2048)
+        return Rope(
+            theta=theta,
+            scaling="llama3",
+            factor=float(settings["factor"]),
+            low_freq_factor=float(settings["low_freq_factor"]),
+            high_freq_factor=float(settings["high_freq_factor"]),
+            original_max_positions=int(original),
+        )
+    return Rope(theta=theta)
+
+
+def _opt(fields: Fields) -> ModelConfig:
+    D, N = fields["hidden_size"], fields["num_attention_heads"]
+    bias = fields.get("enable_bias", True)
+    norm_first = fields.get("do_layer_norm_before", True)
+    return ModelConfig(
+        family="opt",
+        vocab_size=fields["vocab_size"],
+        hidden_size=D,
+        embed_size=fields.get("word_embed_proj_dim") or D,
+        mlp_size=fields["ffn_dim"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=N,
+        num_kv_heads=N,
+        head_size=D // N,
+        max_positions=fields.get("max_position_embeddings", 2048),
+        activation="relu",
+        norm_eps=1e-5,  # PyTorch's default; OPT configs do not state it
+        norm_first=norm_first,
+        final_norm=norm_first and not fields.get("_remove_final_layer_norm", False),
+        attention_bias=bias,
+        mlp_bias=bias,
+        tied=fields.get("tie_word_embeddings", True),
+        **_special_ids(fields),
+    )
+
+
+def _llama(fields: Fields) -> ModelConfig:
+    D, N = fields["hidden_size"], fields["num_attention_heads"]
+    return ModelConfig(
+        family="llama",
+        vocab_size=fields["vocab_size"],
+        hidden_size=D,
+        embed_size=D,
+        mlp_size=fields["intermediate_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=N,
+        num_kv_heads=fields.get("num_key_value_heads") or N,
+        head_size=fields.get("head_dim") or D // N,
+        max_positions=fields.get("max_position_embeddings", 2048),
+        activation=fields.get("hidden_act", "silu"),
+        norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+        attention_bias=fields.get("attention_bias", False),
+        mlp_bias=fields.get("mlp_bias", False),
+        tied=fields.get("tie_word_embeddings", False),
+        rope=_rope(fields),
+        **_special_ids(fields),
+    )
+
+
+def _special_ids(fields: Fields) -> dict[str, Any]:
+    eos = fields.get("eos_token_id")
+    return {
+        "bos_id": fields.get("bos_token_id"),
+        "eos_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        "pad_id": fields.get("pad_token_id"),
+    }

@@ -1,0 +1,59 @@
+"""`load`: a directory, native or Hugging Face, into `Params` and a tokenizer."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from convert import TABLES
+from coreinfer_jax.checkpoint.hf_config import read_model_config
+from coreinfer_jax.checkpoint.mapping import map_tensors, parse_dtype, read_as
+from coreinfer_jax.checkpoint.native import MANIFEST, is_native, open_native
+from coreinfer_jax.checkpoint.tensors import StoredTensor, open_checkpoint
+from coreinfer_jax.config import ModelConfig
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.params import Params, abstract_params, named_leaves, with_leaves
+from coreinfer_jax.text import Tokenizer, load_tokenizer
+
+
+def load(directory: str | os.PathLike[str], dtype: object = None) -> tuple[Params, Tokenizer | None]:
+    """Load a checkpoint onto the default device.
+
+    Args:
+        directory: what `convert` wrote, or a Hugging Face directory of an OPT or LLaMA model.
+        dtype: `float32`, `bfloat16` or `float16`; None is float32 on a CPU and bfloat16 on a GPU or TPU.
+
+    Returns:
+        The parameters, and the tokenizer beside them or None.
+
+    Raises:
+        CoreInferError: no checkpoint there, a model that is not implemented, damaged or unfitting weights, an
+            unknown dtype.
+    """
+    path = Path(directory)
+    wanted = default_dtype() if dtype is None else parse_dtype(dtype)
+    config, tensors = open_model(path)
+    shapes = abstract_params(config, jnp.dtype(wanted))
+    names = tqdm([name for name, _ in named_leaves(shapes)], desc="loading", unit="tensor", disable=None, leave=False)
+    arrays = {name: jax.device_put(read_as(tensors[name], name, wanted, str(path))) for name in names}
+    return with_leaves(shapes, arrays.__getitem__), load_tokenizer(path)
+
+
+def default_dtype() -> np.dtype:
+    """float32 on a CPU, which has no fast bfloat16 for every shape; bfloat16 on accelerators."""
+    return parse_dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def open_model(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """Config and, per leaf of `Params`, the stored tensor of a native or Hugging Face directory."""
+    if not path.is_dir():
+        raise CoreInferError(f"{path}: no such directory; name one that holds a checkpoint")
+    if is_native(path):
+        return open_native(path)
+    if not (path / "config.json").is_file():
+        raise CoreInferError(f"{path}: no checkpoint; neither {MANIFEST} nor config.json is there")
+    config = read_model_config(path)
+    return config, map_tensors(open_checkpoint(path), config, TABLES[config.family], str(path))

@@ -1,0 +1,141 @@
+"""What a model is (`ModelConfig`) and how its core neurons are chosen (`CoreConfig`): frozen and hashable."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from coreinfer_jax.errors import CoreInferError
+
+Budget = Literal["per_token", "mean"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (RoPE) and its scaling beyond the trained context.
+
+    Attributes:
+        theta: base of the geometric series of wavelengths.
+        scaling: `none`; `linear` divides every frequency by `factor`; `llama3` divides only the long wavelengths
+            and blends in between (the rule published with Llama 3.1).
+        factor: the divisor of both scalings.
+        low_freq_factor: `llama3`: wavelengths above original_max_positions / low_freq_factor are fully scaled.
+        high_freq_factor: `llama3`: wavelengths below original_max_positions / high_freq_factor are left alone.
+        original_max_positions: `llama3`: context length the unscaled model was trained with.
+    """
+
+    theta: float = 10_000.0
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The static facts of a decoder-only model. Two models with equal configs share compiled programs.
+
+    Attributes:
+        family: which of `coreinfer_jax.models` computes it.
+        vocab_size: V.
+        hidden_size: D.
+        embed_size: width of the token embedding; differs from D only for OPT-350m, which projects in and out.
+        mlp_size: F, the number of MLP neurons per layer before any narrowing.
+        num_layers: L.
+        num_heads: N, query heads.
+        num_kv_heads: G, key/value heads; N for multi-head, 1 for multi-query attention.
+        head_size: H.
+        max_positions: longest sequence (prompt and new tokens together).
+        activation: applied to the gate (LLaMA) or to the up projection (OPT).
+        norm_eps: epsilon inside LayerNorm (OPT) or RMSNorm (LLaMA).
+        norm_first: normalise before each block; False (OPT-350m) normalises after the residual sum.
+        final_norm: whether a last norm precedes the output projection.
+        attention_bias: whether the four attention projections have biases.
+        mlp_bias: whether the MLP projections have biases.
+        tied: whether the output projection is the token embedding.
+        rope: rotary settings; None for learned positions (OPT).
+        bos_id: id of the beginning-of-sequence token, if any.
+        eos_ids: ids after which text is complete; `generate` stops there only when asked to.
+        pad_id: padding id, if any.
+    """
+
+    family: Literal["opt", "llama"]
+    vocab_size: int
+    hidden_size: int
+    embed_size: int
+    mlp_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_positions: int
+    activation: Literal["relu", "silu"]
+    norm_eps: float
+    norm_first: bool = True
+    final_norm: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
+    rope: Rope | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+
+@dataclass(frozen=True)
+class CoreConfig:
+    """How core neurons are chosen from a prompt: stability-guided prediction (paper, section 3).
+
+    Attributes:
+        alpha: share of a token's positive neurons that become its token-wise core neurons, in (0, 1].
+        beta: keep ratio: share of F kept as sentence-wise core neurons, in (0, 1]; K = max(1, floor(beta F)).
+        budget: `per_token` gives each token alpha times its own count of positive neurons (the paper's text);
+            `mean` gives every token alpha times the prompt's mean count (the authors' code).
+        layers: which layers are narrowed, as fractions of depth: layer l of L when layers[0] <= l / L < layers[1].
+        per_row: choose one core set per row of a batch, so that each row equals its single run; every row then
+            reads its own narrowed weights. False chooses one set by the votes of all rows: the narrowed weights are
+            read once per step for the whole batch.
+        count_bos: whether a beginning-of-sequence token at the start of the prompt votes, as in the paper.
+
+    Raises:
+        CoreInferError: a value outside its range.
+    """
+
+    alpha: float = 0.4
+    beta: float = 0.4
+    budget: Budget = "per_token"
+    layers: tuple[float, float] = (0.0, 1.0)
+    per_row: bool = True
+    count_bos: bool = True
+
+    def __post_init__(self) -> None:
+        check_fraction("alpha", self.alpha)
+        check_fraction("beta", self.beta)
+        check_budget(self.budget)
+        start, stop = self.layers
+        if not 0.0 <= start < stop <= 1.0:
+            raise CoreInferError(f"layers={self.layers}: give fractions of depth with 0 <= start < stop <= 1")
+
+    @classmethod
+    def paper(cls) -> "CoreConfig":
+        """The paper's setting for extraction and question answering (section 5): alpha 0.4, beta 0.2.
+
+        For translation the paper takes beta 0.4: `CoreConfig(alpha=0.4, beta=0.4)`.
+        """
+        return cls(alpha=0.4, beta=0.2, budget="per_token", layers=(0.0, 1.0), count_bos=True)
+
+    def narrows(self, layer: int, num_layers: int) -> bool:
+        """Whether layer `layer` of `num_layers` is cut down to core neurons."""
+        start, stop = self.layers
+        return start <= layer / num_layers < stop
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse a share outside (0, 1]; `not` catches NaN as well."""
+    if not 0.0 < value <= 1.0:
+        raise CoreInferError(f"{name}={value}: give a share above 0 and at most 1")
+
+
+def check_budget(budget: str) -> None:
+    """Refuse an unknown name of a token budget rule."""
+    if budget not in ("per_token", "mean"):
+        raise CoreInferError(f"budget={budget!r}: give 'per_token' or 'mean'")

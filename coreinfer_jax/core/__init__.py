@@ -1,0 +1,1 @@
+"""The algorithm, as pure functions: activations -> votes -> core neurons -> narrowed weights."""

@@ -1,0 +1,94 @@
+"""`CoreNeurons`: which MLP neurons of every layer are kept; immutable and hashable."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from coreinfer_jax.config import ModelConfig
+from coreinfer_jax.errors import CoreInferError
+
+
+@dataclass(frozen=True, eq=False)
+class CoreNeurons:
+    """The core neurons of a prompt, layer by layer.
+
+    Equality and hash rest on a digest that is computed once, so an instance can be a static argument
+    (`jax.jit(forward, static_argnames="core")`) without hashing hundreds of thousands of indices on every call.
+
+    Attributes:
+        layers: per layer either None (the layer stays dense) or a read-only ascending int32 array: [K] for one set
+            that serves every row, or [B, K] with one set per row of a batch.
+        digest: SHA-256 of all of the above.
+
+    Raises:
+        CoreInferError: indices that are negative, not ascending (so also repeated), empty, or not integers; rows
+            that differ in number between layers.
+    """
+
+    layers: tuple[np.ndarray | None, ...]
+    digest: str = field(init=False, repr=False)
+
+    def __init__(self, layers: Iterable[ArrayLike | None]) -> None:
+        checked = tuple(None if indices is None else _checked(l, indices) for l, indices in enumerate(layers))
+        if len({indices.shape[0] for indices in checked if indices is not None and indices.ndim == 2}) > 1:
+            raise CoreInferError(
+                "core neurons: layers hold sets for different numbers of rows; give every layer B rows"
+            )
+        object.__setattr__(self, "layers", checked)
+        object.__setattr__(self, "digest", _digest(checked))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CoreNeurons) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def rows(self) -> int | None:
+        """B when rows have sets of their own, None when one set serves them all."""
+        return next(
+            (int(indices.shape[0]) for indices in self.layers if indices is not None and indices.ndim == 2), None
+        )
+
+    def row(self, b: int) -> "CoreNeurons":
+        """The core neurons of batch row `b`, as one shared set."""
+        return CoreNeurons(
+            indices[b] if indices is not None and indices.ndim == 2 else indices for indices in self.layers
+        )
+
+    def kept(self, mlp_size: int) -> tuple[int, ...]:
+        """Neurons kept per layer, `mlp_size` (F) where a layer stays dense."""
+        return tuple(mlp_size if indices is None else int(indices.shape[-1]) for indices in self.layers)
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse a model these core neurons do not belong to."""
+        if len(self.layers) != config.num_layers:
+            raise CoreInferError(f"core neurons for {len(self.layers)} layers, but the model has {config.num_layers}")
+        for l, indices in enumerate(self.layers):
+            if indices is not None and indices.max() >= config.mlp_size:
+                raise CoreInferError(
+                    f"core neurons of layer {l} reach index {indices.max()}, but the MLP has {config.mlp_size} neurons"
+                )
+
+
+def _checked(layer: int, indices: ArrayLike) -> np.ndarray:
+    given = np.asarray(indices)
+    if given.ndim not in (1, 2) or given.shape[-1] == 0 or not np.issubdtype(given.dtype, np.integer):
+        raise CoreInferError(
+            f"core neurons of layer {layer}: shape {given.shape}, {given.dtype}; give integers [K] or [B, K], K >= 1"
+        )
+    if given.min() < 0 or (np.diff(given.astype(np.int64), axis=-1) <= 0).any():
+        raise CoreInferError(f"core neurons of layer {layer}: give indices >= 0, ascending, each once")
+    owned = given.astype(np.int32)
+    owned.setflags(write=False)
+    return owned
+
+
+def _digest(layers: Sequence[np.ndarray | None]) -> str:
+    digest = hashlib.sha256()
+    for indices in layers:
+        digest.update(b"dense;" if indices is None else f"{indices.shape};".encode() + indices.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""From MLP activations to core neurons (paper, section 3.2): budgets, votes, the K neurons with the most votes.
+
+Everything streams: votes are counted layer by layer inside the prefill, from one layer's activations [B, T, F].
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import floor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+from coreinfer_jax.config import Budget, check_budget, check_fraction
+from coreinfer_jax.errors import CoreInferError
+
+# float32 error that must not cost a token a neuron under the `mean` rule: alpha * mean is evaluated to about 1e-7.
+MEAN_TOLERANCE = 1e-6
+
+
+@struct.dataclass
+class Voting:
+    """Who votes, and with how many voices. Data of a compiled prefill, so a new alpha compiles nothing.
+
+    Attributes:
+        counted: bool [B, T]; False for padding and for a BOS token that is to be left out.
+        budgets: int32 [F + 1]; floor(alpha * c) for c positive neurons, evaluated in float64.
+        remainders: float32 [F + 1]; what that floor dropped.
+        alpha: float32 [].
+        rule: `per_token` or `mean`; part of the program.
+    """
+
+    counted: Array
+    budgets: Array
+    remainders: Array
+    alpha: Array
+    rule: Budget = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Votes:
+    """What a layer's tokens voted: counts int32 [B, F], and sums float32 [B, F] of activations to break ties."""
+
+    counts: Array
+    sums: Array
+
+
+def make_voting(counted: np.ndarray, mlp_size: int, alpha: float, rule: Budget) -> Voting:
+    """The `Voting` of tokens `counted` bool [B, T] in a model with `mlp_size` (F) neurons per layer."""
+    shares = alpha * np.arange(mlp_size + 1, dtype=np.float64)
+    floors = np.floor(shares)
+    return Voting(
+        counted=jnp.asarray(counted),
+        budgets=jnp.asarray(floors.astype(np.int32)),
+        remainders=jnp.asarray((shares - floors).astype(np.float32)),
+        alpha=jnp.asarray(np.float32(alpha)),
+        rule=rule,
+    )
+
+
+@jax.named_scope("votes")
+def count_votes(activations: Array, voting: Voting) -> Votes:
+    """Votes f(n) of activations [B, T, F]: in how many counted tokens neuron n is a token-wise core neuron."""
+    positive = activations > 0
+    positives = _count(positive)
+    budgets = voting.budgets[positives] if voting.rule == "per_token" else _mean_budgets(positives, voting)
+    chosen = _largest_positive(activations, jnp.minimum(budgets, positives))
+    counted = voting.counted[:, :, None]
+    return Votes(
+        counts=jnp.sum(chosen & counted, axis=1, dtype=jnp.int32),
+        sums=jnp.sum(jnp.where(counted, activations, 0), axis=1, dtype=jnp.float32),
+    )
+
+
+def _count(mask: Array) -> Array:
+    return jnp.sum(mask, axis=-1, dtype=jnp.int32)
+
+
+def _mean_budgets(positives: Array, voting: Voting) -> Array:
+    """floor(alpha * mean of the counted tokens' positives) for every token: [B, 1] from [B, T].
+
+    The mean q + r / n is split into a whole number, whose share is tabled in float64, and a fraction.
+    """
+    tokens = jnp.maximum(_count(voting.counted), 1).astype(jnp.uint32)
+    total = jnp.sum(jnp.where(voting.counted, positives, 0), axis=-1, dtype=jnp.uint32)
+    whole, rest = total // tokens, total % tokens
+    fraction = rest.astype(jnp.float32) / tokens.astype(jnp.float32)
+    carried = jnp.floor(voting.remainders[whole] + voting.alpha * fraction + MEAN_TOLERANCE).astype(jnp.int32)
+    return (voting.budgets[whole] + jnp.where(rest == 0, 0, carried))[:, None]
+
+
+def _largest_positive(activations: Array, budgets: Array) -> Array:
+    """Mask [B, T, F] of each token's `budgets` [B, T] largest positive activations, ties to the lower index.
+
+    The cut is found by bisection instead of sorting: the bit patterns of positive floats ascend with their values, so
+    the value at the cut is built bit by bit from the top, each bit one count over F; the index up to which neurons
+    equal to it still fit is found the same way.
+    """
+    values = activations.astype(jnp.float32)
+    patterns = jnp.where(values > 0, lax.bitcast_convert_type(values, jnp.int32), 0)
+    unused_bits = jnp.finfo(jnp.float32).nmant - jnp.finfo(activations.dtype).nmant
+    cut = _largest_passing(budgets.shape, 30, unused_bits, lambda cut: _count(patterns >= cut[:, :, None]) >= budgets)
+    above, level = patterns > cut[:, :, None], patterns == cut[:, :, None]
+    fitting = budgets - _count(above)
+    index = lax.broadcasted_iota(jnp.int32, patterns.shape, 2)
+    end = _largest_passing(
+        budgets.shape,
+        patterns.shape[-1].bit_length() - 1,
+        0,
+        lambda end: _count(level & (index < end[:, :, None])) <= fitting,
+    )
+    return above | (level & (index < end[:, :, None]))
+
+
+def _largest_passing(shape: tuple[int, ...], high_bit: int, low_bit: int, passes: Callable[[Array], Array]) -> Array:
+    """The largest int32 of bits low_bit .. high_bit that `passes`, entry by entry; larger ones must all fail."""
+
+    def try_bit(i: Array, found: Array) -> Array:
+        candidate = found | (1 << (high_bit - i))
+        return jnp.where(passes(candidate), candidate, found)
+
+    return lax.fori_loop(0, high_bit - low_bit + 1, try_bit, jnp.zeros(shape, jnp.int32))
+
+
+def kept_neurons(beta: float, mlp_size: int) -> int:
+    """K = max(1, floor(beta F)); the small addend keeps 0.29 * 100 from falling to 28."""
+    return max(1, floor(beta * mlp_size + 1e-9))
+
+
+def most_voted(votes: Votes, kept: int) -> Array:
+    """Ascending int32 [..., K] indices of the `kept` neurons with the most votes of `votes` [..., F].
+
+    Ties go to the larger sum of activations, then to the lower index.
+    """
+    index = lax.broadcasted_iota(jnp.int32, votes.counts.shape, votes.counts.ndim - 1)
+    _, _, ranked = lax.sort((-votes.counts, -votes.sums, index), num_keys=2, is_stable=True)
+    return jnp.sort(ranked[..., :kept], axis=-1)
+
+
+def pooled(votes: Votes) -> Votes:
+    """The votes of all rows of a batch together: [F] from [B, F]."""
+    return Votes(counts=votes.counts.sum(axis=0), sums=votes.sums.sum(axis=0))
+
+
+@partial(jax.jit, static_argnames="kept")
+def _select(activations: Array, voting: Voting, kept: int) -> Array:
+    return most_voted(count_votes(activations[None], voting), kept)[0]
+
+
+def select_core_neurons(
+    activations: Array, alpha: float = 0.4, beta: float = 0.4, budget: Budget = "per_token"
+) -> Array:
+    """Sentence-wise core neurons of one layer (paper, section 3.2).
+
+    A neuron gets a vote from every token whose largest positive activations it is among: the
+    floor(alpha * count of positives) largest under `per_token`, floor(alpha * mean count over the tokens) under
+    `mean`, the rule of the authors' code. The K = max(1, floor(beta F)) neurons with the most votes are kept.
+
+    Args:
+        activations: [T, F], floating, the inputs of a layer's down projection for T tokens.
+        alpha: share of a token's positive neurons that get its vote, in (0, 1].
+        beta: keep ratio, in (0, 1].
+        budget: `per_token` or `mean`.
+
+    Returns:
+        Ascending int32 [K].
+
+    Raises:
+        CoreInferError: not [T, F] floats, T = 0 or F = 0, a NaN or infinity, or a setting outside its range.
+    """
+    check_fraction("alpha", alpha)
+    check_fraction("beta", beta)
+    check_budget(budget)
+    activations = jnp.asarray(activations)
+    if activations.ndim != 2 or 0 in activations.shape or not jnp.issubdtype(activations.dtype, jnp.floating):
+        raise CoreInferError(
+            f"activations of shape {activations.shape}, {activations.dtype}: give floats [tokens, neurons], not empty"
+        )
+    if not isinstance(activations, jax.core.Tracer) and not bool(jnp.isfinite(activations).all()):
+        raise CoreInferError("activations hold NaN or infinity: check the weights they were computed with")
+    T, F = activations.shape
+    return _select(activations, make_voting(np.ones((1, T), bool), F, alpha, budget), kept_neurons(beta, F))

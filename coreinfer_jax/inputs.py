@@ -1,0 +1,143 @@
+"""What a caller passes to `generate` and `stream`, checked once and turned into arrays of bucketed shapes.
+
+JAX would not complain: gathers clamp ids that are out of range, and writes past the end of a cache shift or vanish.
+So every bound is checked here, before anything is traced.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import ArrayLike
+
+from coreinfer_jax.cache import bucket
+from coreinfer_jax.config import ModelConfig
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.sampling import Sampling
+
+Tokens = ArrayLike | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, each row stored from the left and padded to a common bucket.
+
+    Attributes:
+        tokens: int32 [B, T], T a bucket.
+        lengths: int32 [B], tokens per row before padding.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+def pad_prompts(tokens: Tokens, config: ModelConfig) -> Prompts:
+    """The rows of `tokens`, int [B, T] or a list of lists, checked and padded.
+
+    Raises:
+        CoreInferError: no rows, an empty row, ids that are not integers or lie outside the vocabulary.
+    """
+    rows = _rows(tokens)
+    if not rows:
+        raise CoreInferError("tokens: no rows; give int [B, T] or a list of lists")
+    for i, row in enumerate(rows):
+        _check_row(i, row, config)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    padded = np.zeros((len(rows), bucket(int(lengths.max()))), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return Prompts(tokens=padded, lengths=lengths)
+
+
+def _rows(tokens: Tokens) -> list[np.ndarray]:
+    if not hasattr(tokens, "__array__") and not isinstance(tokens, Sequence):
+        raise CoreInferError(f"tokens: {type(tokens).__name__}; give int [B, T] or a list of lists")
+    if isinstance(tokens, Sequence) and not isinstance(tokens, str):
+        rows = [np.asarray(row) for row in tokens]
+    else:
+        whole = np.asarray(tokens)
+        if whole.ndim != 2:
+            raise CoreInferError(f"tokens of shape {whole.shape}: give two axes [B, T], a single prompt as [1, T]")
+        rows = list(whole)
+    if any(row.ndim != 1 for row in rows):
+        raise CoreInferError("tokens: a flat list of ids; a batch is a list of rows, a single prompt [[...]]")
+    return rows
+
+
+def _check_row(i: int, row: np.ndarray, config: ModelConfig) -> None:
+    if row.size == 0:
+        raise CoreInferError(f"tokens: row {i} is empty; a prompt needs at least one token, for instance BOS")
+    if not np.issubdtype(row.dtype, np.integer):
+        raise CoreInferError(f"tokens: row {i} holds {row.dtype}; give integer token ids")
+    outside = row[(row < 0) | (row >= config.vocab_size)]
+    if outside.size:
+        raise CoreInferError(
+            f"tokens: row {i} holds id {outside[0]}, outside the vocabulary 0 .. {config.vocab_size - 1}; "
+            "was the text encoded with another model's tokenizer?"
+        )
+
+
+def check_length(prompt: int, new: int, config: ModelConfig) -> None:
+    """Refuse a prompt that leaves no room, within the model's positions, for the tokens asked for."""
+    if not isinstance(new, int) or new < 1:
+        raise CoreInferError(f"max_new_tokens={new}: give a whole number of at least 1")
+    if prompt + new > config.max_positions:
+        raise CoreInferError(
+            f"{prompt} prompt tokens + max_new_tokens={new} exceed the model's {config.max_positions} positions; "
+            f"shorten the prompt or ask for at most {max(config.max_positions - prompt, 0)}"
+        )
+
+
+def make_sampling(
+    config: ModelConfig,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    eos_ids: Iterable[int],
+    key: Array | int | None,
+) -> Sampling:
+    """Checked sampling settings as arrays.
+
+    Raises:
+        CoreInferError: a setting outside its range, a temperature without a key, an EOS id outside the vocabulary.
+    """
+    if not 0.0 <= temperature < float("inf"):
+        raise CoreInferError(f"temperature={temperature}: give 0 for greedy decoding or a number above 0")
+    if temperature > 0 and key is None:
+        raise CoreInferError(f"temperature={temperature} draws at random: give key, a jax.random.key or an int seed")
+    if top_k is not None and top_k < 1:
+        raise CoreInferError(f"top_k={top_k}: give at least 1, or None to keep every token")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise CoreInferError(f"top_p={top_p}: give a share above 0 and at most 1, or None to keep every token")
+    is_eos = np.zeros(config.vocab_size, bool)
+    for eos in eos_ids:
+        if not 0 <= eos < config.vocab_size:
+            raise CoreInferError(f"eos_ids: {eos} is outside the vocabulary 0 .. {config.vocab_size - 1}")
+        is_eos[eos] = True
+    return Sampling(
+        key=None if temperature == 0 else _typed_key(key),
+        temperature=jnp.asarray(np.float32(temperature)),
+        top_k=jnp.asarray(np.int32(config.vocab_size if top_k is None else min(top_k, config.vocab_size))),
+        top_p=jnp.asarray(np.float32(1.0 if top_p is None else top_p)),
+        is_eos=jnp.asarray(is_eos),
+        fill=jnp.asarray(np.int32(fill_id(config))),
+    )
+
+
+def fill_id(config: ModelConfig) -> int:
+    """The id that fills a row of new tokens after its end: the model's padding id, 0 where it has none."""
+    pad = config.pad_id
+    return pad if pad is not None and 0 <= pad < config.vocab_size else 0
+
+
+def _typed_key(key: Array | int | None) -> Array:
+    """A typed key from an int seed, a typed key, or a raw uint32 key."""
+    if isinstance(key, int | np.integer):
+        return jax.random.key(key)
+    array = jnp.asarray(key)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    return jax.random.wrap_key_data(array)

@@ -1,0 +1,147 @@
+"""Primitives both model families share. Axis letters are listed in `coreinfer_jax.params`; `S` is cache slots."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from coreinfer_jax.cache import write
+from coreinfer_jax.config import ModelConfig, Rope
+from coreinfer_jax.params import Attention, Linear, Mlp, Norm
+
+# XLA's CPU matrix-vector kernel reads a transposed weight at the memory's speed up to this contracted size and at a
+# twentieth of it above; contracting the last axes instead is safe at every size, but slower below.
+WIDE_CONTRACTION = 4096
+
+
+def linear(x: Array, layer: Linear) -> Array:
+    """X [B, T, in] through weight [out, in], or [B, out, in] (one matrix per row): [B, T, out] in x's dtype.
+
+    Products are accumulated in float32 whatever the dtype.
+    """
+    weight = layer.weight
+    y = jax.vmap(matmul)(x, weight) if weight.ndim == 3 else matmul(x, weight)
+    return _add_bias(y, layer.bias).astype(x.dtype)
+
+
+def matmul(x: Array, weight: Array) -> Array:
+    """X [..., in], weight [out, in]: float32 [..., out]."""
+    if weight.shape[1] < WIDE_CONTRACTION:
+        return jnp.dot(x, weight.T, preferred_element_type=jnp.float32)
+    last = x.ndim - 1
+    return lax.dot_general(x, weight, (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _add_bias(y: Array, bias: Array | None) -> Array:
+    """Y [B, T, out] plus bias [out], or [B, out] where every row has its own."""
+    if bias is None:
+        return y
+    per_row = bias[:, None, :] if bias.ndim == 2 else bias[None, None, :]
+    return y + per_row.astype(y.dtype)
+
+
+def layer_norm(x: Array, norm: Norm, eps: float) -> Array:
+    """LayerNorm over the last axis of x [B, T, D], computed in float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    normed = centred * lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
+    scaled = normed * norm.scale.astype(jnp.float32)[None, None, :]
+    return _add_bias(scaled, norm.bias).astype(x.dtype)
+
+
+def rms_norm(x: Array, norm: Norm, eps: float) -> Array:
+    """RMSNorm over the last axis of x [B, T, D]: normalised in float32, scaled in x's dtype as LLaMA does."""
+    wide = x.astype(jnp.float32)
+    normed = wide * lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * norm.scale[None, None, :]
+
+
+def rope_frequencies(head_size: int, rope: Rope) -> np.ndarray:
+    """Angle per position of each of the H/2 rotated pairs: float32 [H/2]."""
+    frequencies = 1.0 / rope.theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    if rope.scaling == "linear":
+        frequencies = frequencies / rope.factor
+    if rope.scaling == "llama3":
+        frequencies = _llama3_frequencies(frequencies, rope)
+    return frequencies.astype(np.float32)
+
+
+def _llama3_frequencies(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
+    """Llama 3.1: short wavelengths stay, long ones are stretched by `factor`, those between are interpolated."""
+    turns = rope.original_max_positions * frequencies / (2 * np.pi)  # rotations within the trained context
+    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / rope.factor
+
+
+def rotation(positions: Array, head_size: int, rope: Rope) -> tuple[Array, Array]:
+    """Cosines and sines for positions [B, T]: two float32 arrays [B, T, 1, H/2], broadcastable over heads."""
+    frequencies = jnp.asarray(rope_frequencies(head_size, rope))
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
+    """Apply RoPE to x [B, T, heads, H]; pair i is (x[i], x[i + H/2]), the layout of Hugging Face checkpoints."""
+    cos, sin = cos_sin
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention(
+    x: Array,
+    layer: Attention,
+    past: tuple[Array, Array],
+    positions: Array,
+    cos_sin: tuple[Array, Array] | None,
+    config: ModelConfig,
+) -> tuple[Array, tuple[Array, Array]]:
+    """Self-attention of x [B, T, D] at `positions` [B, T], written into and read from the cache.
+
+    Args:
+        x: normalised input.
+        layer: the projections.
+        past: one layer's cached keys and values, each [B, G, S, H].
+        positions: position of every token.
+        cos_sin: rotation of queries and keys; None for models with learned positions.
+        config: head counts.
+
+    Returns:
+        The block's output [B, T, D] and the cache with the new keys and values.
+    """
+    B, T, _ = x.shape
+    query = linear(x, layer.query).reshape(B, T, config.num_heads, config.head_size)
+    key = linear(x, layer.key).reshape(B, T, config.num_kv_heads, config.head_size)
+    value = linear(x, layer.value).reshape(B, T, config.num_kv_heads, config.head_size)
+    if cos_sin is not None:
+        query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+    keys, values = write(past[0], key, positions), write(past[1], value, positions)
+    return linear(attend(query, keys, values, positions), layer.out), (keys, values)
+
+
+def attend(query: Array, keys: Array, values: Array, positions: Array) -> Array:
+    """Causal attention of query [B, T, N, H] at `positions` [B, T] over keys and values [B, G, S, H]: [B, T, N H].
+
+    Query head n reads key/value head n // (N / G). Scores and softmax are float32. Slot s is visible to a query at
+    position p when s <= p, so at least one slot always is and no row of the softmax is empty.
+    """
+    B, T, N, H = query.shape
+    G, S = keys.shape[1], keys.shape[2]
+    grouped = query.reshape(B, T, G, N // G, H)
+    scores = jnp.einsum("btgnh,bgsh->bgnts", grouped, keys, preferred_element_type=jnp.float32) * (H**-0.5)
+    visible = jnp.arange(S)[None, None, :] <= positions[:, :, None]
+    masked = jnp.where(visible[:, None, None, :, :], scores, -jnp.inf)
+    weights = jax.nn.softmax(masked, axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("bgnts,bgsh->btgnh", weights, values, preferred_element_type=jnp.float32)
+    return mixed.reshape(B, T, N * H).astype(query.dtype)
+
+
+def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> Array:
+    """Activations a [B, T, F], the input of the down projection: act(up x), or act(gate x) * up x with a gate."""
+    act = jax.nn.relu if config.activation == "relu" else jax.nn.silu
+    up = linear(x, mlp.up)
+    return act(up) if mlp.gate is None else act(linear(x, mlp.gate)) * up
+
+
+def lookup(table: Array, ids: Array) -> Array:
+    """Rows `ids` [B, T] of `table` [V, D]: [B, T, D]. Ids are checked where they enter the library."""
+    return table.at[ids].get(mode="clip")

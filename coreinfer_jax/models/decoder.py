@@ -1,0 +1,58 @@
+"""The decoder both families are: embed, L blocks over a KV cache, last norm, output projection."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from coreinfer_jax.cache import KVCache
+from coreinfer_jax.layers import matmul
+from coreinfer_jax.models import llama, opt
+from coreinfer_jax.params import Params
+
+Observed = TypeVar("Observed")
+
+# A family is three functions: embed(params, tokens, positions) -> x, context;
+# block(x, layer, past, positions, context, config) -> x, past, activations; finish(params, x) -> x.
+_FAMILIES: dict[str, ModuleType] = {"opt": opt, "llama": llama}
+
+
+def extend(
+    params: Params, tokens: Array, cache: KVCache, start: Array, observe: Callable[[Array], Observed]
+) -> tuple[Array, KVCache, tuple[Observed, ...]]:
+    """Run T more tokens of every row through the model.
+
+    Prefill is this function with many tokens, decode with one, scoring a text with an empty cache. Narrowed and dense
+    models run the same code: widths are read off the arrays.
+
+    Args:
+        params: dense or narrowed weights.
+        tokens: int32 [B, T]; ids must lie in 0 .. V-1 (checked where tokens enter the library).
+        cache: what the rows have seen so far; room for start + T positions per row, padding excepted.
+        start: int32 [B], position of each row's first token.
+        observe: what to keep of each layer's MLP activations [B, T, F], for instance votes; it runs inside the
+            layer, so that no more than one layer's activations are alive at a time.
+
+    Returns:
+        Hidden states [B, T, E] ready for `unembed`, the extended cache, and one `observe` result per layer.
+    """
+    family = _FAMILIES[params.config.family]
+    positions = start[:, None] + jax.lax.iota(start.dtype, tokens.shape[1])[None, :]
+    x, context = family.embed(params, tokens, positions)
+    written, observed = [], []
+    for layer, past in zip(params.layers, zip(cache.keys, cache.values, strict=True), strict=True):
+        x, past, activations = family.block(x, layer, past, positions, context, params.config)
+        written.append(past)
+        observed.append(observe(activations))
+    keys, values = zip(*written, strict=True)
+    return family.finish(params, x), KVCache(keys=keys, values=values), tuple(observed)
+
+
+@jax.named_scope("unembed")
+def unembed(params: Params, hidden: Array) -> Array:
+    """Logits float32 [..., V] of hidden states [..., E]."""
+    table = params.token_embedding if params.unembedding is None else params.unembedding
+    return matmul(hidden, table).astype(jnp.float32)

@@ -1,0 +1,50 @@
+"""Small models the tests share."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from coreinfer_jax.config import ModelConfig, Rope
+from coreinfer_jax.params import Params, random_params
+
+OPT = ModelConfig(
+    family="opt",
+    vocab_size=101,
+    hidden_size=32,
+    embed_size=32,
+    mlp_size=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=4,
+    head_size=8,
+    max_positions=160,
+    activation="relu",
+    norm_eps=1e-5,
+    attention_bias=True,
+    mlp_bias=True,
+    tied=True,
+    bos_id=2,
+    eos_ids=(2,),
+    pad_id=1,
+)
+OPT_350M_STYLE = replace(OPT, embed_size=16, norm_first=False, final_norm=False)
+LLAMA = replace(
+    OPT,
+    family="llama",
+    num_kv_heads=2,
+    activation="silu",
+    norm_eps=1e-6,
+    attention_bias=False,
+    mlp_bias=False,
+    tied=False,
+    rope=Rope(),
+    bos_id=1,
+    pad_id=None,
+)
+MODELS = {"opt": OPT, "opt-350m-style": OPT_350M_STYLE, "llama": LLAMA, "relu-llama": replace(LLAMA, activation="relu")}
+
+
+def random_model(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.dtype("float32"), scale: float = 0.2) -> Params:
+    """Random weights, large enough that the best token stands clear of the second best."""
+    return random_params(config, jax.random.key(seed), dtype, scale=scale)
