@@ -63,10 +63,10 @@ def make_voting(counted: np.ndarray, mlp_size: int, alpha: float, rule: Budget) 
 @jax.named_scope("votes")
 def count_votes(activations: Array, voting: Voting) -> Votes:
     """Votes f(n) of activations [B, T, F]: in how many counted tokens neuron n is a token-wise core neuron."""
-    positive = activations > 0
-    positives = _count(positive)
+    patterns = _positive_patterns(activations)
+    positives = _count(patterns > 0)
     budgets = voting.budgets[positives] if voting.rule == "per_token" else _mean_budgets(positives, voting)
-    chosen = _largest_positive(activations, jnp.minimum(budgets, positives))
+    chosen = _largest(patterns, jnp.minimum(budgets, positives), _unused_bits(activations.dtype))
     counted = voting.counted[:, :, None]
     return Votes(
         counts=jnp.sum(chosen & counted, axis=1, dtype=jnp.int32),
@@ -91,26 +91,32 @@ def _mean_budgets(positives: Array, voting: Voting) -> Array:
     return (voting.budgets[whole] + jnp.where(rest == 0, 0, carried))[:, None]
 
 
-def _largest_positive(activations: Array, budgets: Array) -> Array:
-    """Mask [B, T, F] of each token's `budgets` [B, T] largest positive activations, ties to the lower index.
+def _positive_patterns(activations: Array) -> Array:
+    """Bits of each positive activation as int32, which ascend with its value; 0 for all others.
 
-    The cut is found by bisection instead of sorting: the bit patterns of positive floats ascend with their values, so
-    the value at the cut is built bit by bit from the top, each bit one count over F; the index up to which neurons
-    equal to it still fit is found the same way.
+    Compared as bits because XLA's CPU code takes numbers below 1e-38 for zero.
     """
-    values = activations.astype(jnp.float32)
-    patterns = jnp.where(values > 0, lax.bitcast_convert_type(values, jnp.int32), 0)
-    unused_bits = jnp.finfo(jnp.float32).nmant - jnp.finfo(activations.dtype).nmant
+    bits = lax.bitcast_convert_type(activations.astype(jnp.float32), jnp.int32)
+    return jnp.maximum(bits, 0)
+
+
+def _unused_bits(dtype: jnp.dtype) -> int:
+    """Low bits of a float32 that are zero in every value of a 16-bit `dtype`."""
+    return int(jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant)
+
+
+def _largest(patterns: Array, budgets: Array, unused_bits: int) -> Array:
+    """Mask [B, T, F] of each token's `budgets` [B, T] largest `patterns`, ties to the lower index.
+
+    The cut is found by bisection instead of sorting: the value at the cut is built bit by bit from the top, each bit
+    one count over F; the index up to which neurons equal to it still fit is found the same way.
+    """
     cut = _largest_passing(budgets.shape, 30, unused_bits, lambda cut: _count(patterns >= cut[:, :, None]) >= budgets)
     above, level = patterns > cut[:, :, None], patterns == cut[:, :, None]
     fitting = budgets - _count(above)
     index = lax.broadcasted_iota(jnp.int32, patterns.shape, 2)
-    end = _largest_passing(
-        budgets.shape,
-        patterns.shape[-1].bit_length() - 1,
-        0,
-        lambda end: _count(level & (index < end[:, :, None])) <= fitting,
-    )
+    high_bit = patterns.shape[-1].bit_length() - 1
+    end = _largest_passing(budgets.shape, high_bit, 0, lambda end: _count(level & (index < end[:, :, None])) <= fitting)
     return above | (level & (index < end[:, :, None]))
 
 

@@ -1,0 +1,121 @@
+"""What is traced, and what the compiled decode loop holds besides the weights."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coreinfer_jax as ci
+from coreinfer_jax.config import ModelConfig, Rope
+from coreinfer_jax.generate import _decode, _prefill
+from coreinfer_jax.inputs import make_sampling
+from coreinfer_jax.params import leaf_bytes
+from tests.support import LLAMA, MODELS, random_model
+
+RNG = np.random.default_rng(0)
+
+
+@contextmanager
+def traced() -> Iterator[list[str]]:
+    """The messages JAX logs while it traces or compiles anything at all in this process."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        with jax.log_compiles():
+            yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def run(params: ci.Params, length: int, core: ci.CoreConfig | None = ci.CoreConfig(), **settings: object) -> None:  # noqa: B008
+    settings = {"max_new_tokens": 20} | settings
+    ci.generate(params, [RNG.integers(3, 101, length).tolist()], core, **settings)
+
+
+def test_the_guard_sees_a_trace() -> None:
+    with traced() as messages:
+        jax.jit(lambda x: x * 3)(jnp.ones(7))
+    assert any("tracing" in message for message in messages)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_within_a_bucket_nothing_is_traced_again(name: str) -> None:
+    params = random_model(MODELS[name])
+    run(params, 10)
+    run(params, 10, temperature=0.5, key=0)
+    with traced() as messages:
+        run(params, 10)
+        run(params, 41, max_new_tokens=23, eos_ids=(4, 5))
+        run(params, 2, ci.CoreConfig(alpha=0.7), max_new_tokens=60)
+        run(params, 33, max_new_tokens=5, temperature=1.3, top_k=7, key=5)
+        run(params, 20, temperature=0.9, top_p=0.4, top_k=3, key=jax.random.key(9), eos_ids=(7,))
+        list(ci.stream(params, [[5, 6, 7]], max_new_tokens=17))
+    assert messages == []
+
+
+def test_greedy_and_sampled_decoding_are_two_programs_per_shape() -> None:
+    params = random_model(LLAMA)
+    before = _decode._cache_size()
+    for seed in range(3):
+        run(params, 30, ci.CoreConfig(beta=0.61))
+        run(params, 30, ci.CoreConfig(beta=0.61), temperature=0.3 + seed, key=seed)
+    assert _decode._cache_size() - before == 2
+
+
+def test_a_new_prompt_reuses_the_program_of_its_kept_widths() -> None:
+    params = random_model(LLAMA)
+    before = _prefill._cache_size(), _decode._cache_size()
+    for length in (5, 12, 50):
+        run(params, length, ci.CoreConfig(beta=0.37), max_new_tokens=14)
+    assert (_prefill._cache_size(), _decode._cache_size()) <= (before[0] + 1, before[1] + 1)
+
+
+WIDE = ModelConfig(
+    family="llama",
+    vocab_size=512,
+    hidden_size=512,
+    embed_size=512,
+    mlp_size=1536,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_size=64,
+    max_positions=128,
+    activation="silu",
+    norm_eps=1e-6,
+    rope=Rope(),
+)
+
+
+@pytest.mark.parametrize("kept", [None, 600])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode_loop_temporaries_stay_below_one_layer(dtype: str, kept: int | None) -> None:
+    """XLA would hoist float32 copies of bfloat16 weights out of the loop: every layer's at once."""
+    params = random_model(WIDE, dtype=jnp.dtype(dtype))
+    layer = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params.layers[0]))
+    narrow = params if kept is None else ci.compact(params, ci.CoreNeurons([range(kept)] * WIDE.num_layers))
+    sampling = make_sampling(WIDE, 0.0, None, None, (), None)
+    state, _ = _prefill(
+        params, np.ones((1, 64), np.int32), np.array([9], np.int32), sampling, None, capacity=64, voted=()
+    )
+    memory = _decode.lower(narrow, state, sampling, np.int32(8)).compile().memory_analysis()
+    assert 0 < memory.temp_size_in_bytes < layer
+
+
+def test_the_cache_is_donated() -> None:
+    params = random_model(LLAMA)
+    sampling = make_sampling(LLAMA, 0.0, None, None, (), None)
+    state, _ = _prefill(
+        params, np.ones((1, 64), np.int32), np.array([9], np.int32), sampling, None, capacity=64, voted=()
+    )
+    _decode(params, state, sampling, np.int32(3))
+    assert state.cache.keys[0].is_deleted()

@@ -1,0 +1,132 @@
+"""Logits and greedy tokens against transformers' own PyTorch models, on tiny random checkpoints of every variant."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import coreinfer_jax as ci
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.torch
+
+TOLERANCE = 1e-4
+TINY_OPT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "ffn_dim": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "init_std": 0.2,
+}
+TINY_LLAMA = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+OPT_VARIANTS = {
+    "pre-norm": {},
+    "post-norm": {"do_layer_norm_before": False},
+    "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "projected-pre-norm": {"word_embed_proj_dim": 16},
+    "no-final-norm": {"_remove_final_layer_norm": True},
+    "no-bias": {"enable_bias": False},
+}
+LLAMA_VARIANTS = {
+    "multi-head": {},
+    "grouped-query": {"num_key_value_heads": 2},
+    "multi-query": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "attention-bias": {"attention_bias": True, "num_key_value_heads": 2},
+    "mlp-bias": {"mlp_bias": True},
+    "head-dim": {"head_dim": 16, "num_key_value_heads": 2},
+    "relu": {"hidden_act": "relu"},
+    "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "rope-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "rope-llama3": {"rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 2},
+}
+VARIANTS = [pytest.param("OPT", changes, id=f"opt-{name}") for name, changes in OPT_VARIANTS.items()] + [
+    pytest.param("Llama", changes, id=f"llama-{name}") for name, changes in LLAMA_VARIANTS.items()
+]
+
+
+def random_reference(family: str, changes: dict[str, object], directory: Path):
+    """A random transformers model, saved to `directory`; biases and norm scales are random too, not 0 and 1."""
+    torch.manual_seed(0)
+    fields = (TINY_OPT if family == "OPT" else TINY_LLAMA) | changes
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(
+                    torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name and "bias" not in name else 0.0)
+                )
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_logits_and_greedy_tokens_equal_transformers(family: str, changes: dict[str, object], tmp_path: Path) -> None:
+    model = random_reference(family, changes, tmp_path)
+    params, _ = ci.load(tmp_path)
+    tokens = np.random.default_rng(1).integers(3, 99, (2, 40))
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+        greedy = model.generate(
+            torch.tensor(tokens), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+        ).numpy()
+    np.testing.assert_allclose(np.asarray(ci.forward(params, tokens)), expected, rtol=0, atol=TOLERANCE)
+    ours = ci.generate(params, tokens, core=None, max_new_tokens=20)
+    assert_same_until_a_tie(model, ours.tokens, greedy, prompt=tokens.shape[1])
+
+
+def assert_same_until_a_tie(model, ours: np.ndarray, theirs: np.ndarray, prompt: int) -> None:
+    """Tokens are equal; where they part, the reference's two best logits were closer than the tolerance there."""
+    for new, whole in zip(ours, theirs, strict=True):
+        expected = whole[prompt:]
+        assert len(new) == len(expected)
+        parted = np.flatnonzero(new != expected)
+        if parted.size:
+            with torch.no_grad():
+                logits = model(torch.tensor(whole[None, : prompt + parted[0]])).logits[0, -1]
+            best, second = logits.topk(2).values.tolist()
+            assert best - second < TOLERANCE, (
+                f"token {parted[0]} differs, though {best - second:.2e} lay between the two best"
+            )
+
+
+def test_tinystories_logits_equal_transformers(tinystories: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tinystories, dtype=torch.float32).eval()
+    params, tokenizer = ci.load(tinystories)
+    assert tokenizer is not None
+    tokens = np.array([tokenizer.encode("Once upon a time, there was a little girl named Lily. She liked to play.")])
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(np.asarray(ci.forward(params, tokens)), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_200_greedy_tinystories_tokens_equal_transformers(tinystories: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tinystories, dtype=torch.float32).eval()
+    params, tokenizer = ci.load(tinystories)
+    assert tokenizer is not None
+    tokens = np.array([tokenizer.encode("Once upon a time, there was a little")])
+    with torch.no_grad():
+        theirs = model.generate(
+            torch.tensor(tokens), max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    ours = ci.generate(params, tokens, core=None, max_new_tokens=200)
+    assert_same_until_a_tie(model, ours.tokens, theirs.numpy(), prompt=tokens.shape[1])
