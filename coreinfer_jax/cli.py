@@ -16,7 +16,7 @@ from coreinfer_jax.checkpoint import convert, load
 from coreinfer_jax.checkpoint.mapping import DTYPES
 from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.generate import Stats, stream
+from coreinfer_jax.generation import Stats, stream
 from coreinfer_jax.params import Params
 from coreinfer_jax.text import Tokenizer, continuation, settled
 

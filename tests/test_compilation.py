@@ -11,7 +11,7 @@ import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.config import ModelConfig, Rope
-from coreinfer_jax.generate import _decode, _prefill
+from coreinfer_jax.generation import _decode, _prefill
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.params import leaf_bytes
 from tests.support import LLAMA, MODELS, random_model

@@ -5,7 +5,6 @@ from types import ModuleType
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from coreinfer_jax.cache import KVCache
@@ -53,6 +52,6 @@ def extend(
 
 @jax.named_scope("unembed")
 def unembed(params: Params, hidden: Array) -> Array:
-    """Logits float32 [..., V] of hidden states [..., E]."""
+    """Logits float32 [B, T, V] of hidden states [B, T, E]."""
     table = params.token_embedding if params.unembedding is None else params.unembedding
-    return matmul(hidden, table).astype(jnp.float32)
+    return matmul(hidden, table)

@@ -348,7 +348,7 @@ def _prefill(
     observe = _observe_nothing if voting is None else partial(count_votes, voting=voting)
     cache = init_cache(params.config, B, capacity, params.token_embedding.dtype)
     hidden, cache, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
-    logits = unembed(params, hidden[jnp.arange(B), lengths - 1])
+    logits = unembed(params, hidden[jnp.arange(B), lengths - 1][:, None])[:, 0]
     first = draw(logits, sampling, jnp.int32(0))
     state = DecodeState(
         cache=cache,
@@ -389,7 +389,7 @@ def _decode(params: Params, state: DecodeState, sampling: Sampling, steps: Array
 
 def _decode_one(params: Params, state: DecodeState, sampling: Sampling) -> DecodeState:
     hidden, cache, _ = extend(params, state.token[:, None], state.cache, state.position, _observe_nothing)
-    logits = unembed(params, hidden[:, 0])
+    logits = unembed(params, hidden)[:, 0]
     token = jnp.where(state.done, sampling.fill, draw(logits, sampling, state.step))
     running = (~state.done).astype(jnp.int32)
     return DecodeState(

@@ -1,0 +1,74 @@
+"""Conversion holds a tensor at a time: shown on a 4 GB checkpoint, as the system counts memory."""
+
+import json
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from convert import TABLES
+from coreinfer_jax.checkpoint.hf_config import model_config
+from coreinfer_jax.checkpoint.mapping import leaf_shapes
+
+MIB, GIB = 2**20, 2**30
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 32,
+}
+
+
+def write_zeros(directory: Path) -> dict[str, tuple[int, ...]]:
+    """A bfloat16 checkpoint of zeros in one sparse file, which takes no time and hardly any disk: leaf shapes."""
+    shapes = leaf_shapes(model_config(FIELDS))
+    header, end = {}, 0
+    for leaf, shape in shapes.items():
+        parts = leaf.split(".")
+        template = leaf if parts[0] != "layers" else ".".join(["layers", "{l}", *parts[2:]])
+        name = TABLES["llama"].tensors[template].format(l=parts[1] if parts[0] == "layers" else None)
+        size = 2 * prod(shape)
+        prefix = "" if name == "lm_head.weight" else "model."
+        header[prefix + name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    (directory / "config.json").write_text(json.dumps(FIELDS))
+    return shapes
+
+
+def peak_anonymous_memory(command: list[str]) -> int:
+    """Largest RssAnon in bytes while `command` runs; it must succeed."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    status = Path(f"/proc/{process.pid}/status")
+    peak = 0
+    while process.poll() is None:
+        lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+        peak = max([peak, *(int(line.split()[1]) * 1024 for line in lines)])
+        try:
+            process.wait(0.005)
+        except subprocess.TimeoutExpired:
+            continue
+    assert process.returncode == 0
+    return peak
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_anonymous_memory_stays_under_twice_the_largest_tensor_plus_1_gib(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    shapes = write_zeros(source)
+    assert (source / "model.safetensors").stat().st_size > 4e9
+    destination = tmp_path / "converted"
+    peak = peak_anonymous_memory([sys.executable, "-m", "convert", str(source), str(destination)])
+    largest = max(2 * prod(shape) for shape in shapes.values())
+    print(f"peak RssAnon {peak / MIB:.0f} MiB, largest tensor {largest / MIB:.0f} MiB")
+    assert peak < 2 * largest + GIB
+    assert sum(file.stat().st_size for file in destination.glob("*.safetensors")) > 4e9
