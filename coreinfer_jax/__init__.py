@@ -6,8 +6,9 @@ from coreinfer_jax.core.compact import compact
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.core.select import select_core_neurons
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.generation import Chunk, Generation, Stats, forward, generate, stream
+from coreinfer_jax.generation import Chunk, Generation, Stats, generate, stream
 from coreinfer_jax.params import Params
+from coreinfer_jax.scoring import forward
 
 __all__ = [
     "Chunk",

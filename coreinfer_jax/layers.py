@@ -9,9 +9,6 @@ from coreinfer_jax.cache import write
 from coreinfer_jax.config import ModelConfig, Rope
 from coreinfer_jax.params import Attention, Linear, Mlp, Norm
 
-# Contracted size from which XLA's CPU code reads a transposed bfloat16 matrix at a twentieth of the memory's speed.
-WIDE_CONTRACTION = 4096
-
 
 def linear(x: Array, layer: Linear) -> Array:
     """X [B, T, in] through weight [out, in], or [B, out, in] (one matrix per row): [B, T, out] in x's dtype.
@@ -19,30 +16,27 @@ def linear(x: Array, layer: Linear) -> Array:
     Products are accumulated in float32 whatever the dtype.
     """
     weight = layer.weight
-    y = jax.vmap(_contract_last)(x, weight) if weight.ndim == 3 else matmul(x, weight)
+    y = jax.vmap(lambda row, own: matmul(row[None], own)[0])(x, weight) if weight.ndim == 3 else matmul(x, weight)
     return _add_bias(y, layer.bias).astype(x.dtype)
 
 
 def matmul(x: Array, weight: Array) -> Array:
-    """x [B, T, in] times weight [out, in]: float32 [B, T, out].
-
-    Every form below computes the same; XLA's CPU code runs them at speeds that differ twentyfold. Contracting the last
-    axes is fast for float32 at every size, and for 16-bit weights with two rows or more.
-    """
+    """x [B, T, in] times weight [out, in]: float32 [B, T, out]."""
     if x.dtype == jnp.float32 or x.shape[0] * x.shape[1] > 1:
         return _contract_last(x, weight)
-    return lax.platform_dependent(x, weight, cpu=_narrow_row, default=_contract_last)
+    return lax.platform_dependent(x, weight, cpu=_doubled_row, default=_contract_last)
 
 
 def _contract_last(x: Array, weight: Array) -> Array:
+    # With float32 weights this form runs at the memory's speed on CPUs; x times the transpose is several times slower
+    # at some sizes and inside larger programs.
     last = x.ndim - 1
     return lax.dot_general(x, weight, (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _narrow_row(x: Array, weight: Array) -> Array:
-    """One 16-bit row on a CPU: a transposed product where that is fast, else the row twice, one result dropped."""
-    if weight.shape[1] < WIDE_CONTRACTION:
-        return jnp.dot(x, weight.T, preferred_element_type=jnp.float32)
+def _doubled_row(x: Array, weight: Array) -> Array:
+    # For a single 16-bit row XLA's CPU code first makes a float32 copy of the whole weight, in every step; for two rows
+    # it reads the weight as it is.
     return _contract_last(jnp.concatenate([x, x], axis=1), weight)[:, :1]
 
 

@@ -45,8 +45,6 @@ LLAMA = replace(
 MODELS = {"opt": OPT, "opt-350m-style": OPT_350M_STYLE, "llama": LLAMA, "relu-llama": replace(LLAMA, activation="relu")}
 
 
-def random_model(
-    config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.dtype("float32"), scale: float = 0.2
-) -> Params:
+def random_model(config: ModelConfig, seed: int = 0, dtype: str = "float32", scale: float = 0.2) -> Params:
     """Random weights, large enough that the best token stands clear of the second best."""
-    return random_params(config, jax.random.key(seed), dtype, scale=scale)
+    return random_params(config, jax.random.key(seed), jnp.dtype(dtype), scale=scale)

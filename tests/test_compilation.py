@@ -11,7 +11,7 @@ import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.config import ModelConfig, Rope
-from coreinfer_jax.generation import _decode, _prefill
+from coreinfer_jax.decoding import decode, prefill
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.params import leaf_bytes
 from tests.support import LLAMA, MODELS, random_model
@@ -64,19 +64,19 @@ def test_within_a_bucket_nothing_is_traced_again(name: str) -> None:
 
 def test_greedy_and_sampled_decoding_are_two_programs_per_shape() -> None:
     params = random_model(LLAMA)
-    before = _decode._cache_size()
+    before = decode._cache_size()
     for seed in range(3):
         run(params, 30, ci.CoreConfig(beta=0.61))
         run(params, 30, ci.CoreConfig(beta=0.61), temperature=0.3 + seed, key=seed)
-    assert _decode._cache_size() - before == 2
+    assert decode._cache_size() - before == 2
 
 
 def test_a_new_prompt_reuses_the_program_of_its_kept_widths() -> None:
     params = random_model(LLAMA)
-    before = _prefill._cache_size(), _decode._cache_size()
+    before = prefill._cache_size(), decode._cache_size()
     for length in (5, 12, 50):
         run(params, length, ci.CoreConfig(beta=0.37), max_new_tokens=14)
-    assert (_prefill._cache_size(), _decode._cache_size()) <= (before[0] + 1, before[1] + 1)
+    assert (prefill._cache_size(), decode._cache_size()) <= (before[0] + 1, before[1] + 1)
 
 
 WIDE = ModelConfig(
@@ -100,22 +100,22 @@ WIDE = ModelConfig(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decode_loop_temporaries_stay_below_one_layer(dtype: str, kept: int | None) -> None:
     """XLA would hoist float32 copies of bfloat16 weights out of the loop: every layer's at once."""
-    params = random_model(WIDE, dtype=jnp.dtype(dtype))
+    params = random_model(WIDE, dtype=dtype)
     layer = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params.layers[0]))
     narrow = params if kept is None else ci.compact(params, ci.CoreNeurons([range(kept)] * WIDE.num_layers))
     sampling = make_sampling(WIDE, 0.0, None, None, (), None)
-    state, _ = _prefill(
+    state, _ = prefill(
         params, np.ones((1, 64), np.int32), np.array([9], np.int32), sampling, None, capacity=64, voted=()
     )
-    memory = _decode.lower(narrow, state, sampling, np.int32(8)).compile().memory_analysis()
+    memory = decode.lower(narrow, state, sampling, np.int32(8)).compile().memory_analysis()
     assert 0 < memory.temp_size_in_bytes < layer
 
 
 def test_the_cache_is_donated() -> None:
     params = random_model(LLAMA)
     sampling = make_sampling(LLAMA, 0.0, None, None, (), None)
-    state, _ = _prefill(
+    state, _ = prefill(
         params, np.ones((1, 64), np.int32), np.array([9], np.int32), sampling, None, capacity=64, voted=()
     )
-    _decode(params, state, sampling, np.int32(3))
+    decode(params, state, sampling, np.int32(3))
     assert state.cache.keys[0].is_deleted()

@@ -73,6 +73,11 @@ class CoreNeurons:
                     f"core neurons of layer {l} reach index {indices.max()}, but the MLP has {config.mlp_size} neurons"
                 )
 
+    def check_rows(self, rows: int) -> None:
+        """Refuse a batch of another number of rows than these core neurons have sets for."""
+        if self.rows not in (None, rows):
+            raise CoreInferError(f"core neurons for {self.rows} rows, but tokens have {rows}; give one set, or {rows}")
+
 
 def _checked(layer: int, indices: ArrayLike) -> np.ndarray:
     given = np.asarray(indices)

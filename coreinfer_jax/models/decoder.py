@@ -50,6 +50,10 @@ def extend(
     return family.finish(params, x), KVCache(keys=keys, values=values), tuple(observed)
 
 
+def observe_nothing(activations: Array) -> None:
+    """The `observe` of passes that keep no activations."""
+
+
 @jax.named_scope("unembed")
 def unembed(params: Params, hidden: Array) -> Array:
     """Logits float32 [B, T, V] of hidden states [B, T, E]."""

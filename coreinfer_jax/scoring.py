@@ -1,0 +1,53 @@
+"""`forward`: logits of whole texts."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from numpy.typing import ArrayLike
+
+from coreinfer_jax.cache import init_cache
+from coreinfer_jax.core.compact import compact
+from coreinfer_jax.core.neurons import CoreNeurons
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.inputs import pad_prompts
+from coreinfer_jax.models import extend, observe_nothing, unembed
+from coreinfer_jax.params import Params
+
+
+def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) -> Array:
+    """Logits of every position of whole texts, without padding or a cache to keep.
+
+    Pure, so it can be compiled with the core neurons as a truly static argument,
+    `jax.jit(forward, static_argnames="core")`: the indices become constants of the program, for study, export and
+    tests. Decoding goes through `compact` instead, whose programs serve every set of the same size.
+
+    Args:
+        params: dense weights, or narrowed ones with `core` None.
+        tokens: int [B, T].
+        core: use only these neurons, at every position.
+
+    Returns:
+        float32 [B, T, V].
+
+    Raises:
+        CoreInferError: ids outside the vocabulary, more tokens than positions, core neurons that do not fit.
+    """
+    if not isinstance(tokens, jax.core.Tracer):
+        lengths = pad_prompts(tokens, params.config).lengths
+        if lengths.max() != lengths.min():
+            raise CoreInferError("tokens: rows of unequal lengths; `forward` takes one length, `generate` takes any")
+    ids = jnp.asarray(tokens, jnp.int32)
+    if ids.shape[1] > params.config.max_positions:
+        raise CoreInferError(f"{ids.shape[1]} tokens exceed the model's {params.config.max_positions} positions")
+    if core is not None:
+        core.check_rows(ids.shape[0])
+        params = compact(params, core)
+    return _logits(params, ids)
+
+
+@jax.jit
+def _logits(params: Params, tokens: Array) -> Array:
+    B, T = tokens.shape
+    cache = init_cache(params.config, B, T, params.token_embedding.dtype)
+    hidden, _, _ = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe_nothing)
+    return unembed(params, hidden)
