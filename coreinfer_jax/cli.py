@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with mistakes reported like all others: one line, status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,6 +95,10 @@ def _convert(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     if not options.prompt:
         raise CoreInferError("the prompt is empty; give some text to continue")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:  # Python smuggles undecodable bytes of the command line in as surrogates
+        raise CoreInferError(f"the prompt {options.prompt!r} is not valid text in the terminal's encoding") from error
     if "" in options.stop:
         raise CoreInferError("--stop '': give text to stop at")
     _choose_device(options.device)
@@ -104,8 +108,6 @@ def _generate(options: argparse.Namespace) -> None:
             f"{options.model}: has no tokenizer; add tokenizer.json or tokenizer.model beside the weights"
         )
     prompt = tokenizer.encode(options.prompt)
-    if not options.json:
-        print(options.prompt, end="", flush=True)
     text, new, stats = _stream_text(options, params, tokenizer, prompt)
     if options.json:
         print(json.dumps({"text": text, "tokens": new, "method": stats.method, "stats": asdict(stats)}))
@@ -135,6 +137,8 @@ def _stream_text(
         eos_ids=params.config.eos_ids,
         key=options.seed,
     )
+    if not options.json:
+        print(options.prompt, end="", flush=True)
     new: list[int] = []
     printed = text = ""
     stopped = False

@@ -111,8 +111,7 @@ class CoreConfig:
         check_fraction("alpha", self.alpha)
         check_fraction("beta", self.beta)
         check_budget(self.budget)
-        start, stop = self.layers
-        if not 0.0 <= start < stop <= 1.0:
+        if not isinstance(self.layers, tuple) or len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1] <= 1:
             raise CoreInferError(f"layers={self.layers}: give fractions of depth with 0 <= start < stop <= 1")
 
     @classmethod

@@ -186,11 +186,13 @@ def _run(
     check_dense(params)
     prompts = pad_prompts(tokens, params.config)
     check_length(int(prompts.lengths.max()), max_new_tokens, params.config)
+    if core is not None and not isinstance(core, CoreConfig | CoreNeurons):
+        raise CoreInferError(f"core={core!r}: give CoreConfig, CoreNeurons, or None for all neurons")
     if isinstance(core, CoreNeurons):
         core.check(params.config)
         core.check_rows(len(prompts.lengths))
     voted, voting = _voting(params, prompts, core)
-    request = _Request(params, prompts, core, voted, voting, sampling, max_new_tokens)
+    request = _Request(params, prompts, core, voted, voting, sampling, int(max_new_tokens))
     return _chunks(request, steps_per_dispatch)
 
 

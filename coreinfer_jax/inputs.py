@@ -55,8 +55,10 @@ def pad_prompts(tokens: Tokens, config: ModelConfig) -> Prompts:
 def _rows(tokens: Tokens) -> list[np.ndarray]:
     if not hasattr(tokens, "__array__") and not isinstance(tokens, Sequence):
         raise CoreInferError(f"tokens: {type(tokens).__name__}; give int [B, T] or a list of lists")
-    if isinstance(tokens, Sequence) and not isinstance(tokens, str):
-        rows = [np.asarray(row) for row in tokens]
+    if isinstance(tokens, str) or (isinstance(tokens, Sequence) and any(isinstance(row, str) for row in tokens)):
+        raise CoreInferError("tokens: str; give ids, int [B, T] or a list of lists, from the model's tokenizer")
+    if isinstance(tokens, Sequence):
+        rows = [_row(i, row) for i, row in enumerate(tokens)]
     else:
         whole = np.asarray(tokens)
         if whole.ndim != 2:
@@ -65,6 +67,13 @@ def _rows(tokens: Tokens) -> list[np.ndarray]:
     if any(row.ndim != 1 for row in rows):
         raise CoreInferError("tokens: a flat list of ids; a batch is a list of rows, a single prompt [[...]]")
     return rows
+
+
+def _row(i: int, row: ArrayLike) -> np.ndarray:
+    try:
+        return np.asarray(row)
+    except ValueError as error:  # NumPy's word for lists of unequal depth
+        raise CoreInferError(f"tokens: row {i} is not a flat list of ids") from error
 
 
 def _check_row(i: int, row: np.ndarray, config: ModelConfig) -> None:
@@ -82,12 +91,14 @@ def _check_row(i: int, row: np.ndarray, config: ModelConfig) -> None:
 
 def check_length(prompt: int, new: int, config: ModelConfig) -> None:
     """Refuse a prompt that leaves no room, within the model's positions, for the tokens asked for."""
-    if not isinstance(new, int) or new < 1:
+    if not _is_whole(new) or new < 1:
         raise CoreInferError(f"max_new_tokens={new}: give a whole number of at least 1")
-    if prompt + new > config.max_positions:
+    room = config.max_positions - prompt
+    if new > room:
+        remedy = f"shorten the prompt or ask for at most {room}" if room > 0 else "shorten the prompt"
         raise CoreInferError(
             f"{prompt} prompt tokens + max_new_tokens={new} exceed the model's {config.max_positions} positions; "
-            f"shorten the prompt or ask for at most {max(config.max_positions - prompt, 0)}"
+            + remedy
         )
 
 
@@ -108,13 +119,15 @@ def make_sampling(
         raise CoreInferError(f"temperature={temperature}: give 0 for greedy decoding or a number above 0")
     if temperature > 0 and key is None:
         raise CoreInferError(f"temperature={temperature} draws at random: give key, a jax.random.key or an int seed")
-    if top_k is not None and top_k < 1:
-        raise CoreInferError(f"top_k={top_k}: give at least 1, or None to keep every token")
+    if top_k is not None and (not _is_whole(top_k) or top_k < 1):
+        raise CoreInferError(f"top_k={top_k}: give a whole number of at least 1, or None to keep every token")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise CoreInferError(f"top_p={top_p}: give a share above 0 and at most 1, or None to keep every token")
     is_eos = np.zeros(config.vocab_size, bool)
+    if not isinstance(eos_ids, Iterable):
+        raise CoreInferError(f"eos_ids={eos_ids!r}: give a tuple of token ids")
     for eos in eos_ids:
-        if not 0 <= eos < config.vocab_size:
+        if not _is_whole(eos) or not 0 <= eos < config.vocab_size:
             raise CoreInferError(f"eos_ids: {eos} is outside the vocabulary 0 .. {config.vocab_size - 1}")
         is_eos[eos] = True
     return Sampling(
@@ -127,6 +140,10 @@ def make_sampling(
     )
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def fill_id(config: ModelConfig) -> int:
     """The id that fills a row of new tokens after its end: the model's padding id, 0 where it has none."""
     pad = config.pad_id
@@ -136,7 +153,11 @@ def fill_id(config: ModelConfig) -> int:
 def _typed_key(key: Array | int | None) -> Array:
     """A typed key from an int seed, a typed key, or a raw uint32 key."""
     if isinstance(key, int | np.integer):
+        if not -(2**63) <= key < 2**63:
+            raise CoreInferError(f"key={key}: give a seed of at most 63 bits")
         return jax.random.key(key)
+    if not hasattr(key, "dtype"):
+        raise CoreInferError(f"key={key!r}: give a jax.random.key or an int seed")
     array = jnp.asarray(key)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return array

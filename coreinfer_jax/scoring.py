@@ -6,7 +6,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from coreinfer_jax.cache import init_cache
-from coreinfer_jax.core.compact import compact
+from coreinfer_jax.core.compact import check_core, compact
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.inputs import pad_prompts
@@ -40,8 +40,12 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
     if ids.shape[1] > params.config.max_positions:
         raise CoreInferError(f"{ids.shape[1]} tokens exceed the model's {params.config.max_positions} positions")
     if core is not None:
+        check_core(core)
         core.check_rows(ids.shape[0])
         params = compact(params, core)
+    sets = {layer.mlp.up.weight.shape[0] for layer in params.layers if layer.mlp.up.weight.ndim == 3}
+    if sets - {ids.shape[0]}:
+        raise CoreInferError(f"params are narrowed for {min(sets)} rows, but tokens have {ids.shape[0]}")
     return _logits(params, ids)
 
 

@@ -105,9 +105,10 @@ def settled(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     Held back are an incomplete last character and an end that may become a stop string; a stop string found cuts the
     text before it.
     """
-    found = [position for stop in stops if (position := text.find(stop)) >= 0]
+    # The stop string that is complete first counts, as it would had the text come letter by letter.
+    found = [(position + len(stop), position) for stop in stops if (position := text.find(stop)) >= 0]
     if found:
-        return text[: min(found)], True
+        return text[: min(found)[1]], True
     whole = text.rstrip(REPLACEMENT)
     held = max((_overlap(whole, stop) for stop in stops), default=0)
     return whole[: len(whole) - held], False

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import huggingface_hub
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -182,7 +183,7 @@ def test_every_spelling_loads_and_converts_exactly(tmp_path, spelling):
     config, tensors = spelling.config, spelling.edit(hub_tensors(spelling.config))
     hub = write_hub(tmp_path / "hub", config, tensors, spelling.shards, spelling.index, spelling.save)
     for directory in (hub, ci.convert(hub, tmp_path / "native")):
-        params, tokenizer = ci.load(directory)
+        params, tokenizer = ci.load(directory, "float32")
         assert params.config == config
         assert tokenizer is None
         assert_leaves(params, weights(config))
@@ -211,6 +212,12 @@ def test_stored_dtypes(tmp_path, stored):
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, BFLOAT16, jnp.zeros((), jnp.bfloat16).dtype])
 def test_spellings_of_a_dtype(hub, dtype):
     assert ci.load(hub, dtype)[0].token_embedding.dtype == BFLOAT16
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", FLOAT32), ("gpu", BFLOAT16), ("tpu", BFLOAT16)])
+def test_the_default_dtype_suits_the_device(hub, monkeypatch, backend, dtype):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert_leaves(ci.load(hub)[0], weights(OPT), dtype)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp32", "", np.int32, float, 8, object()], ids=repr)
@@ -423,7 +430,7 @@ def test_native_shards_stay_within_their_size(converted):
     shards = [load_file(file) for file in sorted(converted.glob("weights-*.safetensors"))]
     assert len(shards) > 3
     assert all(sum(array.nbytes for array in shard.values()) <= 20_000 for shard in shards if len(shard) > 1)
-    assert_leaves(ci.load(converted)[0], weights(OPT))
+    assert_leaves(ci.load(converted, "float32")[0], weights(OPT))
 
 
 def test_a_native_directory_is_not_converted_again(tmp_path, converted):
@@ -595,4 +602,4 @@ def test_a_fetched_repository_is_converted(tmp_path, hub, monkeypatch):
         huggingface_hub.HfApi, "list_repo_files", lambda api, name: ["config.json", "model.safetensors"]
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(hub))
-    assert_leaves(ci.load(ci.convert("some/opt", tmp_path / "native"))[0], weights(OPT))
+    assert_leaves(ci.load(ci.convert("some/opt", tmp_path / "native"), "float32")[0], weights(OPT))

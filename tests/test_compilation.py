@@ -11,9 +11,10 @@ import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.config import ModelConfig, Rope
-from coreinfer_jax.decoding import decode, prefill
+from coreinfer_jax.decoding import DecodeState, decode, prefill
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.params import leaf_bytes
+from coreinfer_jax.sampling import Sampling
 from tests.support import LLAMA, MODELS, random_model
 
 RNG = np.random.default_rng(0)
@@ -96,26 +97,29 @@ WIDE = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("kept", [None, 600])
+def prefilled(params: ci.Params, rows: int = 1) -> tuple[DecodeState, Sampling]:
+    sampling = make_sampling(params.config, 0.0, None, None, (), None)
+    tokens, lengths = np.ones((rows, 64), np.int32), np.full(rows, 9, np.int32)
+    return prefill(params, tokens, lengths, sampling, None, capacity=64, voted=())[0], sampling
+
+
+SETS = {"dense": None, "one-set": range(600), "set-per-row": [range(600)] * 3}
+
+
+@pytest.mark.parametrize("kept", SETS.values(), ids=SETS.keys())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decode_loop_temporaries_stay_below_one_layer(dtype: str, kept: int | None) -> None:
+def test_decode_loop_temporaries_stay_below_one_layer(dtype: str, kept: object) -> None:
     """XLA would hoist float32 copies of bfloat16 weights out of the loop: every layer's at once."""
     params = random_model(WIDE, dtype=dtype)
     layer = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params.layers[0]))
-    narrow = params if kept is None else ci.compact(params, ci.CoreNeurons([range(kept)] * WIDE.num_layers))
-    sampling = make_sampling(WIDE, 0.0, None, None, (), None)
-    state, _ = prefill(
-        params, np.ones((1, 64), np.int32), np.array([9], np.int32), sampling, None, capacity=64, voted=()
-    )
+    narrow = params if kept is None else ci.compact(params, ci.CoreNeurons([kept] * WIDE.num_layers))
+    state, sampling = prefilled(params, rows=3 if isinstance(kept, list) else 1)
     memory = decode.lower(narrow, state, sampling, np.int32(8)).compile().memory_analysis()
     assert 0 < memory.temp_size_in_bytes < layer
 
 
 def test_the_cache_is_donated() -> None:
     params = random_model(LLAMA)
-    sampling = make_sampling(LLAMA, 0.0, None, None, (), None)
-    state, _ = prefill(
-        params, np.ones((1, 64), np.int32), np.array([9], np.int32), sampling, None, capacity=64, voted=()
-    )
+    state, sampling = prefilled(params)
     decode(params, state, sampling, np.int32(3))
     assert state.cache.keys[0].is_deleted()

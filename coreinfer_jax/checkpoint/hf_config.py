@@ -39,6 +39,15 @@ _COUNTS = (
     "word_embed_proj_dim",
     "max_position_embeddings",
 )
+_SWITCHES = (
+    "tie_word_embeddings",
+    "do_layer_norm_before",
+    "_remove_final_layer_norm",
+    "enable_bias",
+    "attention_bias",
+    "mlp_bias",
+)
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -63,9 +72,15 @@ def model_config(fields: Fields, where: str = "config.json") -> ModelConfig:
             computation in a way that is not implemented; one error names them all.
     """
     family = fields.get("model_type")
-    if family not in _ARCHITECTURES:
+    if not isinstance(family, str) or family not in _ARCHITECTURES:
         raise CoreInferError(f"{where}: model_type {family!r} is not implemented; supported are 'opt' and 'llama'")
-    problems = [*_missing(fields, family), *_bad_counts(fields), *_unimplemented(fields, family)]
+    fields = {name: value for name, value in fields.items() if value is not None}  # null is how absence is written
+    problems = [
+        *_missing(fields, family),
+        *_bad_counts(fields),
+        *_bad_values(fields),
+        *_unimplemented(fields, family),
+    ]
     if problems:
         raise CoreInferError(f"{where}: " + "; ".join(problems))
     build: Callable[[Fields], ModelConfig] = {"opt": _opt, "llama": _llama}[family]
@@ -89,6 +104,27 @@ def _bad_counts(fields: Fields) -> list[str]:
     if N % G:
         wrong.append(f"num_attention_heads={N} is not a multiple of num_key_value_heads={G}")
     return wrong
+
+
+def _bad_values(fields: Fields) -> list[str]:
+    wrong = [
+        f"{name}={fields[name]!r} (give true or false)"
+        for name in _SWITCHES
+        if not isinstance(fields.get(name, True), bool)
+    ]
+    wrong += [
+        f"{name}={fields[name]!r} (give a number above 0)"
+        for name in ("rms_norm_eps", "rope_theta")
+        if name in fields and not _is_number(fields, name)
+    ]
+    return wrong + [
+        f"{name}={fields[name]!r} (give a token id)" for name in _IDS if name in fields and not _is_ids(fields[name])
+    ]
+
+
+def _is_ids(value: object) -> bool:
+    ids = value if isinstance(value, list) else [value]
+    return all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
 
 
 def _is_count(value: object) -> bool:
@@ -115,6 +151,8 @@ def _unimplemented_llama(fields: Fields) -> list[str]:
     if fields.get("hidden_act", "silu") not in ("silu", "relu"):
         found.append(f"hidden_act={fields['hidden_act']!r} (only 'silu' and 'relu')")
     spelling, settings = _rope_settings(fields)
+    if not isinstance(settings, Mapping):
+        return [*found, f"{spelling}={settings!r} (give an object)"]
     kind = _rope_kind(settings)
     if kind not in ("default", "linear", "llama3"):
         found.append(f"{spelling} of type {kind!r} (only 'default', 'linear' and 'llama3')")
@@ -135,10 +173,7 @@ def _is_number(settings: Fields, name: str) -> bool:
 def _rope_settings(fields: Fields) -> tuple[str, Fields]:
     """Spelling and settings of RoPE: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
     spelling = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
-    settings = fields.get(spelling) or {}
-    if not isinstance(settings, Mapping):
-        raise CoreInferError(f"config.json: {spelling}={settings!r} is not an object")
-    return spelling, settings
+    return spelling, fields.get(spelling) or {}
 
 
 def _rope_kind(settings: Fields) -> object:

@@ -1,5 +1,6 @@
 """Fetching a checkpoint from the Hugging Face hub, only when the user names a hub id."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from coreinfer_jax.text import TOKENIZER_FILES
 
 def looks_like_hub_id(source: str) -> bool:
     """Whether `source` is no existing path and has the form `organisation/name`."""
-    return not Path(source).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
+    exists = os.path.exists(source)  # noqa: PTH110 - Path.exists raises for a name that is too long
+    return not exists and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
 
 
 def needed_files(available: Sequence[str]) -> list[str]:

@@ -88,10 +88,10 @@ def _read_manifest(path: Path) -> ModelConfig:
     if manifest.get("format") != "coreinfer_jax" or manifest.get("version") != VERSION:
         found = f"format {manifest.get('format')!r}, version {manifest.get('version')!r}"
         raise CoreInferError(f"{path}: {found}; this release reads version {VERSION}, convert the checkpoint again")
-    fields: dict[str, Any] = dict(manifest.get("config") or {})
     try:
+        fields: dict[str, Any] = dict(manifest.get("config") or {})
         rope = fields.pop("rope")
         eos_ids = tuple(fields.pop("eos_ids"))
         return ModelConfig(**fields, rope=None if rope is None else Rope(**rope), eos_ids=eos_ids)
-    except (TypeError, KeyError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise CoreInferError(f"{path}: its config is not a model's ({error}); convert the checkpoint again") from error

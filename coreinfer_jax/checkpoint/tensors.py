@@ -132,8 +132,6 @@ def _load_bin(file: Path) -> Mapping[str, Any]:
         raise CoreInferError(
             f"{file}: reading .bin needs PyTorch; pip install 'coreinfer_jax[torch]', or use a safetensors checkpoint"
         ) from error
-    from pickle import UnpicklingError
-
     try:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -142,7 +140,7 @@ def _load_bin(file: Path) -> Mapping[str, Any]:
                 raise
             # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files make PyTorch raise all kinds, AssertionError and struct.error too
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CoreInferError(
             f"{file}: not a PyTorch state dict that loads with weights_only ({reason}); download it again, "

@@ -27,6 +27,7 @@ def compact(params: Params, core: CoreNeurons) -> Params:
     Raises:
         CoreInferError: `core` does not fit the model, or `params` are narrowed already.
     """
+    check_core(core)
     core.check(params.config)
     check_dense(params)
     return narrow(params, tuple(None if indices is None else jnp.asarray(indices) for indices in core.layers))
@@ -34,8 +35,15 @@ def compact(params: Params, core: CoreNeurons) -> Params:
 
 def check_dense(params: Params) -> None:
     """Refuse parameters that have been narrowed: their neurons are numbered differently."""
-    if any(layer.mlp.width != params.config.mlp_size for layer in params.layers):
+    dense = (params.config.mlp_size, params.config.hidden_size)
+    if any(layer.mlp.up.weight.shape != dense for layer in params.layers):
         raise CoreInferError("params are narrowed to core neurons already: give the dense params of the model")
+
+
+def check_core(core: object) -> None:
+    """Refuse what is no `CoreNeurons`, such as the `CoreConfig` to choose them with."""
+    if not isinstance(core, CoreNeurons):
+        raise CoreInferError(f"core={core!r}: give CoreNeurons, for instance those of a Generation")
 
 
 def narrow(params: Params, indices: Indices) -> Params:

@@ -80,13 +80,18 @@ class CoreNeurons:
 
 
 def _checked(layer: int, indices: ArrayLike) -> np.ndarray:
-    given = np.asarray(indices)
-    if given.ndim not in (1, 2) or given.shape[-1] == 0 or not np.issubdtype(given.dtype, np.integer):
+    try:
+        given = np.asarray(indices)
+    except ValueError as error:  # NumPy's word for ragged rows
+        raise CoreInferError(f"core neurons of layer {layer}: give every row the same number of indices") from error
+    if given.ndim not in (1, 2) or given.size == 0 or not np.issubdtype(given.dtype, np.integer):
         raise CoreInferError(
             f"core neurons of layer {layer}: shape {given.shape}, {given.dtype}; give integers [K] or [B, K], K >= 1"
         )
     if given.min() < 0 or (np.diff(given.astype(np.int64), axis=-1) <= 0).any():
         raise CoreInferError(f"core neurons of layer {layer}: give indices >= 0, ascending, each once")
+    if given.max() > np.iinfo(np.int32).max:
+        raise CoreInferError(f"core neurons of layer {layer} reach index {given.max()}, beyond any MLP")
     owned = given.astype(np.int32)
     owned.setflags(write=False)
     return owned

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from coreinfer_jax.checkpoint.files import new_directory, refuse_existing
 from coreinfer_jax.checkpoint.hub import fetch, looks_like_hub_id
-from coreinfer_jax.checkpoint.load import open_model
+from coreinfer_jax.checkpoint.loading import open_model
 from coreinfer_jax.checkpoint.mapping import DTYPES, count_bytes, leaf_shapes, parse_dtype, read_as
 from coreinfer_jax.checkpoint.native import is_native, write_native
 from coreinfer_jax.errors import CoreInferError
@@ -38,7 +38,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     wanted = None if dtype is None else parse_dtype(dtype)
     refuse_existing(target)
     path = fetch(str(source)) if looks_like_hub_id(str(source)) else Path(source)
-    if path.is_dir() and is_native(path):
+    if os.path.isdir(path) and is_native(path):  # noqa: PTH112
         raise CoreInferError(f"{path}: converted already; copy the directory, or convert its source again")
     config, tensors = open_model(path)
     stored = DTYPES.get(tensors["token_embedding"].dtype, DTYPES["float32"])
