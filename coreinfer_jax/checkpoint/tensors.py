@@ -1,8 +1,7 @@
 """Reading the tensors of a checkpoint one at a time: safetensors, PyTorch's `.bin`, sharded or not."""
 
-import json
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def open_safetensors(files: list[Path]) -> StoredTensors:
     tensors: dict[str, StoredTensor] = {}
     aliases: dict[str, str] = {}
     for file in files:
-        with _safetensors(file) as opened:
+        with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 part = opened.get_slice(name)
                 _check_dtype(file, name, part.get_dtype())
@@ -83,30 +82,24 @@ def open_safetensors(files: list[Path]) -> StoredTensors:
 
 def _reader(file: Path, name: str) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        with _safetensors(file) as opened:
+        with _opened(file) as opened:
             array: np.ndarray = opened.get_tensor(name)
             return array
 
     return read
 
 
-class _safetensors(AbstractContextManager[Any]):  # noqa: N801 - used like a function
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     """`safe_open` whose failures name the file and the remedy."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __enter__(self) -> Any:
-        try:
-            self._opened = safe_open(self._file, framework="numpy")
-            return self._opened.__enter__()
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            raise CoreInferError(
-                f"{self._file}: not a readable safetensors file ({error}); it may be truncated, download it again"
-            ) from error
-
-    def __exit__(self, *exception: object) -> None:
-        self._opened.__exit__(*exception)
+    try:
+        opened = safe_open(file, framework="numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CoreInferError(
+            f"{file}: not a readable safetensors file ({error}); it may be truncated, download it again"
+        ) from error
+    with opened:
+        yield opened
 
 
 def _check_dtype(file: Path, name: str, dtype: str) -> None:

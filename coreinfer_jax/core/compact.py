@@ -1,5 +1,7 @@
 """Narrowed weights: the MLPs of a model cut down to core neurons, by one gather per prompt."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -52,12 +54,8 @@ def narrow(params: Params, indices: Indices) -> Params:
     # Only the MLPs pass through the compiled gather: whatever a jit returns untouched it copies.
     gathered = _gather([params.layers[l].mlp for l in chosen], [indices[l] for l in chosen])
     narrowed = dict(zip(chosen, gathered, strict=True))
-    layers = tuple(
-        layer.replace(mlp=narrowed[l]) if l in narrowed else layer  # type: ignore[attr-defined]
-        for l, layer in enumerate(params.layers)
-    )
-    result: Params = params.replace(layers=layers)  # type: ignore[attr-defined]
-    return result
+    layers = tuple(replace(layer, mlp=narrowed[l]) if l in narrowed else layer for l, layer in enumerate(params.layers))
+    return replace(params, layers=layers)
 
 
 @jax.jit
