@@ -19,7 +19,8 @@ from benchmarks.environment import environment, spread
 from coreinfer_jax import CoreNeurons, Params, compact
 from coreinfer_jax.cache import KVCache, init_cache
 from coreinfer_jax.checkpoint.hf_config import model_config
-from coreinfer_jax.models import extend, unembed
+from coreinfer_jax.core.select import kept_neurons
+from coreinfer_jax.models import extend, observe_nothing, unembed
 from coreinfer_jax.params import random_params
 
 OPT_125M = {
@@ -36,7 +37,7 @@ STEPS = 20
 
 
 def _step(params: Params, token: Array, cache: KVCache) -> Array:
-    hidden, _, _ = extend(params, token, cache, jnp.full(1, 100, jnp.int32), lambda activations: None)
+    hidden, _, _ = extend(params, token, cache, jnp.full(1, 100, jnp.int32), observe_nothing)
     return unembed(params, hidden)
 
 
@@ -66,7 +67,7 @@ def measure() -> dict[str, Any]:
     cache = init_cache(config, 1, 128, jnp.dtype("float32"))
     token = jnp.zeros((1, 1), jnp.int32)
     rng = np.random.default_rng(0)
-    kept = int(KEEP * config.mlp_size)
+    kept = kept_neurons(KEEP, config.mlp_size)
     sets = [
         CoreNeurons(np.sort(rng.choice(config.mlp_size, kept, replace=False)) for _ in range(config.num_layers))
         for _ in range(SETS)

@@ -26,5 +26,5 @@ TABLE = Table(
     },
     embedding="embed_tokens.weight",
     # Old exports carry RoPE's frequencies as buffers; they follow from the config.
-    ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    ignored=(r"(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)",),
 )

@@ -29,4 +29,5 @@ TABLE = Table(
         "unembedding": "lm_head.weight",  # [V, E], untied checkpoints only
     },
     embedding="decoder.embed_tokens.weight",
+    ignored=(r"decoder\.version",),  # a leftover of the original training code
 )

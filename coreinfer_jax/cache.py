@@ -1,8 +1,9 @@
 """The KV cache: past keys and values, slot s of a row holding position s of that row."""
 
+import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from coreinfer_jax.config import ModelConfig
 
@@ -46,8 +47,26 @@ def write(past: Array, new: Array, positions: Array) -> Array:
     Dropping matters for padding only: `dynamic_update_slice` would shift a block that overhangs the end and
     overwrite tokens that are there already.
     """
-    B = past.shape[0]
+    B, T = positions.shape
+    if T == 1 and past.dtype.itemsize == 2 and _SCATTER_WIDENS:
+        return _write_slots(past, new, positions)
+    if B * T == 1:
+        # XLA turns a scatter of one slot into a dynamic_update_slice, fuses it twice and copies the whole cache in
+        # every decode step; with a second slot, which is dropped, it writes in place.
+        new = jnp.concatenate([new, new], axis=1)
+        positions = jnp.concatenate([positions, jnp.full_like(positions, past.shape[2])], axis=1)
     return past.at[jnp.arange(B)[:, None], :, positions].set(new, mode="drop", unique_indices=True)
+
+
+# XLA's CPU code before JAX 0.11 makes a float32 copy of a 16-bit cache to scatter into it.
+_SCATTER_WIDENS = jax.__version_info__ < (0, 11)
+
+
+def _write_slots(past: Array, new: Array, positions: Array) -> Array:
+    """`write` for one slot per row, none beyond the end."""
+    for b in range(past.shape[0]):
+        past = lax.dynamic_update_slice(past, new[b : b + 1].swapaxes(1, 2), (b, 0, positions[b, 0], 0))
+    return past
 
 
 def bucket(length: int) -> int:

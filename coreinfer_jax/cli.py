@@ -1,6 +1,7 @@
 """The `coreinfer` command."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # transformers is only asked for tokenizers, so its advice to install PyTorch would be noise.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     try:
         options.run(options)
     except CoreInferError as error:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from coreinfer_jax.errors import CoreInferError
 
 Budget = Literal["per_token", "mean"]
@@ -89,7 +91,8 @@ class CoreConfig:
         alpha: share of a token's positive neurons that become its token-wise core neurons, in (0, 1].
         beta: keep ratio: share of F kept as sentence-wise core neurons, in (0, 1]; K = max(1, floor(beta F)).
         budget: `per_token` gives each token alpha times its own count of positive neurons (the paper's text);
-            `mean` gives every token alpha times the prompt's mean count (the authors' code).
+            `mean` gives every token alpha times its own prompt's mean count (the authors' code), also where rows
+            vote together.
         layers: which layers are narrowed, as fractions of depth: layer l of L when layers[0] <= l / L < layers[1].
         per_row: choose one core set per row of a batch, so that each row equals its single run; every row then
             reads its own narrowed weights. False chooses one set by the votes of all rows: the narrowed weights are
@@ -112,7 +115,7 @@ class CoreConfig:
         check_fraction("beta", self.beta)
         check_budget(self.budget)
         if not isinstance(self.layers, tuple) or len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1] <= 1:
-            raise CoreInferError(f"layers={self.layers}: give fractions of depth with 0 <= start < stop <= 1")
+            raise CoreInferError(f"layers={self.layers}: give a tuple of fractions of depth, 0 <= start < stop <= 1")
 
     @classmethod
     def paper(cls) -> "CoreConfig":
@@ -130,8 +133,8 @@ class CoreConfig:
 
 def check_fraction(name: str, value: float) -> None:
     """Refuse a share outside (0, 1]; `not` catches NaN as well."""
-    if not 0.0 < value <= 1.0:
-        raise CoreInferError(f"{name}={value}: give a share above 0 and at most 1")
+    if not isinstance(value, int | float | np.number) or not 0.0 < value <= 1.0:
+        raise CoreInferError(f"{name}={value!r}: give a share above 0 and at most 1")
 
 
 def check_budget(budget: str) -> None:

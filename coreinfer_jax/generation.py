@@ -21,7 +21,7 @@ from coreinfer_jax.core.predict import counted_tokens, given_indices, narrowed_l
 from coreinfer_jax.core.select import Voting, make_voting
 from coreinfer_jax.decoding import DISPATCH, DecodeState, decode, prefill
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.inputs import Prompts, Tokens, check_length, fill_id, make_sampling, pad_prompts
+from coreinfer_jax.inputs import Prompts, Tokens, check_finite, check_length, fill_id, make_sampling, pad_prompts
 from coreinfer_jax.params import Params, leaf_bytes, weight_bytes_per_step
 from coreinfer_jax.sampling import Sampling
 
@@ -114,7 +114,7 @@ class _Request:
 def generate(
     params: Params,
     tokens: Tokens,
-    core: Core = CoreConfig(),  # noqa: B008 - frozen, so sharing it is safe
+    core: Core = CoreConfig(),
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -149,6 +149,7 @@ def generate(
         CoreInferError: an empty prompt, an id outside the vocabulary, more tokens than the model has positions, a
             setting outside its range, core neurons of another model, logits that are NaN or infinite.
     """
+    check_dense(params)
     sampling = make_sampling(params.config, temperature, top_k, top_p, eos_ids, key)
     chunks = list(_run(params, tokens, core, max_new_tokens, sampling, DISPATCH))
     filled = fill_id(params.config)
@@ -162,7 +163,7 @@ def generate(
 def stream(
     params: Params,
     tokens: Tokens,
-    core: Core = CoreConfig(),  # noqa: B008 - frozen, so sharing it is safe
+    core: Core = CoreConfig(),
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -175,6 +176,7 @@ def stream(
 
     Arguments and errors are those of `generate`, raised at the call; leave the loop to stop early.
     """
+    check_dense(params)
     sampling = make_sampling(params.config, temperature, top_k, top_p, eos_ids, key)
     return _run(params, tokens, core, max_new_tokens, sampling, STREAM_CHUNK)
 
@@ -183,7 +185,6 @@ def _run(
     params: Params, tokens: Tokens, core: Core, max_new_tokens: int, sampling: Sampling, steps_per_dispatch: int
 ) -> Iterator[Chunk]:
     """Check everything now, so that mistakes surface at the call; work when the first chunk is asked for."""
-    check_dense(params)
     prompts = pad_prompts(tokens, params.config)
     check_length(int(prompts.lengths.max()), max_new_tokens, params.config)
     if core is not None and not isinstance(core, CoreConfig | CoreNeurons):
@@ -217,7 +218,7 @@ def _chunks(request: _Request, steps_per_dispatch: int) -> Iterator[Chunk]:
         state, drawn = decode(narrowed, state, request.sampling, np.int32(steps))
         new_lengths = np.array(state.length)
         steps_run = int(state.step) - made
-        _check_finite(state.finite)
+        check_finite(state.finite)
         stats = replace(
             stats,
             decode_seconds=stats.decode_seconds + perf_counter() - began,
@@ -242,7 +243,7 @@ def _begin(request: _Request) -> tuple[DecodeState, Params, CoreNeurons | None, 
         voted=request.voted,
     )
     jax.block_until_ready(state)
-    _check_finite(state.finite)
+    check_finite(state.finite)
 
     prefilled = perf_counter()
     indices, used = None, core
@@ -276,10 +277,3 @@ def bytes_read_per_token(params: Params, cache: KVCache) -> float:
     rows = cache.keys[0].shape[0]
     cached = sum(leaf_bytes(array) for array in cache.keys + cache.values)
     return (weight_bytes_per_step(params, rows) + cached) / rows
-
-
-def _check_finite(finite: Array) -> None:
-    if not bool(finite):
-        raise CoreInferError(
-            "logits are NaN or infinite: check the checkpoint, or use --dtype float32 (dtype='float32')"
-        )

@@ -18,6 +18,9 @@ from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.sampling import Sampling
 
+# Below it logits / temperature leaves the range of float32.
+LEAST_TEMPERATURE = 1e-6
+
 Tokens = ArrayLike | Sequence[Sequence[int]]
 
 
@@ -102,6 +105,14 @@ def check_length(prompt: int, new: int, config: ModelConfig) -> None:
         )
 
 
+def check_finite(finite: Array) -> None:
+    """Refuse to go on from logits that are not all `finite`, bool []."""
+    if not bool(finite):
+        raise CoreInferError(
+            "logits are NaN or infinite: check the checkpoint, or use --dtype float32 (dtype='float32')"
+        )
+
+
 def make_sampling(
     config: ModelConfig,
     temperature: float,
@@ -115,8 +126,10 @@ def make_sampling(
     Raises:
         CoreInferError: a setting outside its range, a temperature without a key, an EOS id outside the vocabulary.
     """
-    if not 0.0 <= temperature < float("inf"):
-        raise CoreInferError(f"temperature={temperature}: give 0 for greedy decoding or a number above 0")
+    if not isinstance(temperature, int | float | np.number) or not 0.0 <= temperature < float("inf"):
+        raise CoreInferError(f"temperature={temperature!r}: give 0 for greedy decoding or a number above 0")
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise CoreInferError(f"temperature={temperature}: give 0 for greedy decoding or at least {LEAST_TEMPERATURE}")
     if temperature > 0 and key is None:
         raise CoreInferError(f"temperature={temperature} draws at random: give key, a jax.random.key or an int seed")
     if top_k is not None and (not _is_whole(top_k) or top_k < 1):
@@ -152,13 +165,17 @@ def fill_id(config: ModelConfig) -> int:
 
 def _typed_key(key: Array | int | None) -> Array:
     """A typed key from an int seed, a typed key, or a raw uint32 key."""
-    if isinstance(key, int | np.integer):
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not -(2**63) <= key < 2**63:
             raise CoreInferError(f"key={key}: give a seed of at most 63 bits")
         return jax.random.key(key)
     if not hasattr(key, "dtype"):
         raise CoreInferError(f"key={key!r}: give a jax.random.key or an int seed")
     array = jnp.asarray(key)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return array
-    return jax.random.wrap_key_data(array)
+    if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        if array.dtype != jnp.uint32 or array.shape != jax.random.key_data(jax.random.key(0)).shape:
+            raise CoreInferError(f"key of shape {array.shape}, {array.dtype}: give a jax.random.key or an int seed")
+        array = jax.random.wrap_key_data(array)
+    if array.shape != ():
+        raise CoreInferError(f"key of shape {array.shape}: give a single key")
+    return array

@@ -11,7 +11,7 @@ from coreinfer_jax.params import Attention, Linear, Mlp, Norm
 
 
 def linear(x: Array, layer: Linear) -> Array:
-    """X [B, T, in] through weight [out, in], or [B, out, in] (one matrix per row): [B, T, out] in x's dtype.
+    """x [B, T, in] through weight [out, in], or [B, out, in] (one matrix per row): [B, T, out] in x's dtype.
 
     Products are accumulated in float32 whatever the dtype.
     """
@@ -41,7 +41,7 @@ def _doubled_row(x: Array, weight: Array) -> Array:
 
 
 def _add_bias(y: Array, bias: Array | None) -> Array:
-    """Y [B, T, out] plus bias [out], or [B, out] where every row has its own."""
+    """y [B, T, out] plus bias [out], or [B, out] where every row has its own."""
     if bias is None:
         return y
     per_row = bias[:, None, :] if bias.ndim == 2 else bias[None, None, :]
@@ -134,13 +134,20 @@ def attend(query: Array, keys: Array, values: Array, positions: Array) -> Array:
     """
     B, T, N, H = query.shape
     G, S = keys.shape[1], keys.shape[2]
-    grouped = query.reshape(B, T, G, N // G, H)
-    scores = jnp.einsum("btgnh,bgsh->bgnts", grouped, keys, preferred_element_type=jnp.float32) * (H**-0.5)
+    # One batch axis B G and rows T N/G: XLA's CPU code has no bfloat16 product with two batch axes.
+    grouped = query.reshape(B, T, G, N // G, H).swapaxes(1, 2).reshape(B * G, T * (N // G), H)
+    scores = _batched(grouped, keys.reshape(B * G, S, H), contract=(2, 2)) * (H**-0.5)
     visible = jnp.arange(S)[None, None, :] <= positions[:, :, None]
-    masked = jnp.where(visible[:, None, None, :, :], scores, -jnp.inf)
-    weights = jax.nn.softmax(masked, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bgnts,bgsh->btgnh", weights, values, preferred_element_type=jnp.float32)
-    return mixed.reshape(B, T, N * H).astype(query.dtype)
+    masked = jnp.where(visible[:, None, :, None, :], scores.reshape(B, G, T, N // G, S), -jnp.inf)
+    weights = jax.nn.softmax(masked, axis=-1).astype(values.dtype).reshape(B * G, T * (N // G), S)
+    mixed = _batched(weights, values.reshape(B * G, S, H), contract=(2, 1))
+    return mixed.reshape(B, G, T, N // G, H).swapaxes(1, 2).reshape(B, T, N * H).astype(query.dtype)
+
+
+def _batched(x: Array, y: Array, contract: tuple[int, int]) -> Array:
+    """Products of x and y, both with a leading batch axis, over the axes `contract`, accumulated in float32."""
+    axes = (((contract[0],), (contract[1],)), ((0,), (0,)))
+    return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 
 def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> Array:

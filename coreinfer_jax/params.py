@@ -1,7 +1,8 @@
 """The weights of a model: frozen pytrees, one type for every family, every leaf's shape stated.
 
 Axis letters: `V` vocabulary, `E` embedding width (D except for OPT-350m), `D` hidden size, `F` MLP neurons,
-`K` kept (core) neurons, `N` query heads, `G` key/value heads, `H` head size, `P` positions, `B` batch rows.
+`K` kept (core) neurons, `N` query heads, `G` key/value heads, `H` head size, `L` layers, `P` positions, `B` batch rows,
+`T` query positions, `S` cache positions.
 """
 
 from collections.abc import Callable

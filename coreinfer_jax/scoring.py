@@ -9,7 +9,7 @@ from coreinfer_jax.cache import init_cache
 from coreinfer_jax.core.compact import check_core, compact
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.inputs import pad_prompts
+from coreinfer_jax.inputs import check_finite, pad_prompts
 from coreinfer_jax.models import extend, observe_nothing, unembed
 from coreinfer_jax.params import Params
 
@@ -30,8 +30,11 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
         float32 [B, T, V].
 
     Raises:
-        CoreInferError: ids outside the vocabulary, more tokens than positions, core neurons that do not fit.
+        CoreInferError: more tokens than positions, core neurons that do not fit. Where values can be seen, that is
+            outside of a jit, also ids outside the vocabulary and logits that are NaN or infinite.
     """
+    if not isinstance(params, Params):
+        raise CoreInferError(f"params: {type(params).__name__}; give Params, the first of what load returns")
     if not isinstance(tokens, jax.core.Tracer):
         lengths = pad_prompts(tokens, params.config).lengths
         if lengths.max() != lengths.min():
@@ -46,7 +49,10 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
     sets = {layer.mlp.up.weight.shape[0] for layer in params.layers if layer.mlp.up.weight.ndim == 3}
     if sets - {ids.shape[0]}:
         raise CoreInferError(f"params are narrowed for {min(sets)} rows, but tokens have {ids.shape[0]}")
-    return _logits(params, ids)
+    logits = _logits(params, ids)
+    if not isinstance(logits, jax.core.Tracer):
+        check_finite(jnp.isfinite(logits).all())
+    return logits
 
 
 @jax.jit

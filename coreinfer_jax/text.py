@@ -76,7 +76,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
-        return str(self._processor.decode(list(ids)))
+        known = [i for i in ids if i < len(self._processor)]  # models pad their vocabulary beyond the tokenizer's
+        return str(self._processor.decode(known))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:

@@ -89,6 +89,11 @@ def test_tokens(call, mistake, named):
         "temperature NaN": ({"temperature": float("nan"), "key": 0}, "temperature=nan"),
         "temperature infinite": ({"temperature": float("inf"), "key": 0}, "temperature=inf"),
         "temperature without key": ({"temperature": 1.0}, "give key"),
+        "temperature of text": ({"temperature": "hot", "key": 0}, "temperature='hot'"),
+        "temperature beyond float32": ({"temperature": 1e-39, "key": 0}, "temperature=1e-39"),
+        "several keys": ({"temperature": 1.0, "key": jax.random.split(jax.random.key(0), 2)}, "key of shape (2,)"),
+        "key of a float": ({"temperature": 1.0, "key": np.float32(3)}, "key of shape (), float32"),
+        "key True": ({"temperature": 1.0, "key": True}, "key=True"),
         "seed too large": ({"temperature": 1.0, "key": 2**80}, str(2**80)),
         "key of text": ({"temperature": 1.0, "key": "seed"}, "'seed'"),
         "top_k 0": ({"top_k": 0}, "top_k=0"),
@@ -269,3 +274,13 @@ def test_what_is_no_mistake(tokens):
     for new, same_key in ((np.int64(4), key), (4, jax.random.key_data(key)), (4, np.int64(3))):
         made = ci.generate(opt(), tokens, max_new_tokens=new, temperature=1.0, key=same_key).tokens
         np.testing.assert_array_equal(made, expected)
+
+
+@pytest.mark.parametrize("call", [ci.generate, ci.stream, ci.forward])
+def test_what_load_returns_is_not_params_yet(call):
+    assert "params: tuple" in refusal(lambda: call((opt(), None), [[5, 6]]))
+
+
+def test_forward_with_nan_weights():
+    poisoned = opt().replace(token_embedding=opt().token_embedding.at[7, 0].set(jnp.nan))
+    assert "NaN" in refusal(lambda: ci.forward(poisoned, [[5, 7]]))

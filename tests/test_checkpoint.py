@@ -149,6 +149,14 @@ def with_frequencies(tensors: Tensors) -> Tensors:
     return tensors | {f"model.layers.{l}.self_attn.rotary_emb.inv_freq": frequencies for l in range(3)}
 
 
+def with_model_frequencies(tensors: Tensors) -> Tensors:
+    return tensors | {"model.rotary_emb.inv_freq": np.ones(4, np.float32)}
+
+
+def with_version(tensors: Tensors) -> Tensors:
+    return tensors | {"model.decoder.version": np.array([3.0], np.float32)}
+
+
 def with_head_copy(tensors: Tensors) -> Tensors:
     return tensors | {"lm_head.weight": next(a for n, a in tensors.items() if "embed_tokens" in n).copy()}
 
@@ -163,6 +171,8 @@ def save_with_alias(tensors: Tensors, file: Path) -> None:
 
 SPELLINGS = {f"{name} of today": Spelling(config) for name, config in MODELS.items()} | {
     "opt without the leading model.": Spelling(OPT, without_prefix),
+    "opt with a version": Spelling(OPT, with_version),
+    "llama with frequencies of the whole model": Spelling(LLAMA, with_model_frequencies),
     "opt with a copy for lm_head": Spelling(OPT, with_head_copy),
     "opt untied": Spelling(replace(OPT, tied=False)),
     "350m without the leading model.": Spelling(OPT_350M_STYLE, without_prefix),
@@ -261,11 +271,12 @@ def test_every_unfitting_tensor_is_named_in_one_error(tmp_path):
         assert problem in message
 
 
-def test_a_checkpoint_of_another_size_gives_a_short_error(tmp_path):
+def test_a_checkpoint_of_another_size_names_every_tensor_in_a_short_error(tmp_path):
     hub = write_hub(tmp_path / "hub", replace(LLAMA, hidden_size=64, head_size=16), hub_tensors(LLAMA))
     message = refusal(hub)
     assert "token_embedding has shape [101, 32] instead of [101, 64]" in message
-    assert "and 18 more" in message
+    assert "layers.0|1|2.mlp.up.weight has shape [96, 32] instead of [96, 64]" in message
+    assert len(message) < 2000
 
 
 def test_a_tensor_stored_under_both_names_is_refused(tmp_path):
@@ -603,3 +614,13 @@ def test_a_fetched_repository_is_converted(tmp_path, hub, monkeypatch):
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(hub))
     assert_leaves(ci.load(ci.convert("some/opt", tmp_path / "native"), "float32")[0], weights(OPT))
+
+
+def test_bin_weights_are_not_fetched_without_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda api, name: ["config.json", "pytorch_model.bin"]
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: pytest.fail("downloaded"))
+    monkeypatch.setattr("coreinfer_jax.checkpoint.hub.find_spec", lambda name: None)
+    with pytest.raises(ci.CoreInferError, match="pip install"):
+        ci.convert("some/opt", tmp_path / "native")

@@ -37,7 +37,7 @@ def traced() -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
-def run(params: ci.Params, length: int, core: ci.CoreConfig | None = ci.CoreConfig(), **settings: object) -> None:  # noqa: B008
+def run(params: ci.Params, length: int, core: ci.CoreConfig | None = ci.CoreConfig(), **settings: object) -> None:
     settings = {"max_new_tokens": 20} | settings
     ci.generate(params, [RNG.integers(3, 101, length).tolist()], core, **settings)
 
@@ -85,10 +85,10 @@ WIDE = replace(
 )
 
 
-def prefilled(params: ci.Params, rows: int = 1) -> tuple[DecodeState, Sampling]:
+def prefilled(params: ci.Params, rows: int = 1, capacity: int = 64) -> tuple[DecodeState, Sampling]:
     sampling = make_sampling(params.config, 0.0, None, None, (), None)
     tokens, lengths = np.ones((rows, 64), np.int32), np.full(rows, 9, np.int32)
-    return prefill(params, tokens, lengths, sampling, None, capacity=64, voted=())[0], sampling
+    return prefill(params, tokens, lengths, sampling, None, capacity=capacity, voted=())[0], sampling
 
 
 SETS = {"dense": None, "one-set": range(600), "set-per-row": [range(600)] * 3}
@@ -97,11 +97,12 @@ SETS = {"dense": None, "one-set": range(600), "set-per-row": [range(600)] * 3}
 @pytest.mark.parametrize("kept", SETS.values(), ids=SETS.keys())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decode_loop_temporaries_stay_below_one_layer(dtype: str, kept: object) -> None:
-    """XLA would hoist float32 copies of bfloat16 weights out of the loop: every layer's at once."""
+    """XLA would hoist float32 copies of bfloat16 weights out of the loop, every layer's at once, and copy the cache in
+    every step; at this capacity the cache is larger than a layer."""
     params = random_model(WIDE, dtype=dtype)
     layer = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params.layers[0]))
     narrow = params if kept is None else ci.compact(params, ci.CoreNeurons([kept] * WIDE.num_layers))
-    state, sampling = prefilled(params, rows=3 if isinstance(kept, list) else 1)
+    state, sampling = prefilled(params, rows=3 if isinstance(kept, list) else 1, capacity=8192)
     memory = decode.lower(narrow, state, sampling, np.int32(8)).compile().memory_analysis()
     assert 0 < memory.temp_size_in_bytes < layer
 

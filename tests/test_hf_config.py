@@ -296,6 +296,12 @@ def test_sizes_are_whole_numbers_above_0(family, field, value):
         ({"rope_theta": "large"}, "rope_theta='large'"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
+        ({"bos_token_id": [1]}, "bos_token_id=[1]"),
+        ({"head_dim": 65}, "head_dim=65"),
+        ({"architectures": 5}, "architectures=5"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling with a factor but without a type"),
+        ({"rope_parameters": {"rope_theta": -5.0}}, "rope_parameters.rope_theta=-5.0"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "together"),
     ],
 )
 def test_other_values_that_make_no_model(fields, named):

@@ -151,3 +151,9 @@ def test_where_text_stops_does_not_depend_on_how_it_arrives(stops):
 def test_an_incomplete_character_is_held_back():
     assert settled("abc" + REPLACEMENT * 3, []) == ("abc", False)
     assert settled("a<E" + REPLACEMENT, ["<END>"]) == ("a", False)
+
+
+def test_ids_beyond_a_sentencepiece_model_decode_to_nothing(data, tmp_path):
+    shutil.copyfile(data / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode([1, 15043, 32000, 3186]) == "Hello world"

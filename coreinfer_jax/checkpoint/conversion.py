@@ -21,7 +21,8 @@ OVERHEAD_BYTES = 16 * 2**20
 def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str], dtype: object = None) -> Path:
     """Convert a checkpoint. `destination` appears whole or not at all.
 
-    Memory stays below twice the largest tensor plus 1 GiB whatever the checkpoint's size; files are mapped, not read.
+    Memory stays below twice the largest tensor as written plus 1 GiB, whatever the checkpoint's size: files are mapped,
+    not read. Only `.bin` files of PyTorch before 1.6, which cannot be mapped, are held one file at a time.
 
     Args:
         source: a Hugging Face directory, or a hub id such as `facebook/opt-125m`, fetched into the hub's cache.

@@ -57,7 +57,11 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 def refuse_existing(path: Path) -> None:
     """Refuse an output path that is taken, or whose parent directory is missing."""
-    if path.exists() or path.is_symlink():
+    try:
+        taken = path.exists() or path.is_symlink()
+    except OSError as error:
+        raise CoreInferError(f"{path}: {error.strerror}; name another directory") from error
+    if taken:
         raise CoreInferError(f"{path}: exists already; name a new directory or remove it first")
     if not path.parent.is_dir():
         raise CoreInferError(f"{path.parent}: no such directory; create it first")

@@ -22,7 +22,7 @@ _NEUTRAL_EVERYWHERE: dict[str, Any] = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
 }
-_ARCHITECTURES = {"opt": "OPTForCausalLM", "llama": "LlamaForCausalLM"}
+_ARCHITECTURES = {"opt": ("OPTForCausalLM",), "llama": ("LlamaForCausalLM", "LLaMAForCausalLM")}
 _REQUIRED = {
     "opt": ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "num_attention_heads"),
     "llama": ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"),
@@ -101,6 +101,8 @@ def _bad_counts(fields: Fields) -> list[str]:
     G = given.get("num_key_value_heads", N)
     if "head_dim" not in given and D % N:
         wrong.append(f"hidden_size={D} is not a multiple of num_attention_heads={N}")
+    if given.get("head_dim", 2) % 2:
+        wrong.append(f"head_dim={given['head_dim']} is odd")
     if N % G:
         wrong.append(f"num_attention_heads={N} is not a multiple of num_key_value_heads={G}")
     return wrong
@@ -118,12 +120,14 @@ def _bad_values(fields: Fields) -> list[str]:
         if name in fields and not _is_number(fields, name)
     ]
     return wrong + [
-        f"{name}={fields[name]!r} (give a token id)" for name in _IDS if name in fields and not _is_ids(fields[name])
+        f"{name}={fields[name]!r} (give a token id)"
+        for name in _IDS
+        if name in fields and not _is_ids(name, fields[name])
     ]
 
 
-def _is_ids(value: object) -> bool:
-    ids = value if isinstance(value, list) else [value]
+def _is_ids(name: str, value: object) -> bool:
+    ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
     return all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
 
 
@@ -141,8 +145,8 @@ def _unimplemented(fields: Fields, family: str) -> list[str]:
     if family == "llama":
         found += _unimplemented_llama(fields)
     architectures = fields.get("architectures")
-    if architectures and _ARCHITECTURES[family] not in architectures:
-        found.append(f"architectures={architectures!r} (only {_ARCHITECTURES[family]})")
+    if architectures and not (isinstance(architectures, list) and set(_ARCHITECTURES[family]) & set(architectures)):
+        found.append(f"architectures={architectures!r} (only {_ARCHITECTURES[family][0]})")
     return [f"not implemented: {', '.join(found)}"] if found else []
 
 
@@ -153,11 +157,22 @@ def _unimplemented_llama(fields: Fields) -> list[str]:
     spelling, settings = _rope_settings(fields)
     if not isinstance(settings, Mapping):
         return [*found, f"{spelling}={settings!r} (give an object)"]
+    if fields.get("rope_parameters") and fields.get("rope_scaling"):
+        found.append("rope_parameters and rope_scaling together (keep one)")
     kind = _rope_kind(settings)
+    if kind == "default" and settings.get("factor", 1.0) != 1.0:
+        found.append(f"{spelling} with a factor but without a type")
     if kind not in ("default", "linear", "llama3"):
         found.append(f"{spelling} of type {kind!r} (only 'default', 'linear' and 'llama3')")
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         found.append(f"{spelling} with partial_rotary_factor={settings['partial_rotary_factor']!r}")
+    found += [
+        f"{spelling}.{name}={settings[name]!r} (give a number above 0)"
+        for name in ("rope_theta", "original_max_position_embeddings")
+        if settings.get(name) is not None and not _is_number(settings, name)
+    ]
+    if kind == "llama3" and settings.get("low_freq_factor") == settings.get("high_freq_factor"):
+        found.append(f"{spelling} with low_freq_factor equal to high_freq_factor")
     wanted = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}.get(str(kind), [])
     found += [
         f"{spelling} of type {kind!r} without a number {name!r}" for name in wanted if not _is_number(settings, name)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from coreinfer_jax.errors import CoreInferError
@@ -38,6 +39,8 @@ def fetch(hub_id: str) -> Path:
 
     try:
         files = needed_files(HfApi().list_repo_files(hub_id))
+        if any(file.endswith(".bin") for file in files) and find_spec("torch") is None:
+            raise CoreInferError("holds only .bin weights, which need PyTorch; pip install 'coreinfer_jax[torch]'")
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except CoreInferError as error:
         raise CoreInferError(f"{hub_id}: {error}") from error

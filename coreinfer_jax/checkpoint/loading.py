@@ -50,7 +50,7 @@ def default_dtype() -> np.dtype:
 def open_model(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
     """Config and, per leaf of `Params`, the stored tensor of a native or Hugging Face directory."""
     if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        raise CoreInferError(f"{path}: no such directory; name one that holds a checkpoint")
+        raise CoreInferError(f"{path}: no such directory; name one with a checkpoint, and convert a hub id first")
     if is_native(path):
         return open_native(path)
     if not (path / "config.json").is_file():

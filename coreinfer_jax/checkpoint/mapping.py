@@ -16,9 +16,6 @@ from coreinfer_jax.params import abstract_params, named_leaves
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
-# Problems named in one error; a checkpoint of another model would list thousands.
-LISTED = 12
-
 
 def parse_dtype(dtype: object) -> np.dtype:
     """`float32`, `bfloat16` or `float16`, as a name or anything NumPy takes for one of them."""
@@ -79,8 +76,17 @@ def check_fit(
         if tensor.shape != shapes[leaf]
     ]
     if problems:
-        rest = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        raise CoreInferError(f"{where}: the weights do not fit config.json: {'; '.join(problems[:LISTED])}{rest}")
+        raise CoreInferError(f"{where}: the weights do not fit config.json: {'; '.join(_by_layer(problems))}")
+
+
+def _by_layer(problems: list[str]) -> list[str]:
+    """`problems` with those that differ only in the layer's number told once, with all its numbers."""
+    layers: dict[str, list[str]] = {}
+    for problem in problems:
+        number = re.search(r"\blayers\.(\d+)\.", problem)
+        template = problem if number is None else problem.replace(number[0], "layers.{l}.", 1)
+        layers.setdefault(template, []).append("" if number is None else number[1])
+    return [template.replace("{l}", "|".join(numbers)) for template, numbers in layers.items()]
 
 
 def _without_prefix(stored: StoredTensors, where: str) -> dict[str, StoredTensor]:

@@ -37,6 +37,8 @@ def compact(params: Params, core: CoreNeurons) -> Params:
 
 def check_dense(params: Params) -> None:
     """Refuse parameters that have been narrowed: their neurons are numbered differently."""
+    if not isinstance(params, Params):
+        raise CoreInferError(f"params: {type(params).__name__}; give Params, the first of what load returns")
     dense = (params.config.mlp_size, params.config.hidden_size)
     if any(layer.mlp.up.weight.shape != dense for layer in params.layers):
         raise CoreInferError("params are narrowed to core neurons already: give the dense params of the model")

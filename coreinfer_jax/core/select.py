@@ -16,7 +16,8 @@ from jax import Array, lax
 from coreinfer_jax.config import Budget, check_budget, check_fraction
 from coreinfer_jax.errors import CoreInferError
 
-# float32 error that must not cost a token a neuron under the `mean` rule: alpha * mean is evaluated to about 1e-7.
+# float32 error that must not cost a token a neuron under the `mean` rule: alpha * mean is evaluated to about 3e-7, so
+# a product that truly lies less than this below a whole number counts as that number.
 MEAN_TOLERANCE = 1e-6
 
 
