@@ -2,16 +2,19 @@
 
 from coreinfer_jax.checkpoint import convert, load
 from coreinfer_jax.config import CoreConfig, ModelConfig, Rope
+from coreinfer_jax.conversation import Conversation, converse
 from coreinfer_jax.core.compact import compact
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.core.select import select_core_neurons
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.generation import Chunk, Generation, Stats, generate, stream
+from coreinfer_jax.generation import generate, stream
 from coreinfer_jax.params import Params
+from coreinfer_jax.results import Chunk, Generation, Stats
 from coreinfer_jax.scoring import forward
 
 __all__ = [
     "Chunk",
+    "Conversation",
     "CoreConfig",
     "CoreInferError",
     "CoreNeurons",
@@ -21,6 +24,7 @@ __all__ = [
     "Rope",
     "Stats",
     "compact",
+    "converse",
     "convert",
     "forward",
     "generate",

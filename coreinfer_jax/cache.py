@@ -1,5 +1,7 @@
 """The KV cache: past keys and values, slot s of a row holding position s of that row."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -31,6 +33,7 @@ class KVCache:
         return int(self.keys[0].shape[2])
 
 
+@partial(jax.jit, static_argnames=("config", "rows", "capacity", "dtype"))
 def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> KVCache:
     """An empty cache for `rows` (B) rows of `capacity` (S) positions."""
     shape = (rows, config.num_kv_heads, capacity, config.head_size)
@@ -39,6 +42,17 @@ def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) 
         return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
     return KVCache(keys=empty(), values=empty())
+
+
+def with_capacity(cache: KVCache, capacity: int) -> KVCache:
+    """`cache` with room for at least `capacity` positions per row."""
+    return cache if cache.capacity >= capacity else _grown(cache, capacity)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def _grown(cache: KVCache, capacity: int) -> KVCache:
+    room = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
+    return jax.tree.map(lambda array: jnp.pad(array, room), cache)
 
 
 def write(past: Array, new: Array, positions: Array) -> Array:

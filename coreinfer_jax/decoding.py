@@ -1,4 +1,4 @@
-"""The two compiled programs of a generation: the prefill, and the loop of decode steps."""
+"""The compiled programs of a generation: the prefill, and the loop of decode steps."""
 
 from functools import partial
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from coreinfer_jax.cache import KVCache, init_cache
+from coreinfer_jax.cache import KVCache
+from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.core.select import Votes, Voting, count_votes
 from coreinfer_jax.models import extend, observe_nothing, unembed
 from coreinfer_jax.params import Params
@@ -41,35 +42,55 @@ class DecodeState:
     finite: Array
 
 
-@partial(jax.jit, static_argnames=("capacity", "voted"))
+@partial(jax.jit, static_argnames=("config", "rows", "layers"))
+def no_votes(config: ModelConfig, rows: int, layers: int) -> list[Votes]:
+    """The votes of `layers` layers before any token: zeros [B, F] for `rows` (B) rows."""
+    shape = (rows, config.mlp_size)
+    return [Votes(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)) for _ in range(layers)]
+
+
+# Cache and votes of earlier tokens are donated: the prompt's are added to them in place.
+@partial(jax.jit, static_argnames="voted", donate_argnames=("cache", "votes"))
 def prefill(
     params: Params,
     tokens: Array,
     lengths: Array,
+    start: Array,
+    cache: KVCache,
+    votes: list[Votes],
     sampling: Sampling,
     voting: Voting | None,
     *,
-    capacity: int,
     voted: tuple[int, ...],
 ) -> tuple[DecodeState, list[Votes]]:
-    """Run the prompts, count the votes of layers `voted`, draw the first token from the full model's logits."""
-    B = tokens.shape[0]
+    """Read prompts, add the votes of layers `voted`, draw the next token from the full model's logits.
+
+    Args:
+        params: dense weights.
+        tokens: int32 [B, T], padded.
+        lengths: int32 [B], tokens per row before padding.
+        start: int32 [B], tokens per row that were read before.
+        cache: what those left, with room for the prompts.
+        votes: theirs, one entry per layer of `voted`.
+        sampling: how to draw.
+        voting: who votes how; None when nobody does.
+        voted: layers.
+    """
     observe = observe_nothing if voting is None else partial(count_votes, voting=voting)
-    cache = init_cache(params.config, B, capacity, params.token_embedding.dtype)
-    hidden, cache, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
-    logits = unembed(params, hidden[jnp.arange(B), lengths - 1][:, None])[:, 0]
+    hidden, cache, observed = extend(params, tokens, cache, start, observe)
+    logits = unembed(params, hidden[jnp.arange(tokens.shape[0]), lengths - 1][:, None])[:, 0]
     first = draw(logits, sampling, jnp.int32(0))
     state = DecodeState(
         cache=cache,
         token=first,
-        position=lengths,
-        length=jnp.ones(B, jnp.int32),
+        position=start + lengths,
+        length=jnp.ones_like(lengths),
         done=sampling.is_eos[first],
         step=jnp.int32(1),
         finite=jnp.isfinite(logits).all(),
     )
-    votes = [layer_votes for l in voted if (layer_votes := observed[l]) is not None]
-    return state, votes
+    new = [layer_votes for l in voted if (layer_votes := observed[l]) is not None]
+    return state, jax.tree.map(jnp.add, votes, new)
 
 
 # The cache is donated: each dispatch extends it in place. XLA's loop-invariant code motion is off because on CPU it

@@ -6,6 +6,7 @@ So every bound is checked here, before anything is traced.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,12 @@ from numpy.typing import ArrayLike
 
 from coreinfer_jax.cache import bucket
 from coreinfer_jax.config import ModelConfig
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.sampling import Sampling
 
 # Below it logits / temperature leaves the range of float32.
 LEAST_TEMPERATURE = 1e-6
+MOST_TEMPERATURE = float(np.finfo(np.float32).max)
 
 Tokens = ArrayLike | Sequence[Sequence[int]]
 
@@ -95,14 +97,12 @@ def _check_row(i: int, row: np.ndarray, config: ModelConfig) -> None:
 def check_length(prompt: int, new: int, config: ModelConfig) -> None:
     """Refuse a prompt that leaves no room, within the model's positions, for the tokens asked for."""
     if not _is_whole(new) or new < 1:
-        raise CoreInferError(f"max_new_tokens={new}: give a whole number of at least 1")
+        raise CoreInferError(f"max_new_tokens={shown(new)}: give a whole number of at least 1")
     room = config.max_positions - prompt
     if new > room:
         remedy = f"shorten the prompt or ask for at most {room}" if room > 0 else "shorten the prompt"
-        raise CoreInferError(
-            f"{prompt} prompt tokens + max_new_tokens={new} exceed the model's {config.max_positions} positions; "
-            + remedy
-        )
+        total = f"{prompt} prompt tokens + max_new_tokens={shown(new)}"
+        raise CoreInferError(f"{total} exceed the model's {config.max_positions} positions; {remedy}")
 
 
 def check_finite(finite: Array) -> None:
@@ -126,22 +126,24 @@ def make_sampling(
     Raises:
         CoreInferError: a setting outside its range, a temperature without a key, an EOS id outside the vocabulary.
     """
-    if not isinstance(temperature, int | float | np.number) or not 0.0 <= temperature < float("inf"):
-        raise CoreInferError(f"temperature={temperature!r}: give 0 for greedy decoding or a number above 0")
+    if not isinstance(temperature, Real) or not 0 <= temperature <= MOST_TEMPERATURE:
+        raise CoreInferError(
+            f"temperature={shown(temperature)}: give 0 for greedy decoding or a number above 0 and up to 3.4e38"
+        )
     if 0 < temperature < LEAST_TEMPERATURE:
         raise CoreInferError(f"temperature={temperature}: give 0 for greedy decoding or at least {LEAST_TEMPERATURE}")
     if temperature > 0 and key is None:
         raise CoreInferError(f"temperature={temperature} draws at random: give key, a jax.random.key or an int seed")
     if top_k is not None and (not _is_whole(top_k) or top_k < 1):
-        raise CoreInferError(f"top_k={top_k}: give a whole number of at least 1, or None to keep every token")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise CoreInferError(f"top_p={top_p}: give a share above 0 and at most 1, or None to keep every token")
+        raise CoreInferError(f"top_k={shown(top_k)}: give a whole number of at least 1, or None to keep every token")
+    if top_p is not None and not (isinstance(top_p, Real) and 0 < top_p <= 1):
+        raise CoreInferError(f"top_p={shown(top_p)}: give a share above 0 and at most 1, or None to keep every token")
     is_eos = np.zeros(config.vocab_size, bool)
-    if not isinstance(eos_ids, Iterable):
-        raise CoreInferError(f"eos_ids={eos_ids!r}: give a tuple of token ids")
+    if not isinstance(eos_ids, Iterable) or getattr(eos_ids, "ndim", 1) == 0:
+        raise CoreInferError(f"eos_ids={shown(eos_ids)}: give a tuple of token ids")
     for eos in eos_ids:
         if not _is_whole(eos) or not 0 <= eos < config.vocab_size:
-            raise CoreInferError(f"eos_ids: {eos} is outside the vocabulary 0 .. {config.vocab_size - 1}")
+            raise CoreInferError(f"eos_ids: {shown(eos)} is outside the vocabulary 0 .. {config.vocab_size - 1}")
         is_eos[eos] = True
     return Sampling(
         key=None if temperature == 0 else _typed_key(key),
@@ -167,11 +169,12 @@ def _typed_key(key: Array | int | None) -> Array:
     """A typed key from an int seed, a typed key, or a raw uint32 key."""
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not -(2**63) <= key < 2**63:
-            raise CoreInferError(f"key={key}: give a seed of at most 63 bits")
+            raise CoreInferError(f"key={shown(key)}: give a seed of at most 63 bits")
         return jax.random.key(key)
-    if not hasattr(key, "dtype"):
-        raise CoreInferError(f"key={key!r}: give a jax.random.key or an int seed")
-    array = jnp.asarray(key)
+    try:
+        array = jnp.asarray(key if hasattr(key, "dtype") else "no array")
+    except TypeError as error:
+        raise CoreInferError(f"key={shown(key)}: give a jax.random.key or an int seed") from error
     if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         if array.dtype != jnp.uint32 or array.shape != jax.random.key_data(jax.random.key(0)).shape:
             raise CoreInferError(f"key of shape {array.shape}, {array.dtype}: give a jax.random.key or an int seed")

@@ -14,6 +14,7 @@ from flax import struct
 from jax import Array
 
 from coreinfer_jax.config import ModelConfig
+from coreinfer_jax.errors import CoreInferError
 
 
 @struct.dataclass
@@ -161,6 +162,12 @@ def random_params(config: ModelConfig, key: Array, dtype: jnp.dtype, scale: floa
         return noise + jnp.ones((), dtype) if name.endswith("norm.scale") else noise
 
     return with_leaves(shapes, draw)
+
+
+def check_params(params: object) -> None:
+    """Refuse what is no `Params`, such as the pair that `load` returns."""
+    if not isinstance(params, Params):
+        raise CoreInferError(f"params: {type(params).__name__}; give Params, the first of what load returns")
 
 
 def named_leaves(params: Params) -> list[tuple[str, Array]]:

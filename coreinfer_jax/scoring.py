@@ -11,7 +11,7 @@ from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.inputs import check_finite, pad_prompts
 from coreinfer_jax.models import extend, observe_nothing, unembed
-from coreinfer_jax.params import Params
+from coreinfer_jax.params import Params, check_params
 
 
 def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) -> Array:
@@ -33,8 +33,7 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
         CoreInferError: more tokens than positions, core neurons that do not fit. Where values can be seen, that is
             outside of a jit, also ids outside the vocabulary and logits that are NaN or infinite.
     """
-    if not isinstance(params, Params):
-        raise CoreInferError(f"params: {type(params).__name__}; give Params, the first of what load returns")
+    check_params(params)
     if not isinstance(tokens, jax.core.Tracer):
         lengths = pad_prompts(tokens, params.config).lengths
         if lengths.max() != lengths.min():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,6 +12,7 @@ import jax
 import pytest
 
 import coreinfer_jax as ci
+from coreinfer_jax.cli import generate as generate_command
 from coreinfer_jax.cli import main
 from coreinfer_jax.text import load_tokenizer
 from tests.support import OPT
@@ -60,7 +62,7 @@ def test_text_goes_to_stdout_and_one_line_of_facts_to_stderr(run, generate, tiny
     status, out, err = run("generate", PROMPT, "--model", tinystories, "--max-new-tokens", 24, "--dtype", "float32")
     assert status == 0
     assert out == PROMPT + generate()["text"] + "\n"
-    assert re.fullmatch(r"\[stability: 40% of 384 MLP neurons in 2 layers; 6 prompt \+ 24 new tokens; [^\n]*\]\n", err)
+    assert re.fullmatch(r"\[stability: 60% of 384 MLP neurons in 2 layers; 6 prompt \+ 24 new tokens; [^\n]*\]\n", err)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,22 @@ def test_stop_strings_cut_the_text_before_them(run, generate, tinystories):
 def test_a_stop_string_that_only_begins_is_printed(generate):
     text = generate()["text"]
     assert generate("--stop", text[-5:] + "\0never")["text"] == text
+
+
+def test_a_special_token_is_a_stop_string(generate, model, tinystories, tmp_path):
+    """It leaves no text behind; the model's tenth token is declared one here."""
+    params, prompt = model
+    tenth = int(ci.generate(params, [prompt], max_new_tokens=10).tokens[0, 9])
+    directory = tmp_path / "model"
+    shutil.copytree(tinystories, directory, copy_function=shutil.copyfile)
+    pieces = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    word = next(piece for piece, i in pieces.items() if i == tenth)
+    described = json.loads((directory / "tokenizer_config.json").read_text())
+    described["added_tokens_decoder"][str(tenth)] = {"content": word, "special": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(described))
+    stopped = generate("--stop", word, model=directory)
+    assert stopped["tokens"] == generate()["tokens"][: len(stopped["tokens"])]
+    assert stopped["tokens"].index(tenth) == len(stopped["tokens"]) - 1
 
 
 def test_sampling_follows_the_seed(generate):
@@ -174,6 +192,9 @@ GENERATE_MISTAKES = [
     (["--max-new-tokens", "10000"], "max_new_tokens=10000"),
     (["--max-new-tokens", "many"], "'many'"),
     (["--stop", ""], "--stop ''"),
+    (["--stop", "\udcff"], "--stop text"),
+    (["--temperature", "1e300"], "temperature=1e+300"),
+    (["--model", ""], "path=''"),
     (["--dtype", "int4"], "dtype=int4"),
     (["--model", "/no/such/model"], "/no/such/model"),
     (["--model", "m" * 300], "m" * 300),
@@ -207,7 +228,6 @@ def test_mistakes_in_options(run, tinystories, options, named):
         ([], "COMMAND"),
         (["teleport"], "'teleport'"),
         (["generate", "--model", "."], "PROMPT"),
-        (["generate", PROMPT], "--model"),
         (["generate", "", "--model", "."], "prompt is empty"),
         (["generate", "two", "prompts", "--model", "."], "prompts"),
         (["convert", "only-a-source"], "DST"),
@@ -219,6 +239,85 @@ def test_mistakes_in_options(run, tinystories, options, named):
 def test_mistakes_in_arguments(run, tmp_path, monkeypatch, arguments, named):
     monkeypatch.chdir(tmp_path)
     assert_refused(run(*arguments), named)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run"], "TEXT"),
+        (["run", "nowhere.txt"], "nowhere.txt: No such file"),
+        (["run", "text.txt", "--family", "gpt"], "'gpt'"),
+        (["run", "text.txt", "--steps", "many"], "'many'"),
+        (["run", "text.txt", "--steps", "0"], "steps=0"),
+        (["run", "text.txt", "--learning-rate", "nan"], "learning_rate=nan"),
+        (["run", "text.txt", "--hidden-size", "10", "--num-heads", "3"], "hidden_size=10"),
+        (["run", "text.txt", "--dtype", "float16"], "'float16'"),
+        (["run", "text.txt"], "text.txt: 1 document(s)"),
+        (["run", "two.txt", "--init-from", "nowhere"], "nowhere: no such directory"),
+        (["run", "two.txt", "--init-from", "embedded:llama"], "family llama instead of opt"),
+    ],
+    ids=shortened,
+)
+def test_mistakes_in_training(run, tmp_path, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("one document")
+    (tmp_path / "two.txt").write_text("one\n<|endoftext|>\ntwo")
+    assert_refused(run("train", *arguments), named)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["text.txt", "two.txt"]
+
+
+def test_training(run, tmp_path, monkeypatch):
+    """Every option reaches the recipe: the run states it."""
+    (tmp_path / "text.txt").write_text("".join(f"Tale {i} of a king.\n<|endoftext|>\n" for i in range(200)))
+    sizes = {"vocab_size": 300, "hidden_size": 8, "mlp_size": 16, "num_layers": 1, "num_heads": 2}
+    schedule = {"sequence": 8, "batch": 2, "steps": 3, "warmup": 1, "learning_rate": 0.01}
+    others = {"weight_decay": 0.2, "clip": 2.0, "seed": 5, "dtype": "float32", "family": "llama"}
+    recipe = sizes | schedule | others
+    options = [word for name, value in recipe.items() for word in (f"--{name.replace('_', '-')}", value)]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        status, out, err = run("train", tmp_path / "run", tmp_path / "text.txt", *options)
+    assert status == 0, err
+    assert out == f"{tmp_path / 'run' / 'model'}\n"
+    assert json.loads((tmp_path / "run" / "model" / "training.json").read_text())["recipe"] == recipe
+
+
+SHELL = [
+    ("info embedded:opt | true", (0, 141), r""),
+    (
+        "info embedded:opt >/dev/full",
+        (2,),
+        r"coreinfer: error: the output cannot be written: No space left on device[^\n]*\n",
+    ),
+    ("info nowhere 2>&-", (2,), r""),
+    ("info embedded:opt --json 2>&-", (0,), r""),
+    ("chat <&-", (0,), r"\[no chat template[^\n]*\n\[/reset[^\n]*\n\n"),
+]
+
+
+@pytest.mark.parametrize(("line", "statuses", "told"), SHELL, ids=[line for line, *_ in SHELL])
+def test_streams_that_are_closed_or_full(line, statuses, told):
+    """In a process of its own, whose status comes before any pipe."""
+    script = Path(sys.executable).parent / "coreinfer"
+    words, _, rest = line.partition(" |")
+    pipe = f" |{rest}" if rest else ""
+    command = f"unset PYTHONUNBUFFERED; {script} {words}{pipe}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode in statuses, done
+    assert re.fullmatch(told, done.stderr), done
+    assert "error" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("mmap"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_too_little_memory(run, monkeypatch, error):
+    monkeypatch.setattr(generate_command, "stream", lambda *arguments, **settings: (_ for _ in ()).throw(error))
+    assert_refused(run("generate", PROMPT), "out of memory")
+
+
+def test_control_characters_stay_out_of_the_terminal(run):
+    assert_refused(run("generate", PROMPT, "--\x1b[31mred"), r"--\x1b[31mred")
+    assert_refused(run("info", "no\x1b[31mred"), r"no\x1b[31mred: no such directory")
 
 
 @pytest.mark.parametrize("device", ["gpu", "tpu"])

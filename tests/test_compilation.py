@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
+from coreinfer_jax.cache import init_cache
 from coreinfer_jax.decoding import DecodeState, decode, prefill
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.params import leaf_bytes
@@ -88,7 +89,9 @@ WIDE = replace(
 def prefilled(params: ci.Params, rows: int = 1, capacity: int = 64) -> tuple[DecodeState, Sampling]:
     sampling = make_sampling(params.config, 0.0, None, None, (), None)
     tokens, lengths = np.ones((rows, 64), np.int32), np.full(rows, 9, np.int32)
-    return prefill(params, tokens, lengths, sampling, None, capacity=capacity, voted=())[0], sampling
+    cache = init_cache(params.config, rows, capacity, params.token_embedding.dtype)
+    start = np.zeros(rows, np.int32)
+    return prefill(params, tokens, lengths, start, cache, [], sampling, None, voted=())[0], sampling
 
 
 SETS = {"dense": None, "one-set": range(600), "set-per-row": [range(600)] * 3}

@@ -1,64 +1,130 @@
-"""Tokenizers against the libraries they come from; the text of growing continuations; stop strings."""
+"""Tokenizers against the libraries they come from: ids, which files are read, what goes wrong with them."""
 
+import json
+import logging
 import shutil
-from itertools import pairwise, product
+import subprocess
+import sys
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import transformers
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 import coreinfer_jax as ci
-from coreinfer_jax.text import REPLACEMENT, Tokenizer, continuation, load_tokenizer, settled
+from coreinfer_jax.text import TOKENIZER_FILES, load_tokenizer
+
+# How sentencepiece writes a space: it decodes to one.
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 TEXTS = [
     "Hello world",
     " leading space",
+    "  two leading",
     "two  spaces   three",
     "trailing  ",
-    "line\nbreak\n\nand\ttab",
+    " ",
+    "   ",
+    "\n",
+    "\n\n leading lines",
+    "line\nbreak\n\nand\ttab\t",
+    "carriage\r\nreturn",
     "Ünïcödé, 日本語のテキスト。",
-    "🙂👩‍👩‍👧 e\u0301",
+    "한국어 العربية עברית ไทย",
+    "🙂👩‍👩‍👧 e\u0301 क्षि",
+    "zero\u200bwidth\ufeff no\xa0break",
+    "control \x00\x01\x1b\x7f\x85 characters",
+    "\N{REPLACEMENT CHARACTER} and \N{LOWER ONE EIGHTH BLOCK}",
     "<s></s>",
+    "before <s> between </s> after <unk> <pad>",
+    "<|start_story|>Once<|end_story|> upon",
+    "<0x0A> [INST] <<SYS>>",
     "42 + 1.5e-3 = ?",
-]
-ROUND_TRIPS = [
-    "The children played. 日本語のテキスト, and then 🙂🙃👩‍👩‍👧 they went home\nquietly.",
-    "🙂" * 6 + " ends in a family 👩‍👩‍👧",
-    "龘龘龘 rare 𓂀𓃠,  twice  spaced",
+    "龘𓂀𓃠" * 5,
+    "a" * 300,
 ]
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_directory(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama2(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Only a tokenizer.model."""
     directory = tmp_path_factory.mktemp("llama2")
     shutil.copyfile(data / "tokenizers" / "llama2.model", directory / "tokenizer.model")
     return directory
 
 
 @pytest.fixture(scope="module")
-def tokenizers(data: Path, tinystories: Path, sentencepiece_directory: Path) -> dict[str, Tokenizer | None]:
-    return {
-        "opt": load_tokenizer(data / "tokenizers" / "opt"),
-        "tinystories": load_tokenizer(tinystories),
-        "llama2": load_tokenizer(sentencepiece_directory),
-    }
+def chatml(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama 2's model and transformers' conversion of it, with tokens added as ChatML fine-tunes do."""
+    directory = tmp_path_factory.mktemp("chatml")
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(llama2)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(directory)
+    shutil.copyfile(llama2 / "tokenizer.model", directory / "tokenizer.model")
+    return directory
 
 
-@pytest.mark.parametrize("text", ["", *TEXTS])
-def test_sentencepiece_ids(tokenizers, sentencepiece_directory, text):
-    reference = sentencepiece.SentencePieceProcessor(str(sentencepiece_directory / "tokenizer.model"))
-    ids = tokenizers["llama2"].encode(text)
-    assert ids == [1, *reference.encode(text)]
-    assert tokenizers["llama2"].decode(ids) == text
+@pytest.fixture(scope="module")
+def llama3(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer.json beside a file in tiktoken's format that is called tokenizer.model."""
+    directory = tmp_path_factory.mktemp("llama3")
+    source = data / "tokenizers" / "opt"
+    vocabulary = json.loads((source / "vocab.json").read_text())
+    merges = [tuple(line.split(" ")) for line in (source / "merges.txt").read_text().splitlines()[1:] if line]
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    ranks = "".join(f"{b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
+    (directory / "tokenizer.model").write_text(ranks)
+    return directory
+
+
+def sentencepiece_of(directory: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(str(directory / "tokenizer.model"))
+
+
+def copy(source: Path, target: Path, **configs: object) -> Path:
+    """`source` copied to `target`, with a JSON file per keyword."""
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    target.chmod(0o755)
+    for name, content in configs.items():
+        (target / f"{name}.json").unlink(missing_ok=True)
+        (target / f"{name}.json").write_text(json.dumps(content))
+    return target
+
+
+def test_opt_ids_equal_the_tokenizers_library(data):
+    """Byte-level BPE of the published files, put together here; what looks like a special token is left to others."""
+    source = data / "tokenizers" / "opt"
+    backend = Backend(models.BPE.from_file(str(source / "vocab.json"), str(source / "merges.txt")))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = load_tokenizer(source)
+    for text in (text for text in TEXTS if "<" not in text):
+        assert tokenizer.encode(text) == [2, *backend.encode(text).ids], text
+
+
+def test_sentencepiece_ids(llama2):
+    reference, tokenizer = sentencepiece_of(llama2), load_tokenizer(llama2)
+    for text in ["", *TEXTS]:
+        ids = tokenizer.encode(text)
+        assert ids == [1, *reference.encode(text)], text
+        assert tokenizer.decode(ids) == text.replace(SPACE, " ")
 
 
 @pytest.mark.parametrize("name", ["opt", "tinystories"])
-def test_transformers_ids(tokenizers, data, tinystories, name):
+def test_transformers_ids(data, tinystories, name):
     directory = {"opt": data / "tokenizers" / "opt", "tinystories": tinystories}[name]
-    reference = transformers.AutoTokenizer.from_pretrained(directory)
+    reference, tokenizer = transformers.AutoTokenizer.from_pretrained(directory), load_tokenizer(directory)
     for text in ["", *TEXTS]:
-        assert tokenizers[name].encode(text) == reference(text)["input_ids"], text
+        ids = tokenizer.encode(text)
+        assert ids == reference(text)["input_ids"], text
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True), text
 
 
 # From the docstrings of transformers' tokenizers; OPT's BPE is RoBERTa's with another BOS.
@@ -70,9 +136,145 @@ def test_transformers_ids(tokenizers, data, tinystories, name):
         ("llama2", "Hello this is a test", [1, 15043, 445, 338, 263, 1243]),
     ],
 )
-def test_published_ids(tokenizers, name, text, ids):
-    assert tokenizers[name].encode(text) == ids
-    assert tokenizers[name].decode(ids) == text
+def test_published_ids(data, llama2, name, text, ids):
+    tokenizer = load_tokenizer({"opt": data / "tokenizers" / "opt", "llama2": llama2}[name])
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_model_config_beside_a_tokenizer_changes_no_ids(data, tmp_path):
+    alone = load_tokenizer(data / "tokenizers" / "opt")
+    beside = load_tokenizer(copy(data / "tokenizers" / "opt", tmp_path, config={"model_type": "opt"}))
+    assert [beside.encode(text) for text in TEXTS] == [alone.encode(text) for text in TEXTS]
+
+
+def test_a_long_text_is_encoded_silently(data, caplog):
+    ids = load_tokenizer(data / "tokenizers" / "opt").encode("word " * 3000)  # more than OPT's 2048 positions
+    assert len(ids) == 3002
+    assert not caplog.records
+
+
+def test_sentencepiece_counts_where_tokenizer_json_is_its_conversion(chatml):
+    reference, tokenizer = sentencepiece_of(chatml), load_tokenizer(chatml)
+    for text in TEXTS:
+        if "<" not in text:
+            assert tokenizer.encode(text) == [1, *reference.encode(text)], text
+    rebuilt = transformers.AutoTokenizer.from_pretrained(chatml)
+    assert rebuilt(" leading space")["input_ids"] != tokenizer.encode(" leading space")  # else the rule is not needed
+
+
+def test_added_tokens_are_tokens_within_a_text(chatml):
+    reference, tokenizer = sentencepiece_of(chatml), load_tokenizer(chatml)
+    ids = tokenizer.encode("<|im_start|>user\nCall <tool>!</s><|im_end|>")
+    # The conversion says that only the first part of a text gets a space in front: no "▁user".
+    inner = [reference.piece_to_id(piece) for piece in ("user", "<0x0A>", "Call", "▁")]
+    assert ids == [1, 32000, *inner, 32002, reference.piece_to_id("!"), 2, 32001]
+    assert tokenizer.decode(ids) == "user\nCall <tool>!"
+
+
+def test_a_conversion_that_prefixes_every_part_does(chatml, tmp_path):
+    reference = sentencepiece_of(chatml)
+    pipeline = json.loads((chatml / "tokenizer.json").read_text())
+    pipeline["normalizer"] = {"type": "Prepend", "prepend": "▁"}
+    pipeline["pre_tokenizer"] = None
+    tokenizer = load_tokenizer(copy(chatml, tmp_path, tokenizer=pipeline))
+    ids = tokenizer.encode("Call<tool>it<|im_end|>")
+    assert ids == [1, *reference.encode("Call"), 32002, *reference.encode("it"), 32001]
+    assert tokenizer.decode(ids) == "Call<tool>it"
+
+
+ADDED = {"32000": {"content": "<|im_start|>", "special": True}, "32001": {"content": "<tool>", "rstrip": True}}
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        {"tokenizer_config": {"added_tokens_decoder": ADDED}},
+        {
+            "added_tokens": {"<|im_start|>": 32000, "<tool>": 32001},
+            "special_tokens_map": {"additional_special_tokens": ["<|im_start|>"]},
+        },
+    ],
+    ids=["added_tokens_decoder", "added_tokens.json"],
+)
+def test_added_tokens_beside_a_bare_model(llama2, tmp_path, configs):
+    reference = sentencepiece_of(llama2)
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, **configs))
+    ids = tokenizer.encode("one<|im_start|>two<tool>three")
+    assert ids == [1, *reference.encode("one"), 32000, *reference.encode("two"), 32001, *reference.encode("three")]
+    assert tokenizer.decode(ids) == "one two<tool>three"  # as transformers and sentencepiece leave out special tokens
+    assert tokenizer.encode("<s>") == [1, *reference.encode("<s>")]  # declared by no file: text, as to sentencepiece
+
+
+def test_white_space_beside_an_added_token_may_belong_to_it(llama2, tmp_path):
+    reference = sentencepiece_of(llama2)
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config={"added_tokens_decoder": ADDED}))
+    assert tokenizer.encode("a <tool>\n b") == [1, *reference.encode("a "), 32001, *reference.encode("b")]
+
+
+def test_the_longest_added_token_counts(llama2, tmp_path):
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, added_tokens={"<a>": 32000, "<a><b>": 32001}))
+    assert tokenizer.encode("<a><b><a>") == [1, 32001, 32000]
+
+
+@pytest.mark.parametrize(
+    ("config", "start"),
+    [
+        ({"add_bos_token": False}, []),
+        ({"add_bos_token": True}, [1]),
+        ({"bos_token": "</s>"}, [2]),
+        ({"bos_token": {"content": "</s>"}}, [2]),
+        ({"bos_token": "<|go|>", "added_tokens_decoder": {"32000": {"content": "<|go|>", "special": True}}}, [32000]),
+    ],
+    ids=str,
+)
+def test_the_beginning_of_a_sequence(llama2, tmp_path, config, start):
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config=config))
+    assert tokenizer.encode("Hello") == [*start, 15043]
+
+
+def test_a_model_without_a_space_in_front(llama2, tmp_path):
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config={"add_prefix_space": False}))
+    reference = sentencepiece_of(llama2)
+    assert tokenizer.encode("Hello world") == [1, reference.piece_to_id("Hello"), reference.piece_to_id("▁world")]
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text.replace(SPACE, " ")
+
+
+def test_an_unrelated_tokenizer_model_is_not_read(llama3, llama2, tmp_path):
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(llama3 / "tokenizer.json"))
+    expected = [reference(text)["input_ids"] for text in TEXTS]
+    tiktoken = load_tokenizer(llama3)
+    assert [tiktoken.encode(text) for text in TEXTS] == expected
+    other = copy(llama3, tmp_path)
+    shutil.copyfile(llama2 / "tokenizer.model", other / "tokenizer.model")  # sentencepiece's, but another vocabulary
+    tokenizer = load_tokenizer(other)
+    assert [tokenizer.encode(text) for text in TEXTS] == expected
+
+
+def test_a_sentencepiece_model_of_another_vocabulary_is_not_read(tinystories, llama2, tmp_path):
+    both = copy(tinystories, tmp_path)
+    shutil.copyfile(llama2 / "tokenizer.model", both / "tokenizer.model")
+    text = "Once upon a time"
+    assert load_tokenizer(both).encode(text) == load_tokenizer(tinystories).encode(text)
+
+
+@pytest.mark.parametrize("name", ["tinystories", "opt", "llama2", "chatml", "llama3"])
+def test_converting_keeps_the_tokenizer(request, data, tinystories, tmp_path, name):
+    directory = tinystories if name == "tinystories" else data / "tokenizers" / "opt"
+    directory = directory if name in ("tinystories", "opt") else request.getfixturevalue(name)
+    source = copy(directory, tmp_path / "source")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}")
+    for file in ("config.json", "model.safetensors"):
+        shutil.copyfile(tinystories / file, source / file)
+    before = load_tokenizer(source)
+    ids = [before.encode(text) for text in TEXTS]
+    chat = before.encode_chat([{"role": "user", "content": "hi <tool>"}])
+    converted = ci.convert(source, tmp_path / "converted")
+    shutil.rmtree(source)
+    after = load_tokenizer(converted)
+    assert [after.encode(text) for text in TEXTS] == ids
+    assert after.encode_chat([{"role": "user", "content": "hi <tool>"}]) == chat
 
 
 @pytest.mark.parametrize("names", [[], ["tokenizer_config.json"], ["vocab.json"], ["README.md"]], ids=str)
@@ -86,74 +288,129 @@ def test_directories_without_a_tokenizer(tmp_path, names):
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
 def test_corrupt_tokenizers(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
+    refused(tmp_path, name)
+
+
+def refused(directory: Path, name: str) -> None:
+    """Loading fails in one line that names the file and the remedy."""
     with pytest.raises(ci.CoreInferError) as caught:
-        load_tokenizer(tmp_path)
-    assert str(caught.value).startswith(str(tmp_path))
-    assert str(caught.value).endswith("download it again")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("source", ["llama2", "tinystories"])
-def test_truncated_tokenizers(tmp_path, sentencepiece_directory, tinystories, source):
-    file = {"llama2": sentencepiece_directory / "tokenizer.model", "tinystories": tinystories / "tokenizer.json"}[
-        source
-    ]
-    (tmp_path / file.name).write_bytes(file.read_bytes()[:50_000])
-    with pytest.raises(ci.CoreInferError, match="download it again"):
-        load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("text", ROUND_TRIPS)
-@pytest.mark.parametrize("name", ["opt", "llama2"])
-def test_text_streams_without_broken_characters_or_retractions(tokenizers, name, text):
-    """Every way to cut a text into a prompt and new tokens, the new ones coming one by one."""
-    tokenizer = tokenizers[name]
-    ids = tokenizer.encode(text)
-    for cut in range(2, len(ids)):
-        prompt = tokenizer.decode(ids[:cut])
-        if prompt.endswith(REPLACEMENT):
-            continue  # prompts are whole texts and never end within a character
-        printed = ""
-        for end in range(cut + 1, len(ids) + 1):
-            ready, stopped = settled(continuation(tokenizer, ids[:cut], ids[cut:end]), [])
-            assert ready.startswith(printed)
-            assert REPLACEMENT not in ready
-            assert not stopped
-            printed = ready
-        assert prompt + printed == text
-
-
-@pytest.mark.parametrize("stop", [".", "\n\n", "<END>", "aab", "🙂!", "日本"])
-def test_a_stop_string_split_anywhere(stop):
-    text = "aaaaa <EN> 日 🙂 and" + stop + "never shown" + stop
-    before = text[: text.index(stop)]
-    for end in range(len(text) + 1):
-        ready, stopped = settled(text[:end], [stop])
-        assert stopped == (end >= len(before) + len(stop))
-        assert ready == before if stopped else before.startswith(ready)
-        assert stopped or stop.startswith(text[len(ready) : end])  # nothing else is held back
+        load_tokenizer(directory)
+    message = str(caught.value)
+    assert message.startswith(f"{directory / name}: ")
+    assert message.endswith("download it again")
+    assert message.count(str(directory)) == 1
+    assert "\n" not in message
+    assert len(message) < 1000
 
 
 @pytest.mark.parametrize(
-    "stops", [["aab"], ["ab", "bb"], ["abab", "ba"], ["aba", "b"], ["abb", "bbb", "aaaa"]], ids=str
+    "content", [b"", b"[]", b"3", b"\xff\xfe", b"[" * 100_000], ids=lambda content: str(content[:4])
 )
-def test_where_text_stops_does_not_depend_on_how_it_arrives(stops):
-    for letters in product("ab", repeat=7):
-        text = "".join(letters)
-        arrived = [settled(text[:end], stops) for end in range(len(text) + 1)]
-        printed = [ready for ready, _ in arrived]
-        first = next((ready for ready, stopped in arrived if stopped), None)
-        assert first is None or printed[-1] == first, text
-        assert all(later.startswith(earlier) for earlier, later in pairwise(printed)), text
-        assert not any(stop in ready for ready in printed for stop in stops), text
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("llama2", "tokenizer_config.json"),
+        ("llama2", "special_tokens_map.json"),
+        ("llama2", "added_tokens.json"),
+        ("chatml", "tokenizer.json"),
+        ("chatml", "tokenizer.model"),
+        ("llama3", "tokenizer.json"),
+        ("llama3", "tokenizer_config.json"),
+    ],
+)
+def test_one_broken_file_among_others(request, tmp_path, source, name, content):
+    directory = copy(request.getfixturevalue(source), tmp_path)
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).write_bytes(content)
+    refused(directory, name)
 
 
-def test_an_incomplete_character_is_held_back():
-    assert settled("abc" + REPLACEMENT * 3, []) == ("abc", False)
-    assert settled("a<E" + REPLACEMENT, ["<END>"]) == ("a", False)
+@pytest.mark.parametrize("source", ["llama2", "llama3"])
+def test_a_chat_template_that_is_no_text(request, tmp_path, source):
+    directory = copy(request.getfixturevalue(source), tmp_path)
+    (directory / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    refused(directory, "chat_template.jinja")
 
 
-def test_ids_beyond_a_sentencepiece_model_decode_to_nothing(data, tmp_path):
-    shutil.copyfile(data / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.decode([1, 15043, 32000, 3186]) == "Hello world"
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"added_tokens_decoder": {"x": {"content": "<a>"}}},
+        {"added_tokens_decoder": {"-1": {"content": "<a>"}}},
+        {"added_tokens_decoder": {"32000": {"content": 3}}},
+        {"added_tokens_decoder": {"32000": "<a>"}},
+        {"added_tokens_decoder": {"32000": {}}},
+        {"added_tokens_decoder": 3},
+    ],
+    ids=str,
+)
+def test_malformed_added_tokens(llama2, tmp_path, config):
+    refused(copy(llama2, tmp_path, tokenizer_config=config), "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("source", ["llama2", "tinystories"])
+def test_truncated_tokenizers(tmp_path, llama2, tinystories, source):
+    file = {"llama2": llama2 / "tokenizer.model", "tinystories": tinystories / "tokenizer.json"}[source]
+    (tmp_path / file.name).write_bytes(file.read_bytes()[:50_000])
+    refused(tmp_path, file.name)
+
+
+def test_a_sentencepiece_model_with_a_piece_that_is_no_text(llama2, tmp_path):
+    piece = "\N{LOWER ONE EIGHTH BLOCK}Hello".encode()
+    whole = (llama2 / "tokenizer.model").read_bytes()
+    assert whole.count(piece + b"\x15") == 1  # the piece, its score next
+    (tmp_path / "tokenizer.model").write_bytes(whole.replace(piece + b"\x15", b"\xff" + piece[1:] + b"\x15"))
+    refused(tmp_path, "tokenizer.model")
+
+
+def test_a_reason_that_quotes_the_file_is_cut_short(tinystories, tmp_path):
+    directory = copy(tinystories, tmp_path)
+    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "truncation": "a" * 100_000, "model": {}}))
+    refused(directory, "tokenizer.json")
+
+
+def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_about(llama3, tmp_path):
+    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    directory = copy(llama3, tmp_path, tokenizer_config=config)
+    (directory / "mine.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ci.CoreInferError, match=r"tokenizer\.json: "):
+        load_tokenizer(directory)
+
+
+def test_ids_beyond_a_sentencepiece_model_decode_to_nothing(llama2):
+    assert load_tokenizer(llama2).decode([1, 15043, 32000, 3186]) == "Hello world"
+
+
+def test_loading_prints_nothing_without_pytorch_and_leaves_logging_as_it_was(data):
+    """transformers advises to install PyTorch when it is imported, once per process: this takes a new one."""
+    code = (
+        "import sys, logging, importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name.partition('.')[0] == 'torch' else find(name, *rest)\n"
+        "from pathlib import Path\n"
+        "from coreinfer_jax.text import load_tokenizer\n"
+        "tokenizer = load_tokenizer(Path(sys.argv[1]))\n"
+        "import transformers\n"
+        "assert not transformers.is_torch_available()\n"
+        "assert not logging.getLogger('transformers').filters\n"
+        "print(tokenizer.encode('Hello world'))\n"
+        "logging.getLogger('transformers').warning('heard')\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(data / "tokenizers" / "opt")], capture_output=True, text=True, timeout=120
+    )
+    assert ran.stdout == "[2, 31414, 232]\n"
+    assert ran.stderr.endswith("heard\n")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_loading_restores_the_level_of_transformers_logger(data):
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    load_tokenizer(data / "tokenizers" / "opt")
+    assert logger.level == level
+    assert not logger.filters
+
+
+def test_every_file_of_a_tokenizer_is_listed(chatml):
+    assert {file.name for file in chatml.iterdir()} <= set(TOKENIZER_FILES)

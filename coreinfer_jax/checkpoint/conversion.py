@@ -6,9 +6,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from coreinfer_jax.checkpoint.files import new_directory, refuse_existing
+from coreinfer_jax.checkpoint.files import (
+    check_directory,
+    copy_existing,
+    new_directory,
+    refuse_existing,
+    remove_leftovers,
+    to_path,
+)
 from coreinfer_jax.checkpoint.hub import fetch, looks_like_hub_id
-from coreinfer_jax.checkpoint.loading import open_model
+from coreinfer_jax.checkpoint.loading import model_path, open_model
 from coreinfer_jax.checkpoint.mapping import DTYPES, count_bytes, leaf_shapes, parse_dtype, read_as
 from coreinfer_jax.checkpoint.native import is_native, write_native
 from coreinfer_jax.errors import CoreInferError
@@ -25,7 +32,8 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     not read. Only `.bin` files of PyTorch before 1.6, which cannot be mapped, are held one file at a time.
 
     Args:
-        source: a Hugging Face directory, or a hub id such as `facebook/opt-125m`, fetched into the hub's cache.
+        source: a Hugging Face directory, `embedded:opt` or `embedded:llama`, or a hub id such as `facebook/opt-125m`,
+            fetched into the hub's cache.
         destination: a directory that does not exist yet.
         dtype: `float32`, `bfloat16` or `float16`; None keeps that of the checkpoint's token embedding.
 
@@ -35,22 +43,25 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     Raises:
         CoreInferError: as `load`; also a destination that exists, or a disk without room.
     """
-    target = Path(destination)
+    target = to_path(destination)
     wanted = None if dtype is None else parse_dtype(dtype)
     refuse_existing(target)
-    path = fetch(str(source)) if looks_like_hub_id(str(source)) else Path(source)
-    if os.path.isdir(path) and is_native(path):  # noqa: PTH112
+    path = fetch(str(source)) if looks_like_hub_id(str(source)) else model_path(source)
+    check_directory(path)
+    if is_native(path):
         raise CoreInferError(f"{path}: converted already; copy the directory, or convert its source again")
     config, tensors = open_model(path)
     stored = DTYPES.get(tensors["token_embedding"].dtype, DTYPES["float32"])
     wanted = stored if wanted is None else wanted
+    remove_leftovers(target)
     _check_room(target, count_bytes(config, wanted))
     with new_directory(target) as partial:
         names = tqdm(list(leaf_shapes(config)), desc="converting", unit="tensor", disable=None)
         write_native(
             partial, config, wanted, ((name, read_as(tensors[name], name, wanted, str(path))) for name in names)
         )
-        _copy_texts(path, partial)
+        # The original configs too: tokenizers look there for the model's type.
+        copy_existing(path, partial, (*TOKENIZER_FILES, "config.json", "generation_config.json"))
     return target
 
 
@@ -61,10 +72,3 @@ def _check_room(target: Path, needed: int) -> None:
             f"{target}: needs {needed / 1e9:.2f} GB but the disk has {free / 1e9:.2f} GB free; "
             "free some, choose another disk, or a 16-bit --dtype"
         )
-
-
-def _copy_texts(source: Path, target: Path) -> None:
-    """The tokenizer, and the original configs: tokenizers look there for the model's type."""
-    for name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

@@ -1,15 +1,45 @@
-"""Small file matters: JSON with clear errors, directories that appear whole or not at all."""
+"""Small file matters: JSON with clear errors, files and directories that appear whole or not at all."""
 
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coreinfer_jax.errors import CoreInferError
+from safetensors import SafetensorError
+
+from coreinfer_jax.errors import CoreInferError, shown
+
+
+def to_path(value: object) -> Path:
+    """A path the caller gave.
+
+    Raises:
+        CoreInferError: something that is no path, or cannot be one on this system.
+    """
+    try:
+        path = Path(value)  # type: ignore[arg-type]
+        nul = b"\0" in os.fsencode(path)
+    except (TypeError, ValueError) as error:
+        raise CoreInferError(f"path={shown(value)}: give the path of a file or directory ({error})") from error
+    if nul:
+        raise CoreInferError(f"path={shown(value)}: holds a NUL; give the path of a file or directory")
+    if not os.fspath(value):  # type: ignore[call-overload]
+        raise CoreInferError("path='': give the path of a file or directory")
+    return path
+
+
+def check_directory(path: Path) -> None:
+    """Refuse a path that is no directory, or one whose files cannot be looked up."""
+    if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+        raise CoreInferError(f"{path}: no such directory; name one with a checkpoint, and convert a hub id first")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise CoreInferError(f"{path}: permission denied; make the directory readable")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -21,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CoreInferError(f"{path}: {error.strerror or error}") from error
+        raise CoreInferError(f"{path}: {error.strerror or error}; make it a readable file") from error
     except (ValueError, RecursionError) as error:
         raise CoreInferError(f"{path}: not valid JSON ({error}); download or write it again") from error
     if not isinstance(value, dict):
@@ -37,6 +67,43 @@ def new_directory(path: Path) -> Iterator[Path]:
         CoreInferError: `path` exists, its parent does not, or the disk is full or not writable.
     """
     refuse_existing(path)
+    with _partial(path) as partial:
+        try:
+            yield partial
+            _sync(partial)
+            refuse_existing(path)
+            _readable(partial)
+            partial.rename(path)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CoreInferError(f"{path}: {reason}; nothing was written") from error
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path whose file replaces `path` in one rename when the block succeeds and vanishes when it fails.
+
+    Raises:
+        CoreInferError: the disk is full or not writable; `path` is as it was.
+    """
+    with _partial(path) as partial:
+        try:
+            yield partial / path.name
+            _sync(partial)
+            _readable(partial)
+            (partial / path.name).replace(path)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CoreInferError(f"{path}: cannot be written ({reason}); it is left as it was") from error
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A locked directory beside `path`, gone when the block ends; those of processes that were killed go first.
+
+    Files are written into one too, because safetensors adds a temporary file of its own beside the one it writes.
+    """
+    remove_leftovers(path)
     try:
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     except OSError as error:
@@ -44,15 +111,26 @@ def new_directory(path: Path) -> Iterator[Path]:
             f"{path.parent}: {error.strerror or error}; name a directory that can be written"
         ) from error
     try:
-        yield partial
-        _sync(partial)
-        refuse_existing(path)
-        partial.chmod(0o755)
-        partial.rename(path)
-    except OSError as error:
-        raise CoreInferError(f"{path}: {error.strerror or error}; nothing was written") from error
+        with locked(partial):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_existing(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those files `names` that are in directory `source` into directory `target`.
+
+    Raises:
+        CoreInferError: a file that cannot be read.
+    """
+    for name in names:
+        if not (source / name).is_file():
+            continue
+        try:
+            content = (source / name).read_bytes()
+        except OSError as error:
+            raise CoreInferError(f"{source / name}: {error.strerror or error}; make it readable") from error
+        (target / name).write_bytes(content)
 
 
 def refuse_existing(path: Path) -> None:
@@ -65,6 +143,34 @@ def refuse_existing(path: Path) -> None:
         raise CoreInferError(f"{path}: exists already; name a new directory or remove it first")
     if not path.parent.is_dir():
         raise CoreInferError(f"{path.parent}: no such directory; create it first")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left half-written beside `path`: partial directories whose lock nobody holds."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        try:
+            with locked(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
+        except OSError:
+            continue  # another process is writing it, or it is not ours to remove
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory's lock, which the system releases however the process ends; OSError where it is held."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _readable(directory: Path) -> None:
+    """Give a directory and its files the usual permissions; mkdtemp and safetensors leave them to the owner alone."""
+    directory.chmod(0o755)
+    for file in directory.iterdir():
+        file.chmod(0o644)
 
 
 def _sync(directory: Path) -> None:

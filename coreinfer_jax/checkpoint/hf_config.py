@@ -6,7 +6,7 @@ from typing import Any
 
 from coreinfer_jax.checkpoint.files import read_json
 from coreinfer_jax.config import ModelConfig, Rope
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.errors import CoreInferError, shown
 
 Fields = Mapping[str, Any]
 
@@ -52,12 +52,19 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def read_model_config(directory: Path) -> ModelConfig:
     """The model a Hugging Face directory describes; EOS ids from generation_config.json where it names them."""
-    fields = read_json(directory / "config.json")
+    where = directory / "config.json"
+    fields = read_json(where)
     generation = directory / "generation_config.json"
-    if generation.is_file():
-        eos = read_json(generation).get("eos_token_id")
-        fields = {**fields, **({} if eos is None else {"eos_token_id": eos})}
-    return model_config(fields, str(directory / "config.json"))
+    config = model_config(fields, str(where))
+    if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
+        where = generation
+        config = model_config({**fields, "eos_token_id": eos}, str(where))
+    outside = [i for i in config.eos_ids if not 0 <= i < config.vocab_size]
+    if outside:
+        raise CoreInferError(
+            f"{where}: eos_token_id {outside[0]} is outside the vocabulary 0 .. {config.vocab_size - 1}; correct it"
+        )
+    return config
 
 
 def model_config(fields: Fields, where: str = "config.json") -> ModelConfig:
@@ -73,7 +80,7 @@ def model_config(fields: Fields, where: str = "config.json") -> ModelConfig:
     """
     family = fields.get("model_type")
     if not isinstance(family, str) or family not in _ARCHITECTURES:
-        raise CoreInferError(f"{where}: model_type {family!r} is not implemented; supported are 'opt' and 'llama'")
+        raise CoreInferError(f"{where}: model_type {shown(family)} is not implemented; supported are 'opt' and 'llama'")
     fields = {name: value for name, value in fields.items() if value is not None}  # null is how absence is written
     problems = [
         *_missing(fields, family),
@@ -94,7 +101,11 @@ def _missing(fields: Fields, family: str) -> list[str]:
 
 def _bad_counts(fields: Fields) -> list[str]:
     given = {name: fields[name] for name in _COUNTS if fields.get(name) is not None}
-    wrong = [f"{name}={value!r} (give a whole number above 0)" for name, value in given.items() if not _is_count(value)]
+    wrong = [
+        f"{name}={shown(value)} (give a whole number above 0 and below 2**31)"
+        for name, value in given.items()
+        if not _is_count(value)
+    ]
     if wrong:
         return wrong
     D, N = given.get("hidden_size", 0), given.get("num_attention_heads", 1)
@@ -110,17 +121,17 @@ def _bad_counts(fields: Fields) -> list[str]:
 
 def _bad_values(fields: Fields) -> list[str]:
     wrong = [
-        f"{name}={fields[name]!r} (give true or false)"
+        f"{name}={shown(fields[name])} (give true or false)"
         for name in _SWITCHES
         if not isinstance(fields.get(name, True), bool)
     ]
     wrong += [
-        f"{name}={fields[name]!r} (give a number above 0)"
+        f"{name}={shown(fields[name])} (give a number above 0)"
         for name in ("rms_norm_eps", "rope_theta")
         if name in fields and not _is_number(fields, name)
     ]
     return wrong + [
-        f"{name}={fields[name]!r} (give a token id)"
+        f"{name}={shown(fields[name])} (give a token id)"
         for name in _IDS
         if name in fields and not _is_ids(name, fields[name])
     ]
@@ -128,46 +139,47 @@ def _bad_values(fields: Fields) -> list[str]:
 
 def _is_ids(name: str, value: object) -> bool:
     ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-    return all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+    return all(isinstance(i, int) and not isinstance(i, bool) and abs(i) < 2**31 for i in ids)
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def _unimplemented(fields: Fields, family: str) -> list[str]:
     neutral = _NEUTRAL_EVERYWHERE | _NEUTRAL[family]
     found = [
-        f"{name}={fields[name]!r}"
+        f"{name}={shown(fields[name])}"
         for name, value in neutral.items()
         if fields.get(name) is not None and fields[name] != value
     ]
     if family == "llama":
         found += _unimplemented_llama(fields)
     architectures = fields.get("architectures")
-    if architectures and not (isinstance(architectures, list) and set(_ARCHITECTURES[family]) & set(architectures)):
-        found.append(f"architectures={architectures!r} (only {_ARCHITECTURES[family][0]})")
+    listed = architectures if isinstance(architectures, list) else []
+    if architectures and not any(name in listed for name in _ARCHITECTURES[family]):
+        found.append(f"architectures={shown(architectures)} (only {_ARCHITECTURES[family][0]})")
     return [f"not implemented: {', '.join(found)}"] if found else []
 
 
 def _unimplemented_llama(fields: Fields) -> list[str]:
     found = []
     if fields.get("hidden_act", "silu") not in ("silu", "relu"):
-        found.append(f"hidden_act={fields['hidden_act']!r} (only 'silu' and 'relu')")
+        found.append(f"hidden_act={shown(fields['hidden_act'])} (only 'silu' and 'relu')")
     spelling, settings = _rope_settings(fields)
     if not isinstance(settings, Mapping):
-        return [*found, f"{spelling}={settings!r} (give an object)"]
+        return [*found, f"{spelling}={shown(settings)} (give an object)"]
     if fields.get("rope_parameters") and fields.get("rope_scaling"):
         found.append("rope_parameters and rope_scaling together (keep one)")
     kind = _rope_kind(settings)
     if kind == "default" and settings.get("factor", 1.0) != 1.0:
         found.append(f"{spelling} with a factor but without a type")
     if kind not in ("default", "linear", "llama3"):
-        found.append(f"{spelling} of type {kind!r} (only 'default', 'linear' and 'llama3')")
+        found.append(f"{spelling} of type {shown(kind)} (only 'default', 'linear' and 'llama3')")
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
-        found.append(f"{spelling} with partial_rotary_factor={settings['partial_rotary_factor']!r}")
+        found.append(f"{spelling} with partial_rotary_factor={shown(settings['partial_rotary_factor'])}")
     found += [
-        f"{spelling}.{name}={settings[name]!r} (give a number above 0)"
+        f"{spelling}.{name}={shown(settings[name])} (give a number above 0)"
         for name in ("rope_theta", "original_max_position_embeddings")
         if settings.get(name) is not None and not _is_number(settings, name)
     ]
@@ -181,8 +193,9 @@ def _unimplemented_llama(fields: Fields) -> list[str]:
 
 
 def _is_number(settings: Fields, name: str) -> bool:
+    """Whether a setting is a number above 0 that float32 can compute with; NaN compares false."""
     value = settings.get(name)
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 <= value <= 1e30
 
 
 def _rope_settings(fields: Fields) -> tuple[str, Fields]:

@@ -9,6 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import TABLES
+from coreinfer_jax.checkpoint.embedded import DEFAULT, locate
+from coreinfer_jax.checkpoint.files import check_directory, to_path
 from coreinfer_jax.checkpoint.hf_config import read_model_config
 from coreinfer_jax.checkpoint.mapping import map_tensors, parse_dtype, read_as
 from coreinfer_jax.checkpoint.native import MANIFEST, is_native, open_native
@@ -19,11 +21,12 @@ from coreinfer_jax.params import Params, abstract_params, named_leaves, with_lea
 from coreinfer_jax.text import Tokenizer, load_tokenizer
 
 
-def load(directory: str | os.PathLike[str], dtype: object = None) -> tuple[Params, Tokenizer | None]:
+def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> tuple[Params, Tokenizer | None]:
     """Load a checkpoint onto the default device.
 
     Args:
-        directory: what `convert` wrote, or a Hugging Face directory of an OPT or LLaMA model.
+        model: what `convert` wrote, or a Hugging Face directory of an OPT or LLaMA model; `embedded:opt` (ReLU) or
+            `embedded:llama` (SwiGLU), the small models that come with the package; None is `embedded:opt`.
         dtype: `float32`, `bfloat16` or `float16`; None is float32 on a CPU and bfloat16 on a GPU or TPU.
 
     Returns:
@@ -33,7 +36,7 @@ def load(directory: str | os.PathLike[str], dtype: object = None) -> tuple[Param
         CoreInferError: no checkpoint there, a model that is not implemented, damaged or unfitting weights, an
             unknown dtype.
     """
-    path = Path(directory)
+    path = model_path(DEFAULT if model is None else model)
     wanted = default_dtype() if dtype is None else parse_dtype(dtype)
     config, tensors = open_model(path)
     shapes = abstract_params(config, jnp.dtype(wanted))
@@ -47,10 +50,14 @@ def default_dtype() -> np.dtype:
     return parse_dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
+def model_path(model: str | os.PathLike[str]) -> Path:
+    """The directory of a model given by its directory or as `embedded:NAME`."""
+    return locate(str(model)) or to_path(model)
+
+
 def open_model(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
     """Config and, per leaf of `Params`, the stored tensor of a native or Hugging Face directory."""
-    if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        raise CoreInferError(f"{path}: no such directory; name one with a checkpoint, and convert a hub id first")
+    check_directory(path)
     if is_native(path):
         return open_native(path)
     if not (path / "config.json").is_file():

@@ -11,7 +11,7 @@ import numpy as np
 from convert import Table
 from coreinfer_jax.checkpoint.tensors import StoredTensor, StoredTensors
 from coreinfer_jax.config import ModelConfig
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.errors import CoreInferError, shown_name
 from coreinfer_jax.params import abstract_params, named_leaves
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -24,7 +24,7 @@ def parse_dtype(dtype: object) -> np.dtype:
     except TypeError:
         name = str(dtype)
     if name not in DTYPES:
-        raise CoreInferError(f"dtype={name}: give {', '.join(DTYPES)}")
+        raise CoreInferError(f"dtype={shown_name(name)}: give {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -46,11 +46,12 @@ def map_tensors(stored: StoredTensors, config: ModelConfig, table: Table, where:
         CoreInferError: tensors missing, left over or of the wrong shape, all in one error; a tied output projection
             that differs from the embedding.
     """
+    check_layers(config, len(stored.tensors), where)
     available = _without_prefix(stored, where)
     available = {name: tensor for name, tensor in available.items() if not _ignored(name, table)}
     if config.tied:
         available = _untie(available, table, where)
-    wanted = _source_names(config, table)
+    wanted = source_names(config, table)
     missing = sorted(set(wanted.values()) - set(available))
     extra = sorted(set(available) - set(wanted.values()))
     check_fit(
@@ -63,13 +64,21 @@ def map_tensors(stored: StoredTensors, config: ModelConfig, table: Table, where:
     return {leaf: available[source] for leaf, source in wanted.items()}
 
 
+def check_layers(config: ModelConfig, tensors: int, where: str) -> None:
+    """Refuse more layers than there are tensors, before any work that grows with their number."""
+    if config.num_layers > tensors:
+        raise CoreInferError(
+            f"{where}: the weights do not fit config.json: {tensors} tensors cannot fill {config.num_layers} layers"
+        )
+
+
 def check_fit(
     found: Mapping[str, StoredTensor], config: ModelConfig, missing: list[str], extra: list[str], where: str
 ) -> None:
     """Refuse a checkpoint with tensors missing, left over or of the wrong shape, naming them all in one error."""
     shapes = leaf_shapes(config)
-    problems = [f"missing {name}" for name in missing]
-    problems += [f"unexpected {name}" for name in extra]
+    problems = [f"missing {shown_name(name)}" for name in missing]
+    problems += [f"unexpected {shown_name(name)}" for name in extra]
     problems += [
         f"{leaf} has shape {list(tensor.shape)} instead of {list(shapes[leaf])}"
         for leaf, tensor in found.items()
@@ -96,7 +105,9 @@ def _without_prefix(stored: StoredTensors, where: str) -> dict[str, StoredTensor
     plain = {name.removeprefix("model."): tensor for name, tensor in named.items()}
     if len(plain) < len(named):
         twice = sorted(name for name in named if name.startswith("model.") and name.removeprefix("model.") in named)
-        raise CoreInferError(f"{where}: {twice[0]} is stored with and without its leading 'model.'; keep one")
+        raise CoreInferError(
+            f"{where}: {shown_name(twice[0])} is stored with and without its leading 'model.'; keep one"
+        )
     return plain
 
 
@@ -122,7 +133,7 @@ def _equal(first: StoredTensor, second: StoredTensor) -> bool:
     return first.shape == second.shape and np.array_equal(first.read(), second.read())
 
 
-def _source_names(config: ModelConfig, table: Table) -> dict[str, str]:
+def source_names(config: ModelConfig, table: Table) -> dict[str, str]:
     """Leaf name -> the table's name for it."""
     names = {}
     for leaf in leaf_shapes(config):

@@ -11,10 +11,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from coreinfer_jax.checkpoint.files import read_json
-from coreinfer_jax.checkpoint.mapping import check_fit, leaf_shapes
+from coreinfer_jax.checkpoint.hf_config import model_config
+from coreinfer_jax.checkpoint.hf_export import hugging_face_fields, special_ids
+from coreinfer_jax.checkpoint.mapping import check_fit, check_layers, leaf_shapes
 from coreinfer_jax.checkpoint.tensors import StoredTensor, open_safetensors
 from coreinfer_jax.config import ModelConfig, Rope
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.errors import CoreInferError, shown, shown_name
 
 MANIFEST = "coreinfer.json"
 VERSION = 1
@@ -77,6 +79,7 @@ def open_native(directory: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
     """
     config = _read_manifest(directory / MANIFEST)
     stored = open_safetensors(sorted(directory.glob("weights-*.safetensors"))).tensors
+    check_layers(config, len(stored), str(directory))
     names = set(leaf_shapes(config))
     known = {name: stored[name] for name in names & set(stored)}
     check_fit(known, config, sorted(names - set(stored)), sorted(set(stored) - names), str(directory))
@@ -86,12 +89,18 @@ def open_native(directory: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
 def _read_manifest(path: Path) -> ModelConfig:
     manifest = read_json(path)
     if manifest.get("format") != "coreinfer_jax" or manifest.get("version") != VERSION:
-        found = f"format {manifest.get('format')!r}, version {manifest.get('version')!r}"
+        found = f"format {shown(manifest.get('format'))}, version {shown(manifest.get('version'))}"
         raise CoreInferError(f"{path}: {found}; this release reads version {VERSION}, convert the checkpoint again")
     try:
         fields: dict[str, Any] = dict(manifest.get("config") or {})
         rope = fields.pop("rope")
         eos_ids = tuple(fields.pop("eos_ids"))
-        return ModelConfig(**fields, rope=None if rope is None else Rope(**rope), eos_ids=eos_ids)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CoreInferError(f"{path}: its config is not a model's ({error}); convert the checkpoint again") from error
+        config = ModelConfig(**fields, rope=None if rope is None else Rope(**rope), eos_ids=eos_ids)
+        # What no config.json could have said was not written by a conversion.
+        if model_config(hugging_face_fields(config) | special_ids(config), "config") != config:
+            raise ValueError("its fields contradict each other")
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+        raise CoreInferError(
+            f"{path}: its config is not a model's ({shown_name(str(error))}); convert the checkpoint again"
+        ) from error
+    return config

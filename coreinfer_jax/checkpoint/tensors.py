@@ -1,5 +1,6 @@
 """Reading the tensors of a checkpoint one at a time: safetensors, PyTorch's `.bin`, sharded or not."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from coreinfer_jax.checkpoint.files import read_json
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.errors import CoreInferError, shown_name
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -56,12 +57,16 @@ def _shards(directory: Path, whole: str, pattern: str) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CoreInferError(f"{index}: has no weight_map; download it again")
         shards = sorted({directory / Path(str(name)).name for name in weight_map.values()})
-        missing = [shard.name for shard in shards if not shard.is_file()]
+        missing = [shown_name(shard.name) for shard in shards if not _is_file(shard)]
         if missing:
             raise CoreInferError(f"{directory}: missing {', '.join(missing)}, named in {index.name}; download them")
         return shards
     single = directory / whole
     return [single] if single.is_file() else sorted(directory.glob(pattern))
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for a name that is too long
 
 
 def open_safetensors(files: list[Path]) -> StoredTensors:
@@ -92,11 +97,14 @@ def _reader(file: Path, name: str) -> Callable[[], np.ndarray]:
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     """`safe_open` whose failures name the file and the remedy."""
+    if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
+        raise CoreInferError(f"{file}: permission denied; make it readable")
     try:
         opened = safe_open(file, framework="numpy")
     except (SafetensorError, OSError, ValueError) as error:
+        reason = shown_name(str(error))  # which may quote whatever the file holds
         raise CoreInferError(
-            f"{file}: not a readable safetensors file ({error}); it may be truncated, download it again"
+            f"{file}: not a readable safetensors file ({reason}); it may be truncated, download it again"
         ) from error
     with opened:
         yield opened
@@ -105,7 +113,7 @@ def _opened(file: Path) -> Iterator[Any]:
 def _check_dtype(file: Path, name: str, dtype: str) -> None:
     if dtype not in _DTYPES:
         raise CoreInferError(
-            f"{file}: {name} is {dtype}; only {', '.join(_DTYPES)} are read, quantised checkpoints are not"
+            f"{file}: {shown_name(name)} is {dtype}; only {', '.join(_DTYPES)} are read, quantised checkpoints are not"
         )
 
 
@@ -150,7 +158,7 @@ def _stored_torch(file: Path, name: str, tensor: Any) -> StoredTensor:
     names = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in names:
         kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise CoreInferError(f"{file}: {name} is {kind}; only floating-point tensors are read")
+        raise CoreInferError(f"{file}: {shown_name(str(name))} is {kind}; only floating-point tensors are read")
 
     def read() -> np.ndarray:
         if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own, so the bits travel as integers

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from coreinfer_jax.core.neurons import CoreNeurons
-from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.params import Linear, Mlp, Params
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.params import Linear, Mlp, Params, check_params
 
 Indices = tuple[Array | None, ...]
 
@@ -30,15 +30,14 @@ def compact(params: Params, core: CoreNeurons) -> Params:
         CoreInferError: `core` does not fit the model, or `params` are narrowed already.
     """
     check_core(core)
-    core.check(params.config)
     check_dense(params)
+    core.check(params.config)
     return narrow(params, tuple(None if indices is None else jnp.asarray(indices) for indices in core.layers))
 
 
 def check_dense(params: Params) -> None:
     """Refuse parameters that have been narrowed: their neurons are numbered differently."""
-    if not isinstance(params, Params):
-        raise CoreInferError(f"params: {type(params).__name__}; give Params, the first of what load returns")
+    check_params(params)
     dense = (params.config.mlp_size, params.config.hidden_size)
     if any(layer.mlp.up.weight.shape != dense for layer in params.layers):
         raise CoreInferError("params are narrowed to core neurons already: give the dense params of the model")
@@ -47,7 +46,7 @@ def check_dense(params: Params) -> None:
 def check_core(core: object) -> None:
     """Refuse what is no `CoreNeurons`, such as the `CoreConfig` to choose them with."""
     if not isinstance(core, CoreNeurons):
-        raise CoreInferError(f"core={core!r}: give CoreNeurons, for instance those of a Generation")
+        raise CoreInferError(f"core={shown(core)}: give CoreNeurons, for instance those of a Generation")
 
 
 def narrow(params: Params, indices: Indices) -> Params:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from coreinfer_jax.config import ModelConfig
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.errors import CoreInferError, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,8 @@ class CoreNeurons:
     digest: str = field(init=False, repr=False)
 
     def __init__(self, layers: Iterable[ArrayLike | None]) -> None:
+        if not isinstance(layers, Iterable):
+            raise CoreInferError(f"core neurons: {shown(layers)}; give one array of indices, or None, per layer")
         checked = tuple(None if indices is None else _checked(l, indices) for l, indices in enumerate(layers))
         if len({indices.shape[0] for indices in checked if indices is not None and indices.ndim == 2}) > 1:
             raise CoreInferError(

@@ -26,14 +26,23 @@ def narrowed_layers(core: CoreConfig, config: ModelConfig) -> tuple[int, ...]:
     return layers
 
 
-def counted_tokens(core: CoreConfig, tokens: np.ndarray, lengths: np.ndarray, config: ModelConfig) -> np.ndarray:
+def counted_tokens(
+    core: CoreConfig, tokens: np.ndarray, lengths: np.ndarray, cached: int, config: ModelConfig
+) -> np.ndarray:
     """Which of tokens [B, T] vote: bool [B, T], not padding, and not a leading BOS where the setting excludes it.
+
+    Args:
+        core: the setting.
+        tokens: padded rows.
+        lengths: int32 [B], tokens per row before padding.
+        cached: tokens per row that were read, and have voted, before.
+        config: the model.
 
     Raises:
         CoreInferError: a row without any.
     """
     counted = np.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    if not core.count_bos and config.bos_id is not None:
+    if not core.count_bos and config.bos_id is not None and not cached:
         counted[:, 0] &= tokens[:, 0] != config.bos_id
     if not counted.any(axis=1).all():
         raise CoreInferError("a prompt of BOS alone has no token to vote with count_bos=False: lengthen it")

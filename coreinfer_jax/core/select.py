@@ -180,7 +180,10 @@ def select_core_neurons(
     check_fraction("alpha", alpha)
     check_fraction("beta", beta)
     check_budget(budget)
-    activations = jnp.asarray(activations)
+    try:
+        activations = jnp.asarray(activations)
+    except (TypeError, ValueError) as error:
+        raise CoreInferError(f"activations: {type(activations).__name__}; give floats [tokens, neurons]") from error
     if activations.ndim != 2 or 0 in activations.shape or not jnp.issubdtype(activations.dtype, jnp.floating):
         raise CoreInferError(
             f"activations of shape {activations.shape}, {activations.dtype}: give floats [tokens, neurons], not empty"

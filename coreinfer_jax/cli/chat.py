@@ -1,0 +1,160 @@
+"""`coreinfer chat`: turn after turn in a terminal."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from types import FrameType
+
+from coreinfer_jax.cli import options as shared
+from coreinfer_jax.cli.reply import Reply, facts
+from coreinfer_jax.conversation import Conversation, converse
+from coreinfer_jax.errors import CoreInferError, one_line
+from coreinfer_jax.inputs import check_length, make_sampling
+from coreinfer_jax.params import Params
+from coreinfer_jax.text import Tokenizer
+
+HELP = "talk to a model, its core neurons chosen anew each turn"
+NEW_TOKENS = 256
+RESET, END = "/reset", "/exit"
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What was said, and what the model has read of it."""
+
+    messages: tuple[Message, ...]
+    conversation: Conversation | None = None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    shared.add_model(parser)
+    shared.add_core(parser)
+    shared.add_sampling(parser, temperature=0.7, new_tokens=NEW_TOKENS)
+    parser.add_argument("--system", metavar="TEXT", help="what the chat template puts before the conversation")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    shared.core_config(options)  # refuse a setting before the model is loaded
+    if options.system is not None:
+        shared.check_text("system message", options.system)
+    params, tokenizer = shared.load_model(options)
+    check_length(1, _most(options), params.config)
+    make_sampling(params.config, **shared.sampling(options, params.config, tokenizer))
+    if find_spec("readline"):
+        import readline  # noqa: F401 - gives input() editing and history
+    opening = () if options.system is None else ({"role": "system", "content": options.system},)
+    if not tokenizer.has_chat_template:
+        if opening:
+            raise CoreInferError("--system: this model has no chat template to put it in; leave the option out")
+        _say("[no chat template: what you write and what the model answers is one text that it continues]")
+    _say(f"[{RESET} forgets the conversation, {END} or Ctrl-D ends, Ctrl-C stops a reply]")
+    session = _Session(opening)
+    for turn, line in enumerate(_lines()):
+        if line == RESET:
+            session = _Session(opening)
+            _say("[the conversation is forgotten]")
+            continue
+        try:
+            session = _turn(options, params, tokenizer, session, line, (options.seed + turn) % 2**63)
+        except CoreInferError as error:
+            _say(f"\ncoreinfer: error: {one_line(str(error))} ({RESET} starts over)")
+            session = _still_alive(session)
+        except KeyboardInterrupt:
+            _say("\n[interrupted]")
+            session = _still_alive(session)
+
+
+def _most(options: argparse.Namespace) -> int:
+    """New tokens a reply may have, if there is room."""
+    return NEW_TOKENS if options.max_new_tokens is None else int(options.max_new_tokens)
+
+
+def _still_alive(session: _Session) -> _Session:
+    """`session`, to be read anew where a reply that came to nothing has taken the memory of what was read."""
+    alive = session.conversation is not None and session.conversation.past.is_alive
+    return session if alive else replace(session, conversation=None)
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, line by line; empty ones are passed over, Ctrl-C clears one."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            _say("")
+            return
+        except KeyboardInterrupt:
+            _say("")
+            continue
+        if line.strip() == END:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _turn(
+    options: argparse.Namespace, params: Params, tokenizer: Tokenizer, session: _Session, line: str, seed: int
+) -> _Session:
+    """The session after one line of the user and the model's reply to it, which is printed as it comes."""
+    shared.check_text("line", line)
+    messages = (*session.messages, {"role": "user", "content": line})
+    prompt = _encode(tokenizer, messages)
+    new = min(_most(options), shared.room(params.config, len(prompt)))
+    sampling = shared.sampling(options, params.config, tokenizer) | {"key": seed}
+    core = shared.core_config(options)
+    chunks = converse(params, prompt, session.conversation, core, max_new_tokens=new, **sampling)
+    reply = Reply(tokenizer, prompt, options.stop)
+    with _interruptible() as interrupted:
+        for chunk, latest in chunks:
+            conversation = latest
+            print(reply.add(chunk), end="", flush=True)
+            if reply.stopped or interrupted:
+                break
+    print(reply.finish(), flush=True)
+    full = len(prompt) + len(reply.tokens) >= params.config.max_positions
+    _say(
+        facts(chunk.stats, len(reply.tokens))
+        + (" [stopped]" if interrupted else "")
+        + (f" [no room is left: {RESET} starts over]" if full else "")
+    )
+    return replace(
+        session, messages=(*messages, {"role": "assistant", "content": reply.text}), conversation=conversation
+    )
+
+
+def _encode(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> list[int]:
+    """The conversation by the chat template; without one its running text, every turn of the user a new paragraph."""
+    if tokenizer.has_chat_template:
+        return tokenizer.encode_chat(messages)
+    paragraphs = [
+        ("\n\n" if i and message["role"] == "user" else "") + message["content"] for i, message in enumerate(messages)
+    ]
+    return tokenizer.encode("".join(paragraphs))
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C makes non-empty, so that what runs ends in order; the second one interrupts."""
+    pressed: list[int] = []
+
+    def press(number: int, _: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

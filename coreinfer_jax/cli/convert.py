@@ -1,0 +1,20 @@
+"""`coreinfer convert`."""
+
+import argparse
+
+from coreinfer_jax.checkpoint import convert
+from coreinfer_jax.checkpoint.mapping import DTYPES
+
+HELP = "convert a Hugging Face checkpoint"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("source", metavar="SRC", help="Hugging Face directory, or hub id if there is a network")
+    parser.add_argument("destination", metavar="DST", help="new directory")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: the checkpoint's")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    print(convert(options.source, options.destination, options.dtype))

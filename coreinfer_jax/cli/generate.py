@@ -1,0 +1,55 @@
+"""`coreinfer generate`."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from coreinfer_jax.cli import options as shared
+from coreinfer_jax.cli.reply import Reply, facts
+from coreinfer_jax.generation import stream
+
+HELP = "continue a prompt"
+NEW_TOKENS = 128
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--chat", action="store_true", help="PROMPT is a question: apply the model's chat template")
+    shared.add_model(parser)
+    shared.add_core(parser)
+    shared.add_sampling(parser, temperature=0.0, new_tokens=NEW_TOKENS)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    shared.check_text("prompt", options.prompt)
+    core = shared.core_config(options)
+    params, tokenizer = shared.load_model(options)
+    if options.chat:
+        prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
+    else:
+        prompt = tokenizer.encode(options.prompt)
+    asked = options.max_new_tokens
+    new = min(NEW_TOKENS, shared.room(params.config, len(prompt))) if asked is None else asked
+    chunks = stream(params, [prompt], core, max_new_tokens=new, **shared.sampling(options, params.config, tokenizer))
+
+    def show(text: str) -> None:
+        if not options.json:
+            print(text, end="", flush=True)
+
+    show("" if options.chat else options.prompt)
+    reply = Reply(tokenizer, prompt, options.stop)
+    for chunk in chunks:
+        show(reply.add(chunk))
+        if reply.stopped:
+            break
+    show(reply.finish())
+    stats = chunk.stats
+    if options.json:
+        print(json.dumps({"text": reply.text, "tokens": reply.tokens, "method": stats.method, "stats": asdict(stats)}))
+    else:
+        print(flush=True)
+    print(facts(stats, len(reply.tokens)), file=sys.stderr)

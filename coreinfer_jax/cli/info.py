@@ -1,0 +1,70 @@
+"""`coreinfer info`."""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+
+from coreinfer_jax.checkpoint.summary import Summary, summarise
+from coreinfer_jax.config import CoreConfig
+
+HELP = "say what a checkpoint is and what a token costs"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument(
+        "model", metavar="DIR", help="converted or Hugging Face directory, embedded:opt, embedded:llama"
+    )
+    parser.add_argument(
+        "--beta", type=float, default=CoreConfig().beta, help="keep ratio to count bytes for, (0, 1] (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    summary = summarise(options.model, options.beta)
+    if options.json:
+        print(json.dumps(asdict(replace(summary, tokenizer=None)) | {"tokenizer": _tokenizer(summary)}))
+        return
+    lines = _lines(summary)
+    width = max(len(name) for name, _ in lines)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
+
+
+def _lines(summary: Summary) -> list[tuple[str, str]]:
+    config = summary.config
+    heads = f"N {config.num_heads} query, G {config.num_kv_heads} key/value heads of H {config.head_size}"
+    saved = summary.bytes_per_token / summary.core_bytes_per_token
+    dense, core = _size(summary.bytes_per_token), _size(summary.core_bytes_per_token)
+    return [
+        ("family", f"{config.family}, {config.activation}"),
+        ("layers", f"L {config.num_layers}"),
+        ("hidden size", f"D {config.hidden_size}"),
+        ("MLP neurons", f"F {config.mlp_size} per layer"),
+        ("attention", heads),
+        ("vocabulary", f"V {config.vocab_size}, {'tied' if config.tied else 'untied'} output projection"),
+        ("positions", f"{config.max_positions}, {'learned' if config.rope is None else 'rotary'}"),
+        ("parameters", f"{summary.parameters:,}"),
+        ("dtype", summary.dtype),
+        ("bytes", ", ".join(f"{part} {_size(size)}" for part, size in summary.bytes_per_part.items())),
+        (
+            "read per token",
+            f"{dense} dense; {core} with {summary.kept_neurons} core neurons per layer ({saved:.2f}x less)",
+        ),
+        ("KV cache", f"{_size(summary.cache_bytes_per_position)} per position, read besides"),
+        ("tokenizer", _tokenizer(summary)),
+        ("fingerprint", summary.fingerprint),
+    ]
+
+
+def _tokenizer(summary: Summary) -> str:
+    if summary.tokenizer is None:
+        return "none"
+    chat = "with" if summary.tokenizer.has_chat_template else "without"
+    return f"{summary.tokenizer.description}, {chat} a chat template"
+
+
+def _size(size: int) -> str:
+    scale, unit = next((pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= pair[0]), (1, "B"))
+    return f"{size / scale:.3g} {unit}"

@@ -1,0 +1,105 @@
+"""Parsing, and what every subcommand shares: one-line errors and exit statuses."""
+
+import argparse
+import errno
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+import jax
+
+from coreinfer_jax.cli import chat, convert, generate, info, train
+from coreinfer_jax.errors import CoreInferError, one_line, shown, shown_name
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with mistakes reported like all others: one line, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0; 2 for a mistake or an output that cannot be written, reported in one line; 130 after Ctrl-C;
+        141 where the reader of the output has gone.
+    """
+    _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as for arguments; `check_text` tells the user
+    try:
+        status = _run(arguments)
+        # Here, because at its exit Python could only complain.
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # the reader went away, as `head` does
+        _discard_output()
+        return 141
+    except OSError as error:
+        _discard_output()
+        print(f"coreinfer: error: {_told(error)}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(arguments)
+        options.run(options)
+    except SystemExit as end:  # argparse has said what there is to say
+        return int(end.code or 0)
+    except CoreInferError as error:
+        print(f"coreinfer: error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        remedy = "take a smaller model or batch, or a 16-bit --dtype"
+        print(f"coreinfer: error: out of memory ({shown(str(error))}); {remedy}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _open_closed_streams() -> None:
+    """Let standard streams that were closed be empty ones; Python has None for them, which nothing expects."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, PTH123 - open as long as the process is
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def _discard_output() -> None:
+    """Send what broken streams still hold nowhere; otherwise Python would complain once more at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _told(error: OSError) -> str:
+    if error.filename is not None:
+        return f"{shown_name(str(error.filename))}: {error.strerror}; name another path, or make this one usable"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF):
+        return f"the output cannot be written: {error.strerror}; free some space, or send it elsewhere"
+    return f"{error.strerror or error}; try again, or elsewhere"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="coreinfer", description="Generate with only the MLP neurons a prompt needs.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"coreinfer {version('coreinfer_jax')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for command in (generate, chat, info, convert, train):
+        name = command.__name__.rpartition(".")[2]
+        command.add_options(commands.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False))
+    return parser

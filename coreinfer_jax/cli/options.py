@@ -1,0 +1,106 @@
+"""Options that several subcommands take, and what they mean."""
+
+import argparse
+from typing import Any
+
+import jax
+
+from coreinfer_jax.checkpoint import load
+from coreinfer_jax.checkpoint.mapping import DTYPES
+from coreinfer_jax.config import CoreConfig, ModelConfig
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.params import Params
+from coreinfer_jax.text import Tokenizer
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where it runs."""
+    parser.add_argument(
+        "--model", metavar="DIR", help="converted or Hugging Face directory, embedded:opt (default) or embedded:llama"
+    )
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default float32 on CPU, bfloat16 on GPU and TPU")
+    parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the fastest there is")
+
+
+def add_core(parser: argparse.ArgumentParser) -> None:
+    """How core neurons are chosen."""
+    default = CoreConfig()
+    parser.add_argument("--method", choices=("dense", "stability"), default="stability")
+    parser.add_argument("--alpha", type=float, default=default.alpha, help="token-wise share, (0, 1] (%(default)s)")
+    parser.add_argument("--beta", type=float, default=default.beta, help="share of neurons kept, (0, 1] (%(default)s)")
+    parser.add_argument("--budget", choices=("per_token", "mean"), default=default.budget)
+
+
+def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens: int) -> None:
+    """How tokens are drawn, and when to stop."""
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default {new_tokens}, if there is room")
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help="0 takes the most probable token (%(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--seed", type=int, help="for temperatures above 0 (default 0)", default=0)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+
+
+def load_model(options: argparse.Namespace) -> tuple[Params, Tokenizer]:
+    """The model and tokenizer that the options name, once what else they say has been checked."""
+    if "" in options.stop:
+        raise CoreInferError("--stop '': give text to stop at")
+    for stop in options.stop:
+        check_text("--stop text", stop)
+    _choose_device(options.device)
+    params, tokenizer = load(options.model, options.dtype)
+    if tokenizer is None:
+        raise CoreInferError(
+            f"{options.model}: has no tokenizer; add tokenizer.json or tokenizer.model beside the weights"
+        )
+    return params, tokenizer
+
+
+def _choose_device(name: str | None) -> None:
+    """Make `name` the device JAX uses in this process."""
+    if name == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif name is not None:
+        try:
+            jax.config.update("jax_default_device", jax.devices(name)[0])
+        except RuntimeError as error:
+            raise CoreInferError(
+                f"--device {name}: JAX finds none here; install its plugin or leave the option out"
+            ) from error
+
+
+def core_config(options: argparse.Namespace) -> CoreConfig | None:
+    """How core neurons are to be chosen; None for the full model."""
+    if options.method == "dense":
+        return None
+    return CoreConfig(alpha=options.alpha, beta=options.beta, budget=options.budget)
+
+
+def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The keyword arguments of `stream`, but for how many tokens to make."""
+    # A special token leaves no text behind in which a stop string could be found.
+    stops = {i for stop in options.stop if (i := tokenizer.special_id(stop)) is not None}
+    return {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "eos_ids": (*config.eos_ids, *stops),
+        "key": options.seed,
+    }
+
+
+def room(config: ModelConfig, prompt_tokens: int) -> int:
+    """New tokens that fit behind a prompt; 1 where none does, which is refused with an explanation."""
+    return max(1, config.max_positions - prompt_tokens)
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse text that is empty, or bytes of the command line that are none in the terminal's encoding."""
+    if not text:
+        raise CoreInferError(f"the {name} is empty; give some text to continue")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python smuggles undecodable bytes in as surrogates
+        raise CoreInferError(f"the {name} {text!r} is not valid text in the terminal's encoding") from error

@@ -1,0 +1,51 @@
+"""A continuation while it grows: the text that may be shown already, its tokens, a line of facts about its cost."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from coreinfer_jax.results import Chunk, Stats
+from coreinfer_jax.text import Tokenizer, complete, continuation, settled
+
+
+class Reply:
+    """The text that new tokens add to a prompt.
+
+    Attributes:
+        text: shown so far.
+        tokens: all new tokens so far, those behind a stop string or an unfinished character included.
+        stopped: whether a stop string has ended the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self._tokenizer, self._prompt, self._stops = tokenizer, prompt, stops
+        self._all = ""
+        self.text, self.tokens, self.stopped = "", list[int](), False
+
+    def add(self, chunk: Chunk) -> str:
+        """Text that can be shown now: later tokens cannot change it."""
+        self.tokens += chunk.tokens[0, : chunk.lengths[0]].tolist()
+        self._all = continuation(self._tokenizer, self._prompt, self.tokens)
+        ready, self.stopped = settled(self._all, self._stops)
+        return self._show(ready)
+
+    def finish(self) -> str:
+        """What was held back for a stop string that never came; a character that was cut off stays out."""
+        return "" if self.stopped else self._show(complete(self._all))
+
+    def _show(self, text: str) -> str:
+        shown, self.text = self.text, text
+        return text[len(shown) :]
+
+
+def facts(stats: Stats, new_tokens: int) -> str:
+    """One line for people."""
+    kept = np.mean(stats.kept_neurons) / stats.mlp_size
+    decode = f"{1000 * stats.decode_seconds / stats.decode_steps:.1f} ms/token" if stats.decode_steps else "no steps"
+    cached = f" ({stats.cached_tokens[0]} cached)" if stats.cached_tokens[0] else ""
+    return (
+        f"[{stats.method}: {kept:.0%} of {stats.mlp_size} MLP neurons in {len(stats.kept_neurons)} layers; "
+        f"{stats.prompt_tokens[0]} prompt{cached} + {new_tokens} new tokens; prefill {stats.prefill_seconds:.2f} s, "
+        f"selection {stats.selection_seconds:.2f} s, compaction {stats.compaction_seconds:.2f} s, decode {decode} "
+        f"(compiling included); {stats.bytes_read_per_token / 1e6:.1f} MB read per token]"
+    )

@@ -1,0 +1,175 @@
+"""Tokenizers as transformers reads them, and its chat templates."""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.text.files import check_text, read_object, read_text, reason
+
+_JSON_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TEXT_FILES = ("merges.txt", "chat_template.jinja")
+
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class TransformersTokenizer:
+    """A tokenizer as transformers reads it from tokenizer.json, or from vocab.json and merges.txt."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._main = next(name for name in _JSON_FILES if (directory / name).is_file())
+        try:
+            self._tokenizer: Any = _open(directory)
+            self._backend = _byte_fallback_backend(self._tokenizer)
+            self.decode(self.encode("a"))  # some mistakes show only in use
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # transformers, tokenizers and json each raise their own; a panic of Rust code is not even an Exception.
+        except BaseException as error:
+            _refuse_broken_files(directory)
+            raise CoreInferError(
+                f"{directory / self._main}: transformers cannot read the tokenizer ({reason(error)}); download it again"
+            ) from error
+
+    @property
+    def description(self) -> str:
+        """See `Tokenizer.description`."""
+        return f"{self._main}, {len(self._tokenizer)} entries"
+
+    @property
+    def has_chat_template(self) -> bool:
+        """See `Tokenizer.has_chat_template`."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
+        check_text(text)
+        return [int(i) for i in self._tokenizer(text, verbose=False)["input_ids"]]
+
+    def special_id(self, text: str) -> int | None:
+        """See `Tokenizer.special_id`."""
+        declared = self._tokenizer.added_tokens_decoder.items()
+        return next((int(i) for i, token in declared if token.special and token.content == text), None)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """See `Tokenizer.encode_chat`."""
+        return [int(i) for i in apply_template(self._tokenizer, messages, self._directory, tokenize=True)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        ids = [i for i in ids if 0 <= i < 2**32]  # others overflow; ids that are no token decode to nothing
+        if self._backend is None:
+            text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return str(text)
+        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        tokens = [self._backend.id_to_token(i) for i in ids if i not in special]
+        return str(self._backend.decoder.decode(list(_join_bytes(token for token in tokens if token is not None))))
+
+
+def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], directory: Path, *, tokenize: bool) -> Any:
+    """What `tokenizer`'s chat template makes of a conversation, the generation prompt included: ids, or text.
+
+    Raises:
+        CoreInferError: no template, or one that rejects the conversation.
+    """
+    if not tokenizer.chat_template:
+        raise CoreInferError(
+            f"{directory}: has no chat template; give plain text, without --chat, or take a chat-tuned model"
+        )
+    try:
+        with _quiet():
+            return tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=tokenize,
+                add_generation_prompt=True,
+                return_dict=False,
+                tokenizer_kwargs={"verbose": False},
+            )
+    except Exception as error:  # templates are programs, and fail in as many ways
+        raise CoreInferError(
+            f"{directory}: its chat template cannot be applied to this conversation ({reason(error)}); "
+            "change the conversation, or take another model"
+        ) from error
+
+
+def render_chat(
+    template: object, named: Mapping[str, str], messages: Sequence[Mapping[str, str]], directory: Path
+) -> str:
+    """The text of a conversation by a chat `template` that may use the special tokens `named`.
+
+    Raises:
+        CoreInferError: as `apply_template`.
+    """
+    with _quiet():
+        from transformers import PreTrainedTokenizerBase
+    try:
+        # Without any vocabulary, for its choice among templates and its sandbox.
+        base: Any = PreTrainedTokenizerBase
+        tokenizer = base(chat_template=template, **named)
+    except Exception as error:
+        raise CoreInferError(f"{directory}: its chat template is malformed; download the tokenizer again") from error
+    return str(apply_template(tokenizer, messages, directory, tokenize=False))
+
+
+def _open(directory: Path) -> Any:
+    with _quiet():
+        from transformers import AutoTokenizer
+
+        # Unless told not to, transformers asks on the terminal whether to run code that came with a model.
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _refuse_broken_files(directory: Path) -> None:
+    """Name the file that is broken, which transformers does not, unless each is well formed by itself."""
+    for name in _JSON_FILES:
+        read_object(directory / name)
+    for name in _TEXT_FILES:
+        if (directory / name).is_file():
+            read_text(directory / name)
+
+
+def _byte_fallback_backend(tokenizer: Any) -> Any:
+    """The tokenizer of the tokenizers library inside, if it falls back to bytes for characters it does not know."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = None if backend is None else backend.decoder
+    return backend if decoder is not None and b'"ByteFallback"' in decoder.__getstate__() else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from advising on the terminal, as it does on import where PyTorch is missing.
+
+    Importing sets the level of its logger, so that only a filter is sure to hold; the loggers of its modules
+    inherit the level, not the filter.
+    """
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.addFilter(_is_error)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_error)
+        logger.setLevel(level)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def _join_bytes(tokens: Iterable[str]) -> Iterator[str]:
+    """`tokens` with the characters that runs of byte tokens spell in their place.
+
+    The decoder of tokenizers would turn a whole run into U+FFFDs while its last character is incomplete, also the
+    characters that have been shown.
+    """
+    for is_bytes, run in groupby(tokens, lambda token: _BYTE.fullmatch(token) is not None):
+        if is_bytes:
+            yield bytes(int(token[3:5], 16) for token in run).decode("utf-8", errors="replace")
+        else:
+            yield from run

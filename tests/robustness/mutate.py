@@ -1,0 +1,195 @@
+"""Ways to damage a file: bytes, JSON values, safetensors headers. All of them follow from a `random.Random`."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from random import Random
+from typing import Any
+
+# JSON that Python cannot be made to write: put in for the string of the same name.
+RAW = {
+    "@digits@": "1" + "0" * 5000,
+    "@deep list@": "[" * 100_000 + "]" * 100_000,
+    "@deep object@": '{"a":' * 3000 + "1" + "}" * 3000,
+    "@cut@": '"never closed',
+    "@bad escape@": '"\\x"',
+}
+
+ODD: list[Any] = [
+    *(0, -1, 1, 2, 3, 7, 255, 65536, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**12, 10**400, -(10**18)),
+    *(0.0, -0.0, 0.5, 1.5, 1e-320, 1e308, -1e308, float("nan"), float("inf"), -float("inf")),
+    *(True, False, None, "", "1", "\n", "two\nlines", "\0", "\ud800", "a" * 100_000, "\N{GRINNING FACE}", "../../etc"),
+    *([], {}, [[]], [None], [0] * 10_000, [[[[[[1]]]]]], {"a": {"b": {}}}, ["opt"], {"": ""}),
+    *RAW,
+]
+
+
+def damage_bytes(random: Random, content: bytes) -> bytes:
+    """`content` with bits flipped, a stretch cut out, doubled, overwritten or made up, or without its end."""
+    damaged = bytearray(content)
+    at = random.randrange(len(damaged) + 1)
+    size = random.choice((1, 2, 4, 8, 64, 1000))
+    kind = random.choice(("flip", "flip", "flip", "cut", "double", "overwrite", "insert", "truncate", "truncate"))
+    if kind == "flip":
+        for _ in range(random.choice((1, 1, 2, 8, 50)) if damaged else 0):
+            damaged[random.randrange(len(damaged))] ^= 1 << random.randrange(8)
+    elif kind == "cut":
+        del damaged[at : at + size]
+    elif kind == "double":
+        damaged[at:at] = damaged[at : at + size]
+    elif kind == "overwrite":
+        damaged[at : at + size] = random.randbytes(size)
+    elif kind == "insert":
+        damaged[at:at] = random.choice((random.randbytes(size), b"\0" * size, b"\xff" * size, b'"', b"}", b"{", b"["))
+    else:
+        del damaged[at:]
+    return bytes(damaged)
+
+
+def damage_json(random: Random, content: bytes) -> bytes:
+    """The JSON `content` with one to three values dropped, doubled, swapped, wrapped or replaced by odd ones."""
+    value = json.loads(content)
+    for _ in range(random.choice((1, 1, 1, 2, 3))):
+        value = _damage_value(random, value)
+    text = json.dumps(value)
+    for name, raw in RAW.items():
+        text = text.replace(json.dumps(name), raw)
+    if random.random() < 0.05:  # a key that comes twice
+        key, odd = random.choice(_keys(value) or [""]), json.dumps(random.choice(ODD[:40]))
+        text = "{" + f"{json.dumps(key)}: {odd}, " + text[1:]
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _keys(value: object) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
+
+
+def _damage_value(random: Random, root: Any) -> Any:
+    """`root` with one value changed, somewhere within."""
+    if not isinstance(root, dict | list) or not root or random.random() < 0.01:
+        return _odd(random)
+    parent = root
+    while True:
+        key = random.choice(list(parent)) if isinstance(parent, dict) else random.randrange(len(parent))
+        inner = parent[key]
+        if not isinstance(inner, dict | list) or not inner or random.random() < 0.3:
+            break
+        parent = inner
+    change: Callable[[], None] = random.choice((_drop, _replace, _replace, _replace, _nudge, _rename, _wrap, _swap))
+    change(random, parent, key)
+    return root
+
+
+def _odd(random: Random) -> Any:
+    """One of `ODD`, a copy because the next change may go into it."""
+    return deepcopy(random.choice(ODD))
+
+
+def _drop(random: Random, parent: Any, key: Any) -> None:
+    del parent[key]
+
+
+def _replace(random: Random, parent: Any, key: Any) -> None:
+    parent[key] = _odd(random)
+
+
+def _nudge(random: Random, parent: Any, key: Any) -> None:
+    """A number becomes another plausible one, a string loses or doubles its end."""
+    value = parent[key]
+    if isinstance(value, bool) or value is None:
+        parent[key] = not value
+    elif isinstance(value, int | float):
+        real = float(value) if abs(value) < 1e300 else 0.5
+        parent[key] = random.choice((value + 1, value - 1, value * 2, value // 2, -value, value * 10**6, real))
+    elif isinstance(value, str):
+        parent[key] = random.choice((value[:-1], value + value[-1:], value.upper(), value[::-1]))
+    else:
+        parent[key] = [value, value]
+
+
+def _rename(random: Random, parent: Any, key: Any) -> None:
+    if isinstance(parent, dict):
+        parent[random.choice((f"{key}x", "", "two\nlines", key[:-1], "n" * 300))] = parent.pop(key)
+    else:
+        parent.insert(key, _odd(random))
+
+
+def _wrap(random: Random, parent: Any, key: Any) -> None:
+    parent[key] = random.choice(([parent[key]], {"value": parent[key]}, str(parent[key]), json.dumps(parent[key])))
+
+
+def _swap(random: Random, parent: Any, key: Any) -> None:
+    other = random.choice(list(parent)) if isinstance(parent, dict) else random.randrange(len(parent))
+    parent[key], parent[other] = parent[other], parent[key]
+
+
+def damage_text(random: Random, content: bytes) -> bytes:
+    """Lines dropped, doubled, swapped, joined or replaced."""
+    lines = content.split(b"\n")
+    for _ in range(random.choice((1, 1, 3, 20))):
+        i, j = random.randrange(len(lines)), random.randrange(len(lines))
+        kind = random.choice(("drop", "double", "swap", "join", "odd", "odd"))
+        if kind == "drop" and len(lines) > 1:
+            del lines[i]
+        elif kind == "double":
+            lines.insert(i, lines[j])
+        elif kind == "swap":
+            lines[i], lines[j] = lines[j], lines[i]
+        elif kind == "join":
+            lines[i] += lines[j]
+        else:
+            lines[i] = random.choice((b"", b" ", b"a", b"a b c", b"\xff\xfe", b"\0", b"zz qq", b"a" * 100_000))
+    return b"\n".join(lines)
+
+
+def damage_safetensors(random: Random, content: bytes) -> bytes:
+    """A safetensors file with its header, its length, its end or its entries damaged."""
+    size = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + size], content[8 + size :]
+    kind = random.choice(("length", "header bytes", "header bytes", "JSON", "JSON", "entry", "entry", "entry", "end"))
+    if kind == "length":
+        lengths = (0, 1, 2, 8, size - 1, size + 1, size * 2, len(content), 10**8, 2**31, 2**63, 2**64 - 1)
+        return random.choice(lengths).to_bytes(8, "little") + content[8:]
+    if kind == "end":
+        return random.choice((content[: random.randrange(len(content))], content + b"\0" * 8, content + header))
+    if kind == "header bytes":
+        return _with_header(random, damage_bytes(random, header), data)
+    if kind == "JSON":
+        return _with_header(random, damage_json(random, header), data)
+    return _with_header(random, _damage_entry(random, json.loads(header)), data)
+
+
+def _damage_entry(random: Random, entries: dict[str, Any]) -> bytes:
+    name, other = (random.choice([name for name in entries if name != "__metadata__"]) for _ in range(2))
+    entry, number = entries[name], random.choice((0, 1, -1, 2**31, 2**40, 2**62, 2**63, 2**64 - 1, 2**64, 1.0, "1"))
+    kind = random.choice(("dtype", "dtype", "shape", "shape", "size", "offsets", "offsets", "other", "name"))
+    if kind == "dtype":
+        entry["dtype"] = random.choice(
+            ("F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "I8", "U8", "BOOL", "C64", "X", 3)
+        )
+    elif kind == "shape":
+        entry["shape"] = random.choice(
+            ([], [0], [1], [*entry["shape"], 1], entry["shape"][::-1], [number], [number, 0], [2**32, 2**32], number)
+        )
+    elif kind == "size" and entry["shape"]:
+        entry["shape"][random.randrange(len(entry["shape"]))] = number
+    elif kind == "offsets":
+        begin, end = entry["data_offsets"]
+        entry["data_offsets"] = random.choice(
+            ([end, begin], [begin, number], [number, end], [begin, end + 4], [begin - 4, end], [begin], [], number)
+        )
+    elif kind == "other":
+        entries[name] = random.choice((entries[other], None, [], {}, {"dtype": "F32"}, entry | {"shape": [2, 2]}))
+    else:
+        entries[random.choice((other, "two\nlines", "", "n" * 10_000, f"model.{name}", name[6:], "\0"))] = entries.pop(
+            name
+        )
+    return json.dumps(entries).encode()
+
+
+def _with_header(random: Random, header: bytes, data: bytes) -> bytes:
+    """A file of `header` and `data`; now and then the header is padded, or its length is wrong."""
+    if random.random() < 0.2:
+        header += b" " * (-len(header) % 8)
+    length = len(header) + (random.choice((-1, 1, 8)) if random.random() < 0.05 else 0)
+    return max(length, 0).to_bytes(8, "little") + header + data

@@ -1,0 +1,168 @@
+"""`coreinfer chat` with a user who types ahead, on the embedded models and on one with a chat template."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import coreinfer_jax as ci
+from coreinfer_jax.cli import chat, main
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """Runs `coreinfer chat` while a user types `lines`, then Ctrl-D: status, stdout, stderr."""
+
+    def typed(lines: list[str], *options: str) -> tuple[int, str, str]:
+        waiting: Iterator[str] = iter(lines)
+
+        def answer(prompt: str = "") -> str:
+            line = next(waiting, None)
+            if line is None:
+                raise EOFError
+            if line == "^C":
+                raise KeyboardInterrupt
+            return line
+
+        monkeypatch.setattr("builtins.input", answer)
+        capsys.readouterr()
+        status = main(["chat", "--max-new-tokens", "12", *options])
+        return status, *capsys.readouterr()
+
+    return typed
+
+
+@pytest.fixture(scope="module")
+def templated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded OPT model with a chat template."""
+    directory = ci.convert("embedded:opt", tmp_path_factory.mktemp("chat") / "model")
+    described = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(described | {"chat_template": TEMPLATE}))
+    return directory
+
+
+def reply_of(model: str | Path, text: str, core: ci.CoreConfig | None = ci.CoreConfig()) -> str:
+    """What the model continues `text` with, from a fresh start."""
+    params, tokenizer = ci.load(model)
+    prompt = tokenizer.encode(text)
+    tokens = ci.generate(params, [prompt], core, max_new_tokens=12, eos_ids=params.config.eos_ids).tokens[0]
+    return tokenizer.decode([*prompt, *tokens.tolist()])[len(tokenizer.decode(prompt)) :]
+
+
+def test_turns_see_the_whole_conversation(typed, templated):
+    status, out, err = typed(["Hello there", "And then?"], "--model", str(templated), "--temperature", "0")
+    first = reply_of(templated, "<user> Hello there\n<assistant>")
+    second = reply_of(templated, f"<user> Hello there\n<assistant> {first}\n<user> And then?\n<assistant>")
+    assert status == 0
+    assert out == f"{first}\n{second}\n"
+    assert err.count("MLP neurons") == 2
+    assert " cached) + 12 new tokens" in err
+
+
+def test_without_a_template_the_conversation_is_one_text(typed):
+    _, out, err = typed(["Once upon a time", "The king"], "--temperature", "0")
+    first = reply_of("embedded:opt", "Once upon a time")
+    assert out == f"{first}\n{reply_of('embedded:opt', f'Once upon a time{first}' + chr(10) * 2 + 'The king')}\n"
+    assert "no chat template" in err
+
+
+def test_reset_forgets(typed):
+    _, out, err = typed(["The king", "/reset", "The king"], "--temperature", "0")
+    assert out == 2 * (reply_of("embedded:opt", "The king") + "\n")
+    assert "forgotten" in err
+
+
+def test_exit_empty_lines_and_ctrl_c_at_the_prompt(typed):
+    status, out, _ = typed(["", "^C", "   ", "/exit", "never read"])
+    assert (status, out) == (0, "")
+
+
+def test_ctrl_c_stops_the_reply_and_the_chat_goes_on(typed, monkeypatch):
+    add = chat.Reply.add
+    pressed: list[bool] = []
+
+    def interrupted_add(self, chunk):
+        if not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return add(self, chunk)
+
+    monkeypatch.setattr(chat.Reply, "add", interrupted_add)
+    before = signal.getsignal(signal.SIGINT)
+    status, _, err = typed(["The king", "The queen"], "--temperature", "0", "--max-new-tokens", "30")
+    facts = [line for line in err.splitlines() if "MLP neurons" in line]
+    assert status == 0
+    assert facts[0].endswith("[stopped]")
+    assert " + 1 new tokens" in facts[0]
+    assert " + 30 new tokens" in facts[1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_full_conversation_says_so_and_goes_on_after_reset(typed):
+    status, out, err = typed(["word " * 1100, "/reset", "The king"])
+    assert status == 0
+    assert "exceed the model's 1024 positions" in err
+    assert err.count("MLP neurons") == 1
+    assert out
+
+
+def test_a_reply_is_as_long_as_there_is_room_for(typed):
+    """1024 positions: the second reply has not the 400 that were asked for, and the third none."""
+    lines = ["word " * 300, "word " * 300, "word"]
+    status, _, err = typed(lines, "--max-new-tokens", "400", "--temperature", "0")
+    facts = [line for line in err.splitlines() if "MLP neurons" in line]
+    counts = [tuple(map(int, re.search(r"(\d+) prompt.* \+ (\d+) new tokens", line).groups())) for line in facts]
+    assert status == 0
+    assert len(counts) == 2
+    assert counts[0][1] == 400
+    assert sum(counts[1]) == 1024
+    assert facts[1].endswith("[no room is left: /reset starts over]")
+    assert "exceed the model's 1024 positions" in err
+
+
+def test_a_mistake_leaves_what_was_read(typed, monkeypatch):
+    """A line that is no text is refused; the next turn still finds the first one in the cache."""
+    _, _, err = typed(["The king", "\udcff", "and the queen"], "--temperature", "0")
+    assert "not valid text" in err
+    assert " cached) + 12 new tokens" in err
+
+
+def test_a_second_ctrl_c_drops_the_turn(typed, monkeypatch):
+    add = chat.Reply.add
+
+    def interrupted_add(self, chunk):
+        monkeypatch.setattr(chat.Reply, "add", add)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return add(self, chunk)
+
+    monkeypatch.setattr(chat.Reply, "add", interrupted_add)
+    status, out, err = typed(["The queen", "The king"], "--temperature", "0")
+    assert status == 0
+    assert "[interrupted]" in err
+    assert out == reply_of("embedded:opt", "The king") + "\n"
+
+
+def test_a_system_message_needs_a_template(typed, templated):
+    status, _, err = typed(["Hello"], "--system", "Be brief")
+    assert status == 2
+    assert "--system" in err
+    _, out, _ = typed(["Hello"], "--system", "Be brief", "--model", str(templated), "--temperature", "0")
+    assert out == reply_of(templated, "<system> Be brief\n<user> Hello\n<assistant>") + "\n"
+
+
+def test_generate_applies_the_template(capsys, templated):
+    assert main(["generate", "Hello", "--chat", "--model", str(templated), "--max-new-tokens", "12", "--json"]) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    assert text == reply_of(templated, "<user> Hello\n<assistant>")
+    assert main(["generate", "Hello", "--chat"]) == 2
+    assert "chat template" in capsys.readouterr().err
