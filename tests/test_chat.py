@@ -161,7 +161,8 @@ def test_a_system_message_needs_a_template(typed, templated):
 
 
 def test_generate_applies_the_template(capsys, templated):
-    assert main(["generate", "Hello", "--chat", "--model", str(templated), "--max-new-tokens", "12", "--json"]) == 0
+    greedy = ["--max-new-tokens", "12", "--temperature", "0", "--json"]
+    assert main(["generate", "Hello", "--chat", "--model", str(templated), *greedy]) == 0
     text = json.loads(capsys.readouterr().out)["text"]
     assert text == reply_of(templated, "<user> Hello\n<assistant>")
     assert main(["generate", "Hello", "--chat"]) == 2

@@ -62,7 +62,7 @@ def test_text_goes_to_stdout_and_one_line_of_facts_to_stderr(run, generate, tiny
     status, out, err = run("generate", PROMPT, "--model", tinystories, "--max-new-tokens", 24, "--dtype", "float32")
     assert status == 0
     assert out == PROMPT + generate()["text"] + "\n"
-    assert re.fullmatch(r"\[stability: 60% of 384 MLP neurons in 2 layers; 6 prompt \+ 24 new tokens; [^\n]*\]\n", err)
+    assert re.fullmatch(r"\[stability: 70% of 384 MLP neurons in 2 layers; 6 prompt \+ 24 new tokens; [^\n]*\]\n", err)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,26 @@ def test_sampling_follows_the_seed(generate):
     assert tokens[0] == tokens[1] != tokens[2]
     assert generate("--temperature", 1.0)["tokens"] == generate("--temperature", 1.0, "--seed", 0)["tokens"]
     assert generate("--temperature", 1.0, "--top-k", 1)["tokens"] == generate()["tokens"]
+
+
+def test_sampling_defaults_to_what_the_model_recommends(run, generate, tinystories, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tinystories, model, copy_function=shutil.copyfile)
+
+    def recommend(**fields: object) -> None:
+        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | fields))
+
+    recommend(do_sample=True, temperature=0.9, top_k=20, top_p=0.95)
+    drawn = generate("--temperature", 0.9, "--top-k", 20, "--top-p", 0.95)["tokens"]
+    assert generate(model=model)["tokens"] == drawn != generate()["tokens"]
+    assert generate("--temperature", 0, model=model)["tokens"] == generate()["tokens"]
+    assert generate("--top-k", 1, model=model)["tokens"] == generate()["tokens"]
+    recommend(do_sample=False, temperature=0.9)
+    assert generate(model=model)["tokens"] == generate()["tokens"]
+    recommend(do_sample=True)
+    assert generate(model=model)["tokens"] == generate("--temperature", 1)["tokens"]
+    recommend(do_sample=True, temperature="hot")
+    assert_refused(run("generate", PROMPT, "--model", model), "temperature='hot'")
 
 
 def test_a_converted_model_generates_the_same(run, generate, tinystories, tmp_path):

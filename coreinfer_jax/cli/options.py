@@ -6,6 +6,9 @@ from typing import Any
 import jax
 
 from coreinfer_jax.checkpoint import load
+from coreinfer_jax.checkpoint.embedded import DEFAULT
+from coreinfer_jax.checkpoint.hf_config import read_sampling
+from coreinfer_jax.checkpoint.loading import model_path
 from coreinfer_jax.checkpoint.mapping import DTYPES
 from coreinfer_jax.config import CoreConfig, ModelConfig
 from coreinfer_jax.errors import CoreInferError
@@ -16,7 +19,10 @@ from coreinfer_jax.text import Tokenizer
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, and where it runs."""
     parser.add_argument(
-        "--model", metavar="DIR", help="converted or Hugging Face directory, embedded:opt (default) or embedded:llama"
+        "--model",
+        metavar="DIR",
+        default=DEFAULT,
+        help="converted or Hugging Face directory, embedded:llama or embedded:opt (default)",
     )
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default float32 on CPU, bfloat16 on GPU and TPU")
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the fastest there is")
@@ -32,13 +38,15 @@ def add_core(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens: int) -> None:
-    """How tokens are drawn, and when to stop."""
+    """How tokens are drawn, and when to stop; `temperature` is for models that recommend none."""
+    parser.set_defaults(usual_temperature=temperature)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default {new_tokens}, if there is room")
+    usual = "default: as the model's generation_config.json recommends"
     parser.add_argument(
-        "--temperature", type=float, default=temperature, help="0 takes the most probable token (%(default)s)"
+        "--temperature", type=float, help=f"0 takes the most probable token; {usual}, else {temperature:g}"
     )
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--top-k", type=int, metavar="K", help=usual)
+    parser.add_argument("--top-p", type=float, metavar="P", help=usual)
     parser.add_argument("--seed", type=int, help="for temperatures above 0 (default 0)", default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
 
@@ -82,10 +90,11 @@ def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokeni
     """The keyword arguments of `stream`, but for how many tokens to make."""
     # A special token leaves no text behind in which a stop string could be found.
     stops = {i for stop in options.stop if (i := tokenizer.special_id(stop)) is not None}
+    asked = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     return {
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
+        "temperature": options.usual_temperature,
+        **read_sampling(model_path(options.model)),
+        **{name: value for name, value in asked.items() if value is not None},
         "eos_ids": (*config.eos_ids, *stops),
         "key": options.seed,
     }

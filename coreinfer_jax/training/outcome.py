@@ -21,6 +21,10 @@ from coreinfer_jax.training.curve import LOSS_JSON, LOSS_PNG
 from coreinfer_jax.training.preparation import EARLIER, FACTS, SETTINGS, TOKENS
 from coreinfer_jax.training.recipe import Recipe
 
+# What the command line and transformers draw with unless told otherwise: models this small, left to their most probable
+# token, soon go round in circles.
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+
 
 def write_model(
     path: Path, run: Path, params: Params, history: History, recipe: Recipe, sources: Sequence[Text]
@@ -29,6 +33,8 @@ def write_model(
     facts = _facts(run, params, history, recipe, sources)
     with new_directory(path) as partial:
         write_hugging_face(partial, params, parse_dtype("bfloat16"))
+        generation = partial / "generation_config.json"
+        generation.write_text(json.dumps(read_json(generation) | SAMPLING, indent=2) + "\n", encoding="utf-8")
         copy_existing(run, partial, (*TOKENIZER_FILES, LOSS_JSON, LOSS_PNG))
         (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
