@@ -92,7 +92,7 @@ def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokeni
     stops = {i for stop in options.stop if (i := tokenizer.special_id(stop)) is not None}
     asked = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     return {
-        "temperature": options.usual_temperature,
+        **{"temperature": options.usual_temperature, "top_k": None, "top_p": None},
         **read_sampling(model_path(options.model)),
         **{name: value for name, value in asked.items() if value is not None},
         "eos_ids": (*config.eos_ids, *stops),
