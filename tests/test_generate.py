@@ -115,7 +115,7 @@ def test_16_bit_batches_decode_what_one_forward_gives(name: str, dtype: str) -> 
 
 def test_one_set_for_all_rows_is_their_joint_vote_and_each_row_equals_a_run_given_it() -> None:
     params = random_model(OPT)
-    shared = ci.generate(params, PROMPTS, ci.CoreConfig(per_row=False), max_new_tokens=10)
+    shared = ci.generate(params, PROMPTS, ci.CoreConfig(beta=0.4, per_row=False), max_new_tokens=10)
     for l in range(OPT.num_layers):
         together = np.concatenate([prompt_activations(params, prompt)[l] for prompt in PROMPTS])
         np.testing.assert_array_equal(shared.core.layers[l], reference_selection(together, 0.4, 0.4, "per_token"))
@@ -130,7 +130,7 @@ def test_a_shared_set_is_read_once_per_step_and_row_sets_once_per_row() -> None:
     params = random_model(LLAMA)
     mlp = 3 * 38 * 32 * 4 * LLAMA.num_layers  # three matrices of K x D float32 numbers in each layer
     cost = {
-        per_row: ci.generate(params, PROMPTS[:2], ci.CoreConfig(per_row=per_row), max_new_tokens=2).stats
+        per_row: ci.generate(params, PROMPTS[:2], ci.CoreConfig(beta=0.4, per_row=per_row), max_new_tokens=2).stats
         for per_row in (True, False)
     }
     assert 2 * (cost[True].bytes_read_per_token - cost[False].bytes_read_per_token) == mlp
@@ -215,17 +215,17 @@ def test_int_seed_and_raw_key_equal_the_typed_key() -> None:
 
 def test_bos_can_be_kept_from_voting() -> None:
     params, prompt = random_model(OPT), [2, *PROMPTS[1]]
-    out = ci.generate(params, [prompt], ci.CoreConfig(count_bos=False), max_new_tokens=1)
+    out = ci.generate(params, [prompt], ci.CoreConfig(beta=0.4, count_bos=False), max_new_tokens=1)
     a = prompt_activations(params, prompt)[0][1:]
     np.testing.assert_array_equal(out.core.layers[0], reference_selection(a, 0.4, 0.4, "per_token"))
-    without_bos = ci.generate(params, [prompt[1:]], ci.CoreConfig(count_bos=False), max_new_tokens=1)
+    without_bos = ci.generate(params, [prompt[1:]], ci.CoreConfig(beta=0.4, count_bos=False), max_new_tokens=1)
     a = prompt_activations(params, prompt[1:])[0]
     np.testing.assert_array_equal(without_bos.core.layers[0], reference_selection(a, 0.4, 0.4, "per_token"))
 
 
 def test_narrowed_layers_are_a_fraction_of_depth() -> None:
     params = random_model(replace(OPT, num_layers=5))
-    out = ci.generate(params, [PROMPTS[1]], ci.CoreConfig(layers=(0.2, 0.8)), max_new_tokens=2)
+    out = ci.generate(params, [PROMPTS[1]], ci.CoreConfig(beta=0.4, layers=(0.2, 0.8)), max_new_tokens=2)
     assert [indices is None for indices in out.core.layers] == [True, False, False, False, True]
     assert out.stats.kept_neurons == (96, 38, 38, 38, 96)
 
