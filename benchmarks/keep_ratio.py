@@ -19,8 +19,7 @@ from tqdm import tqdm
 import coreinfer_jax as ci
 from benchmarks.environment import environment
 from coreinfer_jax.cache import init_cache
-from coreinfer_jax.core.compact import Indices, narrow
-from coreinfer_jax.core.predict import stability_indices
+from coreinfer_jax.core.predict import predict
 from coreinfer_jax.core.select import Votes, count_votes, kept_neurons, make_voting
 from coreinfer_jax.fingerprint import fingerprint
 from coreinfer_jax.models import extend, observe_nothing, unembed
@@ -74,8 +73,9 @@ def _by_keep(params: Params, batches: np.ndarray, length: int) -> dict[str, floa
         cache, votes = _read(params, prompt)
         losses.setdefault("dense", []).append(float(_loss(params, cache, rest, length)))
         for keep in KEEPS:
-            indices: Indices = stability_indices(ci.CoreConfig(beta=keep), votes, params.config, ROWS)
-            loss = _loss(narrow(params, indices), cache, rest, length)
+            voters = np.full(ROWS, length)
+            predicted = predict(ci.CoreConfig(beta=keep), dict(enumerate(votes)), voters, params.config, None)
+            loss = _loss(predicted.weights(params), cache, rest, length)
             losses.setdefault(str(keep), []).append(float(loss))
     return {keep: float(np.exp(np.mean(values))) for keep, values in losses.items()}
 

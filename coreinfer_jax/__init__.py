@@ -4,7 +4,9 @@ from coreinfer_jax.checkpoint import convert, load
 from coreinfer_jax.config import CoreConfig, ModelConfig, Rope
 from coreinfer_jax.conversation import Conversation, converse
 from coreinfer_jax.core.compact import compact
+from coreinfer_jax.core.groups import Clusters, Groups, prepare_groups
 from coreinfer_jax.core.neurons import CoreNeurons
+from coreinfer_jax.core.predict import Choice
 from coreinfer_jax.core.select import select_core_neurons
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.generation import generate, stream
@@ -13,12 +15,15 @@ from coreinfer_jax.results import Chunk, Generation, Stats
 from coreinfer_jax.scoring import forward
 
 __all__ = [
+    "Choice",
     "Chunk",
+    "Clusters",
     "Conversation",
     "CoreConfig",
     "CoreInferError",
     "CoreNeurons",
     "Generation",
+    "Groups",
     "ModelConfig",
     "Params",
     "Rope",
@@ -29,6 +34,7 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "prepare_groups",
     "select_core_neurons",
     "stream",
 ]

@@ -1,12 +1,15 @@
 """What a model is (`ModelConfig`) and how its core neurons are chosen (`CoreConfig`): frozen and hashable."""
 
 from dataclasses import dataclass
+from math import inf
 from numbers import Real
 from typing import Literal
 
 from coreinfer_jax.errors import CoreInferError, shown
 
 Budget = Literal["per_token", "mean"]
+Method = Literal["stability", "similarity", "fused", "auto"]
+METHODS: tuple[Method, ...] = ("stability", "similarity", "fused", "auto")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class CoreConfig:
-    """How core neurons are chosen from a prompt: stability-guided prediction (paper, section 3).
+    """How core neurons are predicted from a prompt (paper, section 3).
 
     Attributes:
         alpha: share of a token's positive neurons that become its token-wise core neurons, in (0, 1].
@@ -99,6 +102,17 @@ class CoreConfig:
             reads its own narrowed weights. False chooses one set by the votes of all rows: the narrowed weights are
             read once per step for the whole batch.
         count_bos: whether a beginning-of-sequence token at the start of the prompt votes, as in the paper.
+        method: `stability` takes the prompt's own core neurons; `similarity` those of the group of texts it is nearest
+            to; `fused` the most voted when the group's frequencies count as `prior_tokens` more tokens of the prompt;
+            `auto` stability for a stable prompt and similarity for others. All but stability need groups, without
+            which `auto` stays with stability.
+        gamma: keep ratio of a group's neurons, in (0, 1]; None takes `beta`.
+        least_stability: `auto`: the stability figure from which a prompt is stable. By the default it is where the
+            prompt's own neurons begin to foretell those of its continuation better than its group's do
+            (docs/core-neurons.md).
+        least_tokens: `auto`: the number of voting tokens from which a prompt may be stable, at least 2. The figure of
+            a shorter one says little, whatever its value.
+        prior_tokens: `fused`: how many tokens of the prompt the group's frequencies weigh as much as.
 
     Raises:
         CoreInferError: a value outside its range.
@@ -110,28 +124,56 @@ class CoreConfig:
     layers: tuple[float, float] = (0.0, 1.0)
     per_row: bool = True
     count_bos: bool = True
+    method: Method = "stability"
+    gamma: float | None = None
+    least_stability: float = 0.7
+    least_tokens: int = 32
+    prior_tokens: float = 64.0
 
     def __post_init__(self) -> None:
         check_fraction("alpha", self.alpha)
         check_fraction("beta", self.beta)
         check_budget(self.budget)
+        self._check_layers()
+        for name in ("per_row", "count_bos"):
+            if not isinstance(getattr(self, name), bool):
+                raise CoreInferError(f"{name}={shown(getattr(self, name))}: give True or False")
+        self._check_method()
+
+    def _check_layers(self) -> None:
         fractions = self.layers if isinstance(self.layers, tuple) and len(self.layers) == 2 else (None, None)
         numbers = all(isinstance(value, Real) for value in fractions)
         if not numbers or not 0 <= self.layers[0] < self.layers[1] <= 1:
             raise CoreInferError(
                 f"layers={shown(self.layers)}: give a tuple of fractions of depth, 0 <= start < stop <= 1"
             )
-        for name in ("per_row", "count_bos"):
-            if not isinstance(getattr(self, name), bool):
-                raise CoreInferError(f"{name}={shown(getattr(self, name))}: give True or False")
+
+    def _check_method(self) -> None:
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise CoreInferError(f"method={shown(self.method)}: give {', '.join(map(repr, METHODS))}")
+        if self.gamma is not None:
+            check_fraction("gamma", self.gamma)
+        if not isinstance(self.least_stability, Real) or not -1 <= self.least_stability <= 1:
+            raise CoreInferError(f"least_stability={shown(self.least_stability)}: give a number from -1 to 1")
+        whole = isinstance(self.least_tokens, int) and not isinstance(self.least_tokens, bool)
+        if not whole or self.least_tokens < 2:
+            raise CoreInferError(f"least_tokens={shown(self.least_tokens)}: give a whole number of at least 2")
+        if not isinstance(self.prior_tokens, Real) or not 0 < self.prior_tokens < inf:
+            raise CoreInferError(f"prior_tokens={shown(self.prior_tokens)}: give a number above 0")
 
     @classmethod
     def paper(cls) -> "CoreConfig":
         """The paper's setting for extraction and question answering (section 5): alpha 0.4, beta 0.2.
 
-        For translation the paper takes beta 0.4: `CoreConfig(alpha=0.4, beta=0.4)`.
+        For translation the paper takes beta 0.4: `CoreConfig(alpha=0.4, beta=0.4)`. Where it predicts by similarity it
+        narrows from the fourth layer on: `layers=(3 / L, 1.0)`.
         """
         return cls(alpha=0.4, beta=0.2, budget="per_token", layers=(0.0, 1.0), count_bos=True)
+
+    @property
+    def group_ratio(self) -> float:
+        """The keep ratio of a group's neurons."""
+        return self.beta if self.gamma is None else self.gamma
 
     def narrows(self, layer: int, num_layers: int) -> bool:
         """Whether layer `layer` of `num_layers` is cut down to core neurons."""

@@ -8,6 +8,7 @@ from jax import Array
 
 from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.compact import check_dense
+from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.params import Params
@@ -23,12 +24,14 @@ class Conversation:
         params: the model.
         tokens: the ids it has read.
         core: how core neurons were chosen.
+        groups: the groups they were chosen by, or None.
         past: their keys, values and votes, on the device.
     """
 
     params: Params
     tokens: tuple[int, ...]
     core: Core
+    groups: Groups | None
     past: Past
 
 
@@ -38,6 +41,7 @@ def converse(
     conversation: Conversation | None = None,
     core: Core = CoreConfig(),
     *,
+    groups: Groups | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -56,9 +60,11 @@ def converse(
         params: dense weights.
         tokens: the whole conversation so far, for instance by the tokenizer's chat template.
         conversation: what came with the last chunk of the turn before; None for the first. Ids that do not continue
-            its own are read from the start, and so is everything where the model or `core` differs, or the budget is
-            `mean`, which is a mean over all tokens at once.
+            its own are read from the start, and so is everything where the model, `core` or `groups` differ, where the
+            budget is `mean`, a mean over all tokens at once, or the method `auto`, which asks what the first half of
+            the whole conversation votes.
         core: see `generate`.
+        groups: see `generate`.
         max_new_tokens: see `generate`.
         temperature: see `generate`.
         top_k: see `generate`.
@@ -78,11 +84,11 @@ def converse(
     ids = _checked(tokens)
     if conversation is not None and not isinstance(conversation, Conversation):
         raise CoreInferError(f"conversation={shown(conversation)}: give what the last turn ended with, or None")
-    past = conversation.past if conversation and _continues(params, ids, core, conversation) else None
+    past = conversation.past if conversation and _continues(params, ids, core, groups, conversation) else None
     if past is not None:
         check_alive(past)
-    request = make_request(params, [ids[past.read if past else 0 :]], core, max_new_tokens, sampling, past)
-    return ((chunk, Conversation(params, ids, core, after)) for chunk, after in run(request, STREAM_CHUNK))
+    request = make_request(params, [ids[past.read if past else 0 :]], core, groups, max_new_tokens, sampling, past)
+    return ((chunk, Conversation(params, ids, core, groups, after)) for chunk, after in run(request, STREAM_CHUNK))
 
 
 def _checked(tokens: Sequence[int]) -> tuple[int, ...]:
@@ -97,9 +103,11 @@ def _checked(tokens: Sequence[int]) -> tuple[int, ...]:
     return tuple(ids.tolist())
 
 
-def _continues(params: Params, ids: tuple[int, ...], core: Core, conversation: Conversation) -> bool:
+def _continues(
+    params: Params, ids: tuple[int, ...], core: Core, groups: Groups | None, conversation: Conversation
+) -> bool:
     """Whether keys, values and votes of `conversation` are those that `params` has for the first of `ids`."""
     read = conversation.tokens
-    same = params is conversation.params and core == conversation.core
-    rule_adds_up = not isinstance(core, CoreConfig) or core.budget == "per_token"
+    same = params is conversation.params and core == conversation.core and groups is conversation.groups
+    rule_adds_up = not isinstance(core, CoreConfig) or (core.budget == "per_token" and core.method != "auto")
     return same and rule_adds_up and len(ids) > len(read) and ids[: len(read)] == read

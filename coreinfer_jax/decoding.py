@@ -42,11 +42,15 @@ class DecodeState:
     finite: Array
 
 
-@partial(jax.jit, static_argnames=("config", "rows", "layers"))
-def no_votes(config: ModelConfig, rows: int, layers: int) -> list[Votes]:
-    """The votes of `layers` layers before any token: zeros [B, F] for `rows` (B) rows."""
-    shape = (rows, config.mlp_size)
-    return [Votes(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)) for _ in range(layers)]
+@partial(jax.jit, static_argnames=("config", "rows", "layers", "early"))
+def no_votes(config: ModelConfig, rows: int, layers: int, early: bool) -> list[Votes]:
+    """The votes of `layers` layers before any token: zeros [B, F] for `rows` (B) rows, twice if `early` ones count."""
+
+    def zeros(early: Votes | None) -> Votes:
+        shape = (rows, config.mlp_size)
+        return Votes(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), early)
+
+    return [zeros(zeros(None) if early else None) for _ in range(layers)]
 
 
 # Cache and votes of earlier tokens are donated: the prompt's are added to them in place.

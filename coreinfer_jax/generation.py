@@ -7,6 +7,7 @@ from jax import Array
 
 from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.compact import check_dense
+from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.decoding import DISPATCH
 from coreinfer_jax.inputs import Tokens, fill_id, make_sampling
 from coreinfer_jax.params import Params
@@ -19,6 +20,7 @@ def generate(
     tokens: Tokens,
     core: Core = CoreConfig(),
     *,
+    groups: Groups | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -38,6 +40,7 @@ def generate(
         core: a `CoreConfig` chooses core neurons from the prompt; `CoreNeurons` are used as they are; None is dense.
             With `per_row=True` each row equals its own single run and a step reads B narrowed MLPs; with
             `per_row=False` all rows vote for one set, which a step reads once.
+        groups: groups of texts made ready by `prepare_groups`, for the methods of `core` that use them.
         max_new_tokens: new tokens per row, at most.
         temperature: 0 takes the most probable token; above 0 draws.
         top_k: draw among the k most probable tokens only.
@@ -54,7 +57,7 @@ def generate(
     """
     check_dense(params)
     sampling = make_sampling(params.config, temperature, top_k, top_p, eos_ids, key)
-    chunks = [chunk for chunk, _ in run(make_request(params, tokens, core, max_new_tokens, sampling), DISPATCH)]
+    chunks = [chunk for chunk, _ in run(make_request(params, tokens, core, groups, max_new_tokens, sampling), DISPATCH)]
     filled = fill_id(params.config)
     made = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
     padded = np.full((made.shape[0], max_new_tokens), filled, np.int32)
@@ -68,6 +71,7 @@ def stream(
     tokens: Tokens,
     core: Core = CoreConfig(),
     *,
+    groups: Groups | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -81,5 +85,5 @@ def stream(
     """
     check_dense(params)
     sampling = make_sampling(params.config, temperature, top_k, top_p, eos_ids, key)
-    request = make_request(params, tokens, core, max_new_tokens, sampling)
+    request = make_request(params, tokens, core, groups, max_new_tokens, sampling)
     return (chunk for chunk, _ in run(request, STREAM_CHUNK))

@@ -6,8 +6,9 @@ from typing import Literal
 import numpy as np
 
 from coreinfer_jax.core.neurons import CoreNeurons
+from coreinfer_jax.core.predict import Choice
 
-Method = Literal["dense", "stability", "given"]
+Method = Literal["dense", "given", "stability", "similarity", "fused", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class Stats:
     Seconds are wall-clock, each phase awaited; the first call of a shape includes compiling its programs.
 
     Attributes:
-        method: `dense`; `stability` (chosen from the prompt); `given` (the caller's core neurons).
+        method: `dense`; `given` (the caller's core neurons); `stability`, `similarity` or `fused` (predicted from the
+            prompt); `mixed` where `auto` chose differently for the rows of a batch.
+        choices: per row, or once for all rows that share a set, what ran, why, the stability figure and the group.
         kept_neurons: neurons per layer the decode steps read, F where a layer is dense.
         mlp_size: F.
         prompt_tokens: per row.
@@ -31,6 +34,7 @@ class Stats:
     """
 
     method: Method
+    choices: tuple[Choice, ...]
     kept_neurons: tuple[int, ...]
     mlp_size: int
     prompt_tokens: tuple[int, ...]

@@ -13,9 +13,18 @@ import numpy as np
 
 from coreinfer_jax.cache import KVCache, bucket, init_cache, with_capacity
 from coreinfer_jax.config import CoreConfig
-from coreinfer_jax.core.compact import narrow
+from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.core.neurons import CoreNeurons
-from coreinfer_jax.core.predict import counted_tokens, given_indices, narrowed_layers, stability_indices
+from coreinfer_jax.core.predict import (
+    Choice,
+    Predicted,
+    check_groups,
+    counted_tokens,
+    early_tokens,
+    given_indices,
+    predict,
+    voted_layers,
+)
 from coreinfer_jax.core.select import Votes, Voting, make_voting
 from coreinfer_jax.decoding import DecodeState, decode, no_votes, prefill
 from coreinfer_jax.errors import CoreInferError, shown
@@ -57,6 +66,7 @@ class Request:
         params: dense weights.
         prompts: what is to be read.
         core: how core neurons are chosen, or which, or None.
+        groups: groups of texts to choose them by, or None.
         voted: the layers whose tokens vote; () when nothing is chosen.
         voting: how they vote; None when nothing is chosen.
         sampling: how tokens are drawn.
@@ -67,6 +77,7 @@ class Request:
     params: Params
     prompts: Prompts
     core: Core
+    groups: Groups | None
     voted: tuple[int, ...]
     voting: Voting | None
     sampling: Sampling
@@ -75,7 +86,13 @@ class Request:
 
 
 def make_request(
-    params: Params, tokens: Tokens, core: Core, max_new_tokens: int, sampling: Sampling, past: Past | None = None
+    params: Params,
+    tokens: Tokens,
+    core: Core,
+    groups: Groups | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    past: Past | None = None,
 ) -> Request:
     """Check everything, so that mistakes surface at the call and not when the first chunk is asked for."""
     prompts = pad_prompts(tokens, params.config)
@@ -86,8 +103,12 @@ def make_request(
     if isinstance(core, CoreNeurons):
         core.check(params.config)
         core.check_rows(len(prompts.lengths))
-    voted, voting = _voting(params, prompts, core, cached)
-    return Request(params, prompts, core, voted, voting, sampling, int(max_new_tokens), past)
+    if isinstance(core, CoreConfig):
+        check_groups(core, groups, params, len(prompts.lengths))
+    elif groups is not None:
+        raise CoreInferError(f"groups need a CoreConfig that uses them, but core={shown(core)}; leave groups out")
+    voted, voting = _voting(params, prompts, core, groups, cached)
+    return Request(params, prompts, core, groups, voted, voting, sampling, int(max_new_tokens), past)
 
 
 def check_alive(past: Past) -> None:
@@ -98,13 +119,16 @@ def check_alive(past: Past) -> None:
         )
 
 
-def _voting(params: Params, prompts: Prompts, core: Core, cached: int) -> tuple[tuple[int, ...], Voting | None]:
+def _voting(
+    params: Params, prompts: Prompts, core: Core, groups: Groups | None, cached: int
+) -> tuple[tuple[int, ...], Voting | None]:
     """The layers whose tokens vote, and who votes how; nothing where nothing is to be chosen."""
     if not isinstance(core, CoreConfig):
         return (), None
     counted = counted_tokens(core, prompts.tokens, prompts.lengths, cached, params.config)
-    voting = make_voting(counted, params.config.mlp_size, core.alpha, core.budget)
-    return narrowed_layers(core, params.config), voting
+    early = early_tokens(counted) if core.method == "auto" else None
+    voting = make_voting(counted, params.config.mlp_size, core.alpha, core.budget, early)
+    return voted_layers(core, params.config, groups), voting
 
 
 def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past]]:
@@ -138,14 +162,15 @@ def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past
 
 def _begin(request: Request) -> tuple[DecodeState, list[Votes], Params, CoreNeurons | None, Stats]:
     """Prefill, select, compact: all there is before the first decode step, and the costs so far."""
-    params, core, prompts = request.params, request.core, request.prompts
+    params, prompts = request.params, request.prompts
     rows, cached = len(prompts.lengths), request.past.read if request.past else 0
     lengths = cached + prompts.lengths
     capacity = bucket(int(lengths.max()) + request.max_new_tokens)
     began = perf_counter()
     if request.past is None:
         cache = init_cache(params.config, rows, capacity, params.token_embedding.dtype)
-        votes = no_votes(params.config, rows, len(request.voted))
+        early = request.voting is not None and request.voting.early is not None
+        votes = no_votes(params.config, rows, len(request.voted), early)
     else:
         check_alive(request.past)  # another request may have gone on from it since
         cache, votes = with_capacity(request.past.cache, capacity), request.past.votes
@@ -164,19 +189,15 @@ def _begin(request: Request) -> tuple[DecodeState, list[Votes], Params, CoreNeur
     check_finite(state.finite)
 
     prefilled = perf_counter()
-    indices, used = None, core
-    if isinstance(core, CoreConfig):
-        indices = jax.block_until_ready(stability_indices(core, votes, params.config, rows))
-        used = CoreNeurons(indices)
-    elif isinstance(core, CoreNeurons):
-        indices = given_indices(core)
+    predicted = _predicted(request, votes)
     selected = perf_counter()
-    narrowed = params if indices is None else jax.block_until_ready(narrow(params, indices))
+    narrowed = predicted.weights(params)
     compacted = perf_counter()
 
-    assert not isinstance(used, CoreConfig)
+    methods = {choice.method for choice in predicted.choices}
     stats = Stats(
-        method="stability" if isinstance(core, CoreConfig) else "dense" if core is None else "given",
+        method=methods.pop() if len(methods) == 1 else "mixed",
+        choices=predicted.choices,
         kept_neurons=tuple(layer.mlp.width for layer in narrowed.layers),
         mlp_size=params.config.mlp_size,
         prompt_tokens=tuple(int(length) for length in lengths),
@@ -188,7 +209,21 @@ def _begin(request: Request) -> tuple[DecodeState, list[Votes], Params, CoreNeur
         decode_steps=0,
         bytes_read_per_token=bytes_read_per_token(narrowed, state.cache),
     )
-    return state, votes, narrowed, used, stats
+    return state, votes, narrowed, predicted.core, stats
+
+
+def _predicted(request: Request, votes: list[Votes]) -> Predicted:
+    """The core neurons to decode with, on the device."""
+    core, params = request.core, request.params
+    if core is None:
+        return Predicted(None, None, params, (Choice("dense", "asked for"),))
+    if isinstance(core, CoreNeurons):
+        indices = jax.block_until_ready(given_indices(core))
+        return Predicted(core, indices, None, (Choice("given", "asked for"),))
+    assert request.voting is not None, "tokens vote wherever something is predicted"
+    voters = np.asarray(request.voting.counted).sum(axis=1)
+    by_layer = dict(zip(request.voted, votes, strict=True))
+    return predict(core, by_layer, voters, params.config, request.groups)
 
 
 def bytes_read_per_token(params: Params, cache: KVCache) -> float:

@@ -1,6 +1,12 @@
-"""Predicting core neurons from a prompt: who votes, and the neurons each layer keeps (paper, section 3.3)."""
+"""Predicting core neurons from a prompt's votes: who votes, and the neurons each layer keeps (paper, section 3.3).
 
+Everything a prediction needs comes out of the one ordinary prefill.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +14,54 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.config import CoreConfig, ModelConfig
-from coreinfer_jax.core.compact import Indices
+from coreinfer_jax.core.compact import Indices, narrow
+from coreinfer_jax.core.groups import Groups
+from coreinfer_jax.core.measures import fused, nearest_group, stability_figure
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.core.select import Votes, kept_neurons, most_voted, pooled
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.params import Params
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the core neurons of one row, or of all rows together, were found.
+
+    Attributes:
+        method: what ran.
+        reason: why, in words.
+        stability: the prompt's stability figure, where `auto` measured it.
+        group: the group it was assigned to, where there are any.
+    """
+
+    method: Literal["dense", "given", "stability", "similarity", "fused"]
+    reason: str
+    stability: float | None = None
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Core neurons and how they were found; one choice per set.
+
+    Attributes:
+        core: the sets, None for the full model.
+        indices: the same on the device, None where the weights need no gather.
+        narrowed: the full model, or a group's weights that were gathered before; otherwise None.
+        choices: one per row, or a single one for all rows.
+    """
+
+    core: CoreNeurons | None
+    indices: Indices | None
+    narrowed: Params | None
+    choices: tuple[Choice, ...]
+
+    def weights(self, params: Params) -> Params:
+        """The weights to decode with, from dense `params`."""
+        if self.narrowed is not None:
+            return self.narrowed
+        assert self.indices is not None, "there is something to gather where nothing is ready"
+        return jax.block_until_ready(narrow(params, self.indices))
 
 
 def narrowed_layers(core: CoreConfig, config: ModelConfig) -> tuple[int, ...]:
@@ -24,6 +74,32 @@ def narrowed_layers(core: CoreConfig, config: ModelConfig) -> tuple[int, ...]:
     if not layers:
         raise CoreInferError(f"layers={core.layers} selects none of the model's {config.num_layers} layers; widen it")
     return layers
+
+
+def voted_layers(core: CoreConfig, config: ModelConfig, groups: Groups | None) -> tuple[int, ...]:
+    """The layers whose votes a prediction needs, ascending."""
+    own = () if core.method == "similarity" else narrowed_layers(core, config)
+    return tuple(sorted({*own, groups.clusters.layer} if groups else own))
+
+
+def check_groups(core: CoreConfig, groups: object, params: Params, rows: int) -> None:
+    """Refuse groups that are missing, do not fit, or would not be used."""
+    if groups is None:
+        if core.method in ("similarity", "fused"):
+            raise CoreInferError(f"method={core.method!r} needs groups: give those of prepare_groups")
+        return
+    if not isinstance(groups, Groups):
+        raise CoreInferError(f"groups={shown(groups)}: give what prepare_groups returns")
+    if core.method == "stability":
+        raise CoreInferError("groups are not used by method='stability'; choose 'similarity', 'fused' or 'auto'")
+    groups.check(params, core)
+    F = params.config.mlp_size
+    own, group = kept_neurons(core.beta, F), kept_neurons(core.group_ratio, F)
+    if core.method == "auto" and core.per_row and rows > 1 and own != group:
+        raise CoreInferError(
+            f"beta={core.beta} keeps {own} neurons and gamma={core.gamma} {group}: rows of one batch need the same "
+            "number; give equal ratios, one row at a time, or per_row=False"
+        )
 
 
 def counted_tokens(
@@ -49,19 +125,79 @@ def counted_tokens(
     return counted
 
 
-def stability_indices(core: CoreConfig, votes: list[Votes], config: ModelConfig, rows: int) -> Indices:
-    """The prompt's own sentence-wise core neurons, one index array per layer: stability-guided prediction.
+def early_tokens(counted: np.ndarray) -> np.ndarray:
+    """The first half of each row's counted tokens, rounded down: bool [B, T] of `counted` bool [B, T]."""
+    return counted & (np.cumsum(counted, axis=1) <= counted.sum(axis=1, keepdims=True) // 2)
+
+
+def predict(
+    core: CoreConfig, votes: Mapping[int, Votes], voters: np.ndarray, config: ModelConfig, groups: Groups | None
+) -> Predicted:
+    """Core neurons by the method that `core` names.
 
     Args:
         core: how to choose.
-        votes: of each narrowed layer, [B, F].
+        votes: of each of the `voted_layers`, [B, F].
+        voters: int [B], tokens that voted per row.
         config: the model.
-        rows: B. A single row's set is given as a shared one [K], so that it runs the plain program.
+        groups: checked by `check_groups`; None where there are none.
     """
-    kept = kept_neurons(core.beta, config.mlp_size)
-    chosen = _select(votes, kept=kept, shared=not core.per_row or rows == 1)
-    by_layer = dict(zip(narrowed_layers(core, config), chosen, strict=True))
-    return tuple(by_layer.get(l) for l in range(config.num_layers))
+    rows = len(voters)
+    if not core.per_row and rows > 1:
+        votes, voters = _pooled(votes), voters.sum(keepdims=True)
+    narrowed = narrowed_layers(core, config)
+    own, figures, assigned = _measure(
+        [votes[l] for l in narrowed if l in votes],
+        None if groups is None else votes[groups.clusters.layer],
+        None if groups is None else (groups.centroids, groups.frequencies),
+        np.float32(core.prior_tokens),
+        method=core.method,
+        kept=kept_neurons(core.beta, config.mlp_size),
+        vector=0 if groups is None else kept_neurons(groups.clusters.core.beta, config.mlp_size),
+    )
+    choices = _choices(core, voters, figures, assigned)
+    by_group = np.array([choice.method == "similarity" for choice in choices])
+    if groups is None or not by_group.any():
+        return _gathered(own, narrowed, config, choices)
+    if len(choices) == 1 and groups.narrowed:
+        group = int(assigned[0])
+        return Predicted(groups.sets[group], None, groups.narrowed[group], choices)
+    if by_group.all():
+        return _gathered(_looked_up(groups.tables, assigned), narrowed, config, choices)
+    return _gathered(_mixed(own, groups.tables, assigned, by_group), narrowed, config, choices)
+
+
+def _gathered(
+    layers: list[Array], narrowed: tuple[int, ...], config: ModelConfig, choices: tuple[Choice, ...]
+) -> Predicted:
+    """What is to be gathered: index arrays [R, K] of the narrowed layers, a single set as a shared one [K]."""
+    # A shared set runs the plain program.
+    by_layer = dict(zip(narrowed, [layer[0] for layer in layers] if len(choices) == 1 else layers, strict=True))
+    indices = tuple(by_layer.get(l) for l in range(config.num_layers))
+    return Predicted(CoreNeurons(indices), indices, None, choices)
+
+
+def _choices(core: CoreConfig, voters: np.ndarray, figures: Array | None, assigned: Array | None) -> tuple[Choice, ...]:
+    """What each of the R sets is taken from, and why."""
+    stability = [None] * len(voters) if figures is None else np.asarray(figures).tolist()
+    group = [None] * len(voters) if assigned is None else np.asarray(assigned).tolist()
+    if core.method != "auto":
+        return tuple(Choice(core.method, "asked for", None, c) for c in group)
+    return tuple(_automatic(core, int(n), figure, c) for n, figure, c in zip(voters, stability, group, strict=True))
+
+
+def _automatic(core: CoreConfig, voters: int, figure: float, group: int | None) -> Choice:
+    """Stability for a stable prompt; for others similarity, or stability again where there are no groups."""
+    if voters < core.least_tokens:
+        reason = f"unstable: {voters} voting token{'' if voters == 1 else 's'}, fewer than {core.least_tokens}"
+    elif np.float32(figure) < np.float32(core.least_stability):
+        reason = f"unstable: stability {figure:.3f} is below {core.least_stability:g}"
+    else:
+        reason = f"stable: stability {figure:.3f} is at least {core.least_stability:g}, {voters} voting tokens"
+        return Choice("stability", reason, figure, group)
+    if group is None:
+        return Choice("stability", f"{reason}; no groups were given to choose from", figure, None)
+    return Choice("similarity", reason, figure, group)
 
 
 def given_indices(core: CoreNeurons) -> Indices:
@@ -70,6 +206,41 @@ def given_indices(core: CoreNeurons) -> Indices:
     return tuple(None if indices is None else jnp.asarray(indices) for indices in single.layers)
 
 
-@partial(jax.jit, static_argnames=("kept", "shared"))
-def _select(votes: list[Votes], *, kept: int, shared: bool) -> list[Array]:
-    return [most_voted(pooled(layer) if shared else layer, kept) for layer in votes]
+@jax.jit
+def _pooled(votes: dict[int, Votes]) -> dict[int, Votes]:
+    """The votes of all rows together: [1, F] from [B, F]."""
+    return {l: jax.tree.map(lambda array: array[None], pooled(layer)) for l, layer in votes.items()}
+
+
+@partial(jax.jit, static_argnames=("method", "kept", "vector"))
+def _measure(
+    votes: list[Votes],
+    deciding: Votes | None,
+    groups: tuple[Array, list[Array]] | None,
+    prior_tokens: Array,
+    *,
+    method: str,
+    kept: int,
+    vector: int,
+) -> tuple[list[Array], Array | None, Array | None]:
+    """Indices [R, K] per layer of `votes`, stability figures [R] (of `auto`), groups [R] (where there are any)."""
+    assigned = None
+    if groups is not None and deciding is not None:
+        centroids, frequencies = groups
+        assigned = nearest_group(deciding, vector, centroids)
+        if method == "similarity":
+            return [], None, assigned
+        if method == "fused":
+            votes = [fused(own, group[assigned], prior_tokens) for own, group in zip(votes, frequencies, strict=True)]
+    own = [most_voted(layer, kept) for layer in votes]
+    return own, stability_figure(votes, own) if method == "auto" else None, assigned
+
+
+@jax.jit
+def _looked_up(tables: list[Array], assigned: Array) -> list[Array]:
+    return [table[assigned] for table in tables]
+
+
+@jax.jit
+def _mixed(own: list[Array], tables: list[Array], assigned: Array, by_group: Array) -> list[Array]:
+    return [jnp.where(by_group[:, None], table[assigned], mine) for mine, table in zip(own, tables, strict=True)]

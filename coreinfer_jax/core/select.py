@@ -27,6 +27,7 @@ class Voting:
 
     Attributes:
         counted: bool [B, T]; False for padding and for a BOS token that is to be left out.
+        early: bool [B, T], the counted tokens whose votes are also counted apart, or None.
         budgets: int32 [F + 1]; floor(alpha * c) for c positive neurons, evaluated in float64.
         remainders: float32 [F + 1]; what that floor dropped.
         alpha: float32 [].
@@ -34,6 +35,7 @@ class Voting:
     """
 
     counted: Array
+    early: Array | None
     budgets: Array
     remainders: Array
     alpha: Array
@@ -42,18 +44,31 @@ class Voting:
 
 @struct.dataclass
 class Votes:
-    """What a layer's tokens voted: counts int32 [B, F], and sums float32 [B, F] of activations to break ties."""
+    """What a layer's tokens voted.
+
+    Attributes:
+        counts: int32 [B, F].
+        sums: float32 [B, F] of activations, to break ties.
+        early: the same of the early tokens alone, None where nobody asked.
+    """
 
     counts: Array
     sums: Array
+    early: "Votes | None" = None
 
 
-def make_voting(counted: np.ndarray, mlp_size: int, alpha: float, rule: Budget) -> Voting:
-    """The `Voting` of tokens `counted` bool [B, T] in a model with `mlp_size` (F) neurons per layer."""
+def make_voting(
+    counted: np.ndarray, mlp_size: int, alpha: float, rule: Budget, early: np.ndarray | None = None
+) -> Voting:
+    """The `Voting` of tokens `counted` bool [B, T] in a model with `mlp_size` (F) neurons per layer.
+
+    The votes of tokens `early` bool [B, T], some of the counted ones, are also counted apart.
+    """
     shares = alpha * np.arange(mlp_size + 1, dtype=np.float64)
     floors = np.floor(shares)
     return Voting(
         counted=jnp.asarray(counted),
+        early=None if early is None else jnp.asarray(early),
         budgets=jnp.asarray(floors.astype(np.int32)),
         remainders=jnp.asarray((shares - floors).astype(np.float32)),
         alpha=jnp.asarray(np.float32(alpha)),
@@ -64,14 +79,26 @@ def make_voting(counted: np.ndarray, mlp_size: int, alpha: float, rule: Budget) 
 @jax.named_scope("votes")
 def count_votes(activations: Array, voting: Voting) -> Votes:
     """Votes f(n) of activations [B, T, F]: in how many counted tokens neuron n is a token-wise core neuron."""
+    chosen = token_core_neurons(activations, voting)
+    early = None if voting.early is None else _tally(chosen, activations, voting.early, None)
+    return _tally(chosen, activations, voting.counted, early)
+
+
+def token_core_neurons(activations: Array, voting: Voting) -> Array:
+    """The token-wise core neurons of activations [B, T, F]: bool [B, T, F], those of uncounted tokens included."""
     patterns = _positive_patterns(activations)
     positives = _count(patterns > 0)
     budgets = voting.budgets[positives] if voting.rule == "per_token" else _mean_budgets(positives, voting)
-    chosen = _largest(patterns, jnp.minimum(budgets, positives), _unused_bits(activations.dtype))
-    counted = voting.counted[:, :, None]
+    return _largest(patterns, jnp.minimum(budgets, positives), _unused_bits(activations.dtype))
+
+
+def _tally(chosen: Array, activations: Array, counted: Array, early: Votes | None) -> Votes:
+    """The votes of tokens `counted` [B, T] for their token-wise core neurons `chosen` [B, T, F]."""
+    mask = counted[:, :, None]
     return Votes(
-        counts=jnp.sum(chosen & counted, axis=1, dtype=jnp.int32),
-        sums=jnp.sum(jnp.where(counted, activations, 0), axis=1, dtype=jnp.float32),
+        counts=jnp.sum(chosen & mask, axis=1, dtype=jnp.int32),
+        sums=jnp.sum(jnp.where(mask, activations, 0), axis=1, dtype=jnp.float32),
+        early=early,
     )
 
 
@@ -139,6 +166,8 @@ def kept_neurons(beta: float, mlp_size: int) -> int:
 def most_voted(votes: Votes, kept: int) -> Array:
     """Ascending int32 [..., K] indices of the `kept` neurons with the most votes of `votes` [..., F].
 
+    Counts may be weighted ones, floats.
+
     Ties go to the larger sum of activations, then to the lower index.
     """
     index = lax.broadcasted_iota(jnp.int32, votes.counts.shape, votes.counts.ndim - 1)
@@ -148,7 +177,7 @@ def most_voted(votes: Votes, kept: int) -> Array:
 
 def pooled(votes: Votes) -> Votes:
     """The votes of all rows of a batch together: [F] from [B, F]."""
-    return Votes(counts=votes.counts.sum(axis=0), sums=votes.sums.sum(axis=0))
+    return jax.tree.map(lambda array: array.sum(axis=0), votes)
 
 
 @partial(jax.jit, static_argnames="kept")

@@ -15,12 +15,26 @@ from coreinfer_jax.params import Params
 Observed = TypeVar("Observed")
 
 # A family is three functions: embed(params, tokens, positions) -> x, context;
-# block(x, layer, past, positions, context, config) -> x, past, activations; finish(params, x) -> x.
+# block(x, layer, past, positions, context, edit, config) -> x, past, activations; finish(params, x) -> x.
 _FAMILIES: dict[str, ModuleType] = {"opt": opt, "llama": llama}
 
 
+def observe_nothing(activations: Array) -> None:
+    """The `observe` of passes that keep no activations."""
+
+
+def as_they_are(activations: Array) -> Array:
+    """The `edit` of passes that compute what the model computes."""
+    return activations
+
+
 def extend(
-    params: Params, tokens: Array, cache: KVCache, start: Array, observe: Callable[[Array], Observed]
+    params: Params,
+    tokens: Array,
+    cache: KVCache,
+    start: Array,
+    observe: Callable[[Array], Observed],
+    edit: Callable[[Array], Array] = as_they_are,
 ) -> tuple[Array, KVCache, tuple[Observed, ...]]:
     """Run T more tokens of every row through the model.
 
@@ -34,6 +48,8 @@ def extend(
         start: int32 [B], position of each row's first token.
         observe: what to keep of each layer's MLP activations [B, T, F], for instance votes; it runs inside the
             layer, so that no more than one layer's activations are alive at a time.
+        edit: what the down projection reads instead of the activations [B, T, F], for studies of the model; `observe`
+            sees them as they were.
 
     Returns:
         Hidden states [B, T, E] ready for `unembed`, the extended cache, and one `observe` result per layer.
@@ -43,15 +59,11 @@ def extend(
     x, context = family.embed(params, tokens, positions)
     written, observed = [], []
     for layer, past in zip(params.layers, zip(cache.keys, cache.values, strict=True), strict=True):
-        x, past, activations = family.block(x, layer, past, positions, context, params.config)
+        x, past, activations = family.block(x, layer, past, positions, context, edit, params.config)
         written.append(past)
         observed.append(observe(activations))
     keys, values = zip(*written, strict=True)
     return family.finish(params, x), KVCache(keys=keys, values=values), tuple(observed)
-
-
-def observe_nothing(activations: Array) -> None:
-    """The `observe` of passes that keep no activations."""
 
 
 @jax.named_scope("unembed")

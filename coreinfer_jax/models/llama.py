@@ -1,5 +1,7 @@
 """LLaMA 1, 2, 3, 3.1, 3.2 (arXiv 2302.13971, 2407.21783): RoPE, RMSNorm, grouped-query attention, gated MLP."""
 
+from collections.abc import Callable
+
 import jax
 from jax import Array
 
@@ -21,6 +23,7 @@ def block(
     past: tuple[Array, Array],
     positions: Array,
     context: tuple[Array, Array],
+    edit: Callable[[Array], Array],
     config: ModelConfig,
 ) -> tuple[Array, tuple[Array, Array], Array]:
     """One layer over x [B, T, D]: the new x, the extended keys and values, the MLP activations [B, T, F]."""
@@ -28,7 +31,7 @@ def block(
     attended, past = attention(normed, layer.attention, past, positions, context, config)
     x = x + attended
     activations = mlp_activations(rms_norm(x, layer.mlp_norm, config.norm_eps), layer.mlp, config)
-    return x + linear(activations, layer.mlp.down), past, activations
+    return x + linear(edit(activations), layer.mlp.down), past, activations
 
 
 def finish(params: Params, x: Array) -> Array:

@@ -1,5 +1,7 @@
 """OPT (arXiv 2205.01068): learned positions, LayerNorm, biases, ReLU MLP; 350m normalises after each residual sum."""
 
+from collections.abc import Callable
+
 import jax
 from jax import Array
 
@@ -22,7 +24,13 @@ def embed(params: Params, tokens: Array, positions: Array) -> tuple[Array, None]
 
 @jax.named_scope("block")
 def block(
-    x: Array, layer: Layer, past: tuple[Array, Array], positions: Array, context: None, config: ModelConfig
+    x: Array,
+    layer: Layer,
+    past: tuple[Array, Array],
+    positions: Array,
+    context: None,
+    edit: Callable[[Array], Array],
+    config: ModelConfig,
 ) -> tuple[Array, tuple[Array, Array], Array]:
     """One layer over x [B, T, D]: the new x, the extended keys and values, the MLP activations [B, T, F]."""
 
@@ -35,7 +43,7 @@ def block(
     attended, past = attention(before(x, layer.attention_norm), layer.attention, past, positions, context, config)
     x = after(x + attended, layer.attention_norm)
     activations = mlp_activations(before(x, layer.mlp_norm), layer.mlp, config)
-    x = after(x + linear(activations, layer.mlp.down), layer.mlp_norm)
+    x = after(x + linear(edit(activations), layer.mlp.down), layer.mlp_norm)
     return x, past, activations
 
 

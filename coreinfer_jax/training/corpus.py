@@ -1,7 +1,5 @@
 """Text into windows of tokens: documents, what is held out, the order in which windows are read."""
 
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,8 @@ from safetensors.numpy import load_file
 
 from coreinfer_jax.errors import CoreInferError, shown_name
 from coreinfer_jax.text import Tokenizer
+from coreinfer_jax.text.documents import SEPARATOR, read_utf8, split_at_separators
 from coreinfer_jax.training.recipe import Recipe
-
-SEPARATOR = "<|endoftext|>"
 
 # Every 100th document of a file is held out, the last one where there are fewer.
 HELD_OUT_EVERY = 100
@@ -49,22 +46,8 @@ def read_text(path: Path) -> Text:
     Raises:
         CoreInferError: no such file, not text in UTF-8, or fewer than two documents.
     """
-    try:
-        path.name.encode()  # Python smuggles undecodable bytes of a file's name in as surrogates
-        raw = path.read_bytes()
-        content = raw.decode("utf-8-sig").replace("\r\n", "\n")  # as editors on Windows save text
-    except OSError as error:
-        raise CoreInferError(f"{path}: {error.strerror or error}; name a text file") from error
-    except UnicodeDecodeError as error:
-        raise CoreInferError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it, or name another file"
-        ) from error
-    except UnicodeEncodeError as error:
-        raise CoreInferError(f"{str(path)!r}: its name is not valid text; rename it") from error
-    if "\0" in content:
-        raise CoreInferError(f"{path}: not text (NUL at character {content.index(chr(0))}); name a text file")
-    parts = [part.strip("\n") for part in re.split(f"^{re.escape(SEPARATOR)}$", content, flags=re.MULTILINE)]
-    documents = [part for part in parts if part]
+    content, digest = read_utf8(path)
+    documents = split_at_separators(content)
     if len(documents) < 2:
         raise CoreInferError(
             f"{path}: {len(documents)} document(s); at least two are needed, each ended by a line {SEPARATOR!r}: "
@@ -73,7 +56,7 @@ def read_text(path: Path) -> Text:
     held = set(range(HELD_OUT_EVERY - 1, len(documents), HELD_OUT_EVERY)) or {len(documents) - 1}
     return Text(
         name=path.name,
-        digest=hashlib.sha256(raw).hexdigest(),
+        digest=digest,
         documents=tuple(document for i, document in enumerate(documents) if i not in held),
         held_out=tuple((i, documents[i]) for i in sorted(held)),
     )
