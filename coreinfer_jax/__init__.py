@@ -1,6 +1,7 @@
 """CoreInfer in JAX: generate with only the MLP neurons a prompt needs (arXiv 2410.18311)."""
 
 from coreinfer_jax.checkpoint import convert, load
+from coreinfer_jax.clustering import build_clusters, import_published, inspect_clusters, load_clusters
 from coreinfer_jax.config import CoreConfig, ModelConfig, Rope
 from coreinfer_jax.conversation import Conversation, converse
 from coreinfer_jax.core.compact import compact
@@ -13,6 +14,7 @@ from coreinfer_jax.generation import generate, stream
 from coreinfer_jax.params import Params
 from coreinfer_jax.results import Chunk, Generation, Stats
 from coreinfer_jax.scoring import forward
+from coreinfer_jax.text.documents import Documents, read_documents
 
 __all__ = [
     "Choice",
@@ -22,19 +24,25 @@ __all__ = [
     "CoreConfig",
     "CoreInferError",
     "CoreNeurons",
+    "Documents",
     "Generation",
     "Groups",
     "ModelConfig",
     "Params",
     "Rope",
     "Stats",
+    "build_clusters",
     "compact",
     "converse",
     "convert",
     "forward",
     "generate",
+    "import_published",
+    "inspect_clusters",
     "load",
+    "load_clusters",
     "prepare_groups",
+    "read_documents",
     "select_core_neurons",
     "stream",
 ]

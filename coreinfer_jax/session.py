@@ -16,6 +16,7 @@ from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.core.predict import (
+    ASKED,
     Choice,
     Predicted,
     check_groups,
@@ -216,10 +217,10 @@ def _predicted(request: Request, votes: list[Votes]) -> Predicted:
     """The core neurons to decode with, on the device."""
     core, params = request.core, request.params
     if core is None:
-        return Predicted(None, None, params, (Choice("dense", "asked for"),))
+        return Predicted(None, None, params, (Choice("dense", ASKED),))
     if isinstance(core, CoreNeurons):
         indices = jax.block_until_ready(given_indices(core))
-        return Predicted(core, indices, None, (Choice("given", "asked for"),))
+        return Predicted(core, indices, None, (Choice("given", ASKED),))
     assert request.voting is not None, "tokens vote wherever something is predicted"
     voters = np.asarray(request.voting.counted).sum(axis=1)
     by_layer = dict(zip(request.voted, votes, strict=True))

@@ -11,7 +11,9 @@ from types import FrameType
 
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.cli.reply import Reply, facts
+from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.conversation import Conversation, converse
+from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.errors import CoreInferError, one_line
 from coreinfer_jax.inputs import check_length, make_sampling
 from coreinfer_jax.params import Params
@@ -21,6 +23,16 @@ HELP = "talk to a model, its core neurons chosen anew each turn"
 NEW_TOKENS = 256
 RESET, END = "/reset", "/exit"
 Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What answers, and by which core neurons."""
+
+    params: Params
+    tokenizer: Tokenizer
+    core: CoreConfig | None
+    groups: Groups | None
 
 
 @dataclass(frozen=True)
@@ -41,10 +53,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    shared.core_config(options)  # refuse a setting before the model is loaded
+    core = shared.core_config(options)
+    shared.check_stops(options)
     if options.system is not None:
         shared.check_text("system message", options.system)
     params, tokenizer = shared.load_model(options)
+    model = _Model(params, tokenizer, core, shared.load_groups(options, params, core))
     check_length(1, _most(options), params.config)
     make_sampling(params.config, **shared.sampling(options, params.config, tokenizer))
     if find_spec("readline"):
@@ -62,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
             _say("[the conversation is forgotten]")
             continue
         try:
-            session = _turn(options, params, tokenizer, session, line, (options.seed + turn) % 2**63)
+            session = _turn(options, model, session, line, (options.seed + turn) % 2**63)
         except CoreInferError as error:
             _say(f"\ncoreinfer: error: {one_line(str(error))} ({RESET} starts over)")
             session = _still_alive(session)
@@ -99,17 +113,17 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _turn(
-    options: argparse.Namespace, params: Params, tokenizer: Tokenizer, session: _Session, line: str, seed: int
-) -> _Session:
+def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: str, seed: int) -> _Session:
     """The session after one line of the user and the model's reply to it, which is printed as it comes."""
     shared.check_text("line", line)
+    params, tokenizer = model.params, model.tokenizer
     messages = (*session.messages, {"role": "user", "content": line})
     prompt = _encode(tokenizer, messages)
     new = min(_most(options), shared.room(params.config, len(prompt)))
     sampling = shared.sampling(options, params.config, tokenizer) | {"key": seed}
-    core = shared.core_config(options)
-    chunks = converse(params, prompt, session.conversation, core, max_new_tokens=new, **sampling)
+    chunks = converse(
+        params, prompt, session.conversation, model.core, groups=model.groups, max_new_tokens=new, **sampling
+    )
     reply = Reply(tokenizer, prompt, options.stop)
     with _interruptible() as interrupted:
         for chunk, latest in chunks:
@@ -120,7 +134,7 @@ def _turn(
     print(reply.finish(), flush=True)
     full = len(prompt) + len(reply.tokens) >= params.config.max_positions
     _say(
-        facts(chunk.stats, len(reply.tokens))
+        facts(chunk.stats, len(reply.tokens), model.groups)
         + (" [stopped]" if interrupted else "")
         + (f" [no room is left: {RESET} starts over]" if full else "")
     )

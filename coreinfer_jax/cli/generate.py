@@ -27,14 +27,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     shared.check_text("prompt", options.prompt)
     core = shared.core_config(options)
+    shared.check_stops(options)
     params, tokenizer = shared.load_model(options)
+    groups = shared.load_groups(options, params, core)
     if options.chat:
         prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
     else:
         prompt = tokenizer.encode(options.prompt)
     asked = options.max_new_tokens
     new = min(NEW_TOKENS, shared.room(params.config, len(prompt))) if asked is None else asked
-    chunks = stream(params, [prompt], core, max_new_tokens=new, **shared.sampling(options, params.config, tokenizer))
+    sampling = shared.sampling(options, params.config, tokenizer)
+    chunks = stream(params, [prompt], core, groups=groups, max_new_tokens=new, **sampling)
 
     def show(text: str) -> None:
         if not options.json:
@@ -52,4 +55,4 @@ def _run(options: argparse.Namespace) -> None:
         print(json.dumps({"text": reply.text, "tokens": reply.tokens, "method": stats.method, "stats": asdict(stats)}))
     else:
         print(flush=True)
-    print(facts(stats, len(reply.tokens)), file=sys.stderr)
+    print(facts(stats, len(reply.tokens), groups), file=sys.stderr)

@@ -10,7 +10,9 @@ from coreinfer_jax.checkpoint.embedded import DEFAULT
 from coreinfer_jax.checkpoint.hf_config import read_sampling
 from coreinfer_jax.checkpoint.loading import model_path
 from coreinfer_jax.checkpoint.mapping import DTYPES
-from coreinfer_jax.config import CoreConfig, ModelConfig
+from coreinfer_jax.clustering import load_clusters
+from coreinfer_jax.config import METHODS, CoreConfig, ModelConfig
+from coreinfer_jax.core.groups import Groups, prepare_groups
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.params import Params
 from coreinfer_jax.text import Tokenizer
@@ -31,9 +33,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_core(parser: argparse.ArgumentParser) -> None:
     """How core neurons are chosen."""
     default = CoreConfig()
-    parser.add_argument("--method", choices=("dense", "stability"), default="stability")
+    parser.add_argument("--method", choices=("dense", *METHODS), default="stability", help="default %(default)s")
     parser.add_argument("--alpha", type=float, default=default.alpha, help="token-wise share, (0, 1] (%(default)s)")
     parser.add_argument("--beta", type=float, default=default.beta, help="share of neurons kept, (0, 1] (%(default)s)")
+    parser.add_argument("--gamma", type=float, help="share of a group's neurons kept, (0, 1] (default: --beta)")
+    parser.add_argument("--clusters", metavar="DIR", help="groups for similarity, fused and auto (coreinfer clusters)")
     parser.add_argument("--budget", choices=("per_token", "mean"), default=default.budget)
 
 
@@ -51,12 +55,21 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
 
 
-def load_model(options: argparse.Namespace) -> tuple[Params, Tokenizer]:
-    """The model and tokenizer that the options name, once what else they say has been checked."""
+def column(value: str) -> str | int:
+    """A column of a table: a number from 0, or a name."""
+    return int(value) if value.isascii() and value.isdigit() else value
+
+
+def check_stops(options: argparse.Namespace) -> None:
+    """Refuse stop strings that no text can hold."""
     if "" in options.stop:
         raise CoreInferError("--stop '': give text to stop at")
     for stop in options.stop:
         check_text("--stop text", stop)
+
+
+def load_model(options: argparse.Namespace) -> tuple[Params, Tokenizer]:
+    """The model and tokenizer that the options name."""
     _choose_device(options.device)
     params, tokenizer = load(options.model, options.dtype)
     if tokenizer is None:
@@ -81,9 +94,26 @@ def _choose_device(name: str | None) -> None:
 
 def core_config(options: argparse.Namespace) -> CoreConfig | None:
     """How core neurons are to be chosen; None for the full model."""
+    if options.clusters is not None and options.method not in ("similarity", "fused", "auto"):
+        raise CoreInferError(f"--clusters: --method {options.method} uses none; take similarity, fused or auto")
+    if options.clusters is None and options.method in ("similarity", "fused"):
+        raise CoreInferError(f"--method {options.method}: needs --clusters DIR, made by 'coreinfer clusters build'")
     if options.method == "dense":
         return None
-    return CoreConfig(alpha=options.alpha, beta=options.beta, budget=options.budget)
+    return CoreConfig(
+        alpha=options.alpha,
+        beta=options.beta,
+        budget=options.budget,
+        method=options.method,
+        gamma=options.gamma,
+    )
+
+
+def load_groups(options: argparse.Namespace, params: Params, core: CoreConfig | None) -> Groups | None:
+    """The groups that the options name, None where they name none; a prompt's group is gathered when it is used."""
+    if options.clusters is None or core is None:
+        return None
+    return prepare_groups(params, load_clusters(options.clusters), core, compacted=False)
 
 
 def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from coreinfer_jax.core.groups import Groups
+from coreinfer_jax.core.predict import ASKED
 from coreinfer_jax.results import Chunk, Stats
 from coreinfer_jax.text import Tokenizer, complete, continuation, settled
 
@@ -38,13 +40,16 @@ class Reply:
         return text[len(shown) :]
 
 
-def facts(stats: Stats, new_tokens: int) -> str:
+def facts(stats: Stats, new_tokens: int, groups: Groups | None = None) -> str:
     """One line for people."""
+    choice = stats.choices[0]
+    why = "" if choice.reason == ASKED else f" ({choice.reason})"
+    by = "" if groups is None or choice.method == "stability" else f" by {groups.clusters.names[choice.group or 0]!r}"
     kept = np.mean(stats.kept_neurons) / stats.mlp_size
     decode = f"{1000 * stats.decode_seconds / stats.decode_steps:.1f} ms/token" if stats.decode_steps else "no steps"
     cached = f" ({stats.cached_tokens[0]} cached)" if stats.cached_tokens[0] else ""
     return (
-        f"[{stats.method}: {kept:.0%} of {stats.mlp_size} MLP neurons in {len(stats.kept_neurons)} layers; "
+        f"[{stats.method}{by}{why}: {kept:.0%} of {stats.mlp_size} MLP neurons in {len(stats.kept_neurons)} layers; "
         f"{stats.prompt_tokens[0]} prompt{cached} + {new_tokens} new tokens; prefill {stats.prefill_seconds:.2f} s, "
         f"selection {stats.selection_seconds:.2f} s, compaction {stats.compaction_seconds:.2f} s, decode {decode} "
         f"(compiling included); {stats.bytes_read_per_token / 1e6:.1f} MB read per token]"

@@ -22,6 +22,9 @@ from coreinfer_jax.core.select import Votes, kept_neurons, most_voted, pooled
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.params import Params
 
+# The reason of a choice that the caller made.
+ASKED = "asked for"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -182,7 +185,7 @@ def _choices(core: CoreConfig, voters: np.ndarray, figures: Array | None, assign
     stability = [None] * len(voters) if figures is None else np.asarray(figures).tolist()
     group = [None] * len(voters) if assigned is None else np.asarray(assigned).tolist()
     if core.method != "auto":
-        return tuple(Choice(core.method, "asked for", None, c) for c in group)
+        return tuple(Choice(core.method, ASKED, None, c) for c in group)
     return tuple(_automatic(core, int(n), figure, c) for n, figure, c in zip(voters, stability, group, strict=True))
 
 

@@ -1,0 +1,173 @@
+"""What an analysis is made from: texts of equal length, labelled texts, and pairs that people have judged."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from coreinfer_jax.config import ModelConfig
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.params import Params
+from coreinfer_jax.text import Tokenizer
+from coreinfer_jax.text.documents import Column, Documents, read_table
+
+# A median needs more than one text, a correlation more than two pairs.
+LEAST_TEXTS, LEAST_PAIRS = 2, 3
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of sentences and how alike people found them.
+
+    Attributes:
+        name: the file's name, without its folder.
+        first: a sentence of each pair.
+        second: the other.
+        scores: the higher the more alike.
+    """
+
+    name: str
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    scores: tuple[float, ...]
+
+
+def read_pairs(path: Path, columns: Sequence[Column]) -> Pairs:
+    """The pairs in a table.
+
+    Args:
+        path: a `.csv`, or any other file whose values are separated by tabs.
+        columns: of the first sentence, the second and the score: names in the first row, or numbers from 0.
+
+    Raises:
+        CoreInferError: as `read_table`; an empty sentence, a score that is no number, fewer than 3 pairs, scores that
+            are all the same.
+    """
+    rows = read_table(path, columns)
+    for i, row in enumerate(rows):
+        if not row[0].strip() or not row[1].strip():
+            raise CoreInferError(f"{path}: row {i} has an empty sentence; remove it")
+    scores = tuple(_score(path, i, row[2]) for i, row in enumerate(rows))
+    if len(rows) < LEAST_PAIRS or len(set(scores)) < 2:
+        raise CoreInferError(
+            f"{path}: {len(rows)} pairs with {len(set(scores))} different scores; a correlation needs at least "
+            f"{LEAST_PAIRS} pairs and 2 scores"
+        )
+    return Pairs(path.name, tuple(row[0] for row in rows), tuple(row[1] for row in rows), scores)
+
+
+def _score(path: Path, row: int, value: str) -> float:
+    try:
+        score = float(value)
+    except ValueError as error:
+        raise CoreInferError(f"{path}: row {row}: score {shown(value)} is no number; name another column") from error
+    if not isfinite(score):
+        raise CoreInferError(f"{path}: row {row}: score {value} is not finite; remove it")
+    return score
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Texts of equal length.
+
+    Attributes:
+        rows: int32 [n, T], the first T tokens of each.
+        too_short: documents that were passed over because they have fewer tokens.
+    """
+
+    rows: np.ndarray
+    too_short: int
+
+
+class Corpus:
+    """Documents in an order drawn by a seed, each tokenised when it is first wanted."""
+
+    def __init__(self, documents: Documents, tokenizer: Tokenizer, seed: int) -> None:
+        self.name = documents.name
+        self._texts = documents.texts
+        self._tokenizer = tokenizer
+        self._order = np.random.default_rng(seed).permutation(len(documents.texts)).tolist()
+        self._tokens: dict[int, list[int]] = {}
+
+    def select(self, tokens: int, count: int, half: int | None = None) -> Selection:
+        """The first `tokens` (T) tokens of up to `count` documents that have as many.
+
+        Args:
+            tokens: T.
+            count: documents, at most.
+            half: 0 or 1: only from this half of the documents; None for all.
+
+        Raises:
+            CoreInferError: fewer than 2 documents are long enough.
+        """
+        middle = len(self._order) // 2
+        order = self._order if half is None else (self._order[:middle], self._order[middle:])[half]
+        rows: list[list[int]] = []
+        looked_at = 0
+        with tqdm(total=count, desc="choosing texts", unit="text", disable=None, leave=False) as bar:
+            for number in order:
+                if len(rows) == count:
+                    break
+                looked_at += 1
+                if len(row := self._encoded(number)) >= tokens:
+                    rows.append(row[:tokens])
+                    bar.update()
+        if len(rows) < LEAST_TEXTS:
+            part = "" if half is None else f" of one half of {self.name}"
+            raise CoreInferError(
+                f"{self.name}: texts of {tokens} tokens are needed, at least {LEAST_TEXTS}; {len(rows)} of "
+                f"{len(order)} documents{part} are as long; give longer texts, or more"
+            )
+        return Selection(np.array(rows, np.int32), looked_at - len(rows))
+
+    def _encoded(self, number: int) -> list[int]:
+        if number not in self._tokens:
+            self._tokens[number] = self._tokenizer.encode(self._texts[number])
+        return self._tokens[number]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the parts of an analysis are given.
+
+    Attributes:
+        params: the model, dense.
+        tokenizer: of the model.
+        corpus: the texts.
+        topics: labelled texts, or None.
+        pairs: judged pairs, one entry per file.
+        texts: documents per part, and per label of `topics`, at most.
+        alpha: share of a token's positive neurons that are its token-wise core neurons.
+        beta: keep ratio.
+        seed: of the order of the documents, and of k-means.
+    """
+
+    params: Params
+    tokenizer: Tokenizer
+    corpus: Corpus
+    topics: Documents | None
+    pairs: tuple[Pairs, ...]
+    texts: int
+    alpha: float
+    beta: float
+    seed: int
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return self.params.config
+
+    def facts(self) -> dict[str, Any]:
+        """The settings that every part's numbers depend on."""
+        return {"alpha": self.alpha, "beta": self.beta, "seed": self.seed}
+
+
+def content_digest(*parts: Sequence[object] | None) -> str:
+    """SHA-256 of texts, and of labels or scores beside them."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,155 @@
+"""`coreinfer clusters build`, `import` and `inspect`."""
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+
+from coreinfer_jax.checkpoint.files import to_path
+from coreinfer_jax.cli import options as shared
+from coreinfer_jax.clustering import build_clusters, import_published, inspect_clusters
+from coreinfer_jax.clustering.build import TOKENS_PER_DOCUMENT, VECTORS
+from coreinfer_jax.clustering.grouping import DEPTH
+from coreinfer_jax.clustering.inspection import Inspection
+from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.text.documents import read_documents
+
+HELP = "group texts by the neurons they activate, for --method similarity"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes: a command of its own for each thing there is to do."""
+    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=type(parser))
+    _add_build(commands.add_parser("build", help="from a file of texts", allow_abbrev=False))
+    _add_import(commands.add_parser("import", help="from published lists of neurons (.npz)", allow_abbrev=False))
+    _add_inspect(commands.add_parser("inspect", help="say what groups there are", allow_abbrev=False))
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    shared.add_model(parser)
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="text: one document per line or ended by <|endoftext|>; jsonl, csv",
+    )
+    parser.add_argument("--text-column", type=shared.column, metavar="COL", help="name, or number from 0")
+    parser.add_argument("--label-column", type=shared.column, metavar="COL", help="group by these topics, not k-means")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new directory")
+    parser.add_argument("--k", type=int, help="number of groups (default: by the elbow)")
+    _add_vectors(parser)
+    parser.add_argument("--alpha", type=float, default=VECTORS.alpha, help="token-wise share, (0, 1] (%(default)s)")
+    parser.add_argument("--budget", choices=("per_token", "mean"), default=VECTORS.budget)
+    parser.add_argument(
+        "--max-tokens", type=int, default=TOKENS_PER_DOCUMENT, metavar="N", help="read of each document (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of k-means (%(default)s)")
+    parser.set_defaults(run=_build)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("lists", metavar="FILE", help=".npz with an array L{layer}_C{group} per layer and group")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the checkpoint the lists belong to")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new directory")
+    _add_vectors(parser)
+    parser.set_defaults(run=_import)
+
+
+def _add_vectors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--depth", type=float, default=DEPTH, help="of the layer that decides on a text's group, [0, 1) (%(default)s)"
+    )
+    parser.add_argument(
+        "--beta", type=float, default=VECTORS.beta, help="share of its neurons that do, (0, 1] (%(default)s)"
+    )
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("clusters", metavar="DIR")
+    parser.add_argument(
+        "--gamma",
+        type=float,
+        default=CoreConfig().group_ratio,
+        help="share of neurons to compare, (0, 1] (%(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_inspect)
+
+
+def _build(options: argparse.Namespace) -> None:
+    core = CoreConfig(alpha=options.alpha, beta=options.beta, budget=options.budget)
+    documents = read_documents(to_path(options.data), options.text_column, options.label_column)
+    params, tokenizer = shared.load_model(options)
+    build_clusters(
+        options.out,
+        params,
+        tokenizer,
+        documents,
+        core,
+        k=options.k,
+        depth=options.depth,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+    )
+    _show(inspect_clusters(options.out, CoreConfig().group_ratio), as_json=False)
+
+
+def _import(options: argparse.Namespace) -> None:
+    import_published(options.lists, options.out, options.model, depth=options.depth, beta=options.beta)
+    print(options.out)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    _show(inspect_clusters(options.clusters, options.gamma), as_json=options.json)
+
+
+def _show(inspection: Inspection, *, as_json: bool) -> None:
+    print(json.dumps(_facts(inspection), ensure_ascii=False) if as_json else "\n".join(_lines(inspection)))
+
+
+def _facts(inspection: Inspection) -> dict[str, object]:
+    clusters = inspection.clusters
+    return {
+        "origin": clusters.origin,
+        "model": clusters.fingerprint,
+        "layer": clusters.layer,
+        "names": clusters.names,
+        "sizes": clusters.sizes,
+        "gamma": inspection.gamma,
+        "overlaps": inspection.overlaps.tolist(),
+        **inspection.facts,
+    }
+
+
+def _lines(inspection: Inspection) -> list[str]:
+    clusters, facts = inspection.clusters, inspection.facts
+    L = clusters.frequencies.shape[1]
+    lines = [
+        f"{len(clusters.names)} groups of {facts['data']['name']} by {clusters.origin}, for the model "
+        f"{clusters.fingerprint}; decided in layer {clusters.layer} of {L}"
+    ]
+    for c, name in enumerate(clusters.names):
+        size = f"{clusters.sizes[c]} documents" if clusters.sizes[c] else "a published list"
+        lines += ["", f"{name}: {size}"]
+        if "nearest" in facts:
+            lines.append("  distance to the centroid, number and beginning of the nearest documents:")
+            lines += [
+                f"  {near['distance']:7.2f}  {near['document']:6d}  {near['text'][:90]}" for near in facts["nearest"][c]
+            ]
+    if len(clusters.names) > 1:
+        lines += [
+            "",
+            f"neurons that two groups share at gamma={inspection.gamma:g}, of 1 (mean, least .. most of pairs)",
+        ]
+        lines += [f"  layer {l:3d}  {_pairs(layer)}" for l, layer in enumerate(inspection.overlaps)]
+    return lines
+
+
+def _document(near: dict[str, Any]) -> str:
+    return f"  {near['distance']:7.2f}  {near['document']:6d}  {near['text'][:90]}"
+
+
+def _pairs(overlap: np.ndarray) -> str:
+    pairs = overlap[np.triu_indices(len(overlap), 1)]
+    return f"{pairs.mean():.3f}  {pairs.min():.3f} .. {pairs.max():.3f}"
