@@ -4,11 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import first_run, keep_ratio, report, static_argument
+from benchmarks import first_run, group_switch, keep_ratio, prediction, report, static_argument
 from benchmarks.environment import RESULTS
 
 MEASUREMENTS = {
     "static-argument": lambda options: static_argument.measure(),
+    "group-switch": lambda options: group_switch.measure(),
+    "prediction": lambda options: prediction.measure(),
     "keep-ratio": lambda options: keep_ratio.measure(options.texts),
     "first-run": lambda options: first_run.measure(),
 }

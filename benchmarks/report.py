@@ -47,19 +47,57 @@ def newest(name: str) -> dict[str, Any]:
 def _static_argument(result: dict[str, Any]) -> str:
     first, step = result["first_call_seconds"], result["step_milliseconds"]
 
-    def milliseconds(name: str) -> str:
-        return f"{step[name]['median']:.1f} ({step[name]['min']:.1f} .. {step[name]['max']:.1f})"
-
     rows = [
         "| one decode step | for the first prompt | for each further prompt | per step, ms: median (min .. max) |",
         "|---|---|---|---|",
         f"| static argument | {first['static'][0]:.2f} s, compiling | {_mean(first['static'][1:]):.2f} s, compiling "
-        f"| {milliseconds('static')} |",
+        f"| {_range(step['static'], 1)} |",
         f"| compacted weights | {first['compact'][0] + first['compacted'][0]:.2f} s, compiling and gathering "
-        f"| {_mean(first['compact'][1:]):.3f} s, gathering | {milliseconds('compacted')} |",
-        f"| dense | | | {milliseconds('dense')} |",
+        f"| {_mean(first['compact'][1:]):.3f} s, gathering | {_range(step['compacted'], 1)} |",
+        f"| dense | | | {_range(step['dense'], 1)} |",
     ]
     return "\n".join([*rows, "", _provenance(result)])
+
+
+def _group_switch(result: dict[str, Any]) -> str:
+    step, ratio = result["step_milliseconds"], result["ratio_to_stay"]
+    compiled, megabytes = result["compile_seconds_per_group"]["median"], result["bytes_per_group"] / 1e6
+    forms = {
+        "stay": ("weights kept per group, the same group as before", f"{megabytes:.0f} MB per group"),
+        "switch": ("weights kept per group, another group than before", f"{megabytes:.0f} MB per group"),
+        "gather": ("weights gathered for the prompt, and the step", "nothing"),
+        "static": ("static argument, another group than before", f"{compiled:.1f} s of compiling per group"),
+    }
+    rows = [
+        "| a decode step | held ready | ms: median (min .. max) | to staying: median (min .. max) |",
+        "|---|---|---|---|",
+    ]
+    rows += [
+        f"| {what} | {ready} | {_range(step[name], 1)} | {_range(ratio[name], 2)} |"
+        for name, (what, ready) in forms.items()
+    ]
+    return "\n".join([*rows, "", _provenance(result)])
+
+
+def _prediction(result: dict[str, Any]) -> str:
+    models = result["models"]
+    methods = [method for method in next(iter(next(iter(models.values())).values())) if method != "stability"]
+    head = " | ".join(methods)
+    rows = [f"| model, prompt tokens | stability, ms | {head} |", "|---" * (len(methods) + 2) + "|"]
+    for name, lengths in models.items():
+        for length, measured in lengths.items():
+            ratios = " | ".join(_range(measured[method]["ratio"], 2) for method in methods)
+            rows.append(f"| {name}, {length} | {_range(measured['stability']['milliseconds'], 1)} | {ratios} |")
+    what = (
+        "Time before the first decode step (prefill, selection, compaction), median (min .. max) of "
+        f"{result['rounds']} rounds in which the methods take turns, and ratios to stability in the same round; "
+        f"{result['groups']} groups with their weights kept, keep {result['keep']}. "
+    )
+    return "\n".join([*rows, "", what + _made_on(result)])
+
+
+def _range(values: dict[str, float], digits: int) -> str:
+    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} .. {values['max']:.{digits}f})"
 
 
 def _keep_ratio(result: dict[str, Any]) -> str:
@@ -116,6 +154,8 @@ def _made_on(result: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "static-argument": _static_argument,
+    "group-switch": _group_switch,
+    "prediction": _prediction,
     "keep-ratio": _keep_ratio,
     "first-run": _first_run,
 }

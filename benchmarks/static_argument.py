@@ -53,6 +53,21 @@ def static_step(params: Params, token: Array, cache: KVCache, core: CoreNeurons)
     return _step(compact(params, core), token, cache)
 
 
+def opt_125m() -> Params:
+    """Random float32 weights."""
+    return random_params(model_config(OPT_125M), jax.random.key(0), jnp.dtype("float32"))
+
+
+def random_sets(params: Params, number: int) -> list[CoreNeurons]:
+    """Sets of core neurons that have nothing in common but their size."""
+    config, rng = params.config, np.random.default_rng(0)
+    kept = kept_neurons(KEEP, config.mlp_size)
+    return [
+        CoreNeurons(np.sort(rng.choice(config.mlp_size, kept, replace=False)) for _ in range(config.num_layers))
+        for _ in range(number)
+    ]
+
+
 def timed(function: Any, *arguments: Any) -> float:
     """Seconds of one awaited call."""
     began = perf_counter()
@@ -62,16 +77,11 @@ def timed(function: Any, *arguments: Any) -> float:
 
 def measure() -> dict[str, Any]:
     """First calls with each of several sets, then single steps of all contenders in turn."""
-    config = model_config(OPT_125M)
-    params = random_params(config, jax.random.key(0), jnp.dtype("float32"))
+    params = opt_125m()
+    config = params.config
     cache = init_cache(config, 1, 128, jnp.dtype("float32"))
     token = jnp.zeros((1, 1), jnp.int32)
-    rng = np.random.default_rng(0)
-    kept = kept_neurons(KEEP, config.mlp_size)
-    sets = [
-        CoreNeurons(np.sort(rng.choice(config.mlp_size, kept, replace=False)) for _ in range(config.num_layers))
-        for _ in range(SETS)
-    ]
+    sets = random_sets(params, SETS)
     first: dict[str, list[float]] = {"static": [], "compact": [], "compacted": []}
     for core in sets:
         first["static"].append(timed(static_step, params, token, cache, core))

@@ -1,7 +1,6 @@
 """What a model is (`ModelConfig`) and how its core neurons are chosen (`CoreConfig`): frozen and hashable."""
 
 from dataclasses import dataclass
-from math import inf
 from numbers import Real
 from typing import Literal
 
@@ -9,6 +8,7 @@ from coreinfer_jax.errors import CoreInferError, shown
 
 Budget = Literal["per_token", "mean"]
 Method = Literal["stability", "similarity", "fused", "auto"]
+MOST_PRIOR_TOKENS = 1e9
 METHODS: tuple[Method, ...] = ("stability", "similarity", "fused", "auto")
 
 
@@ -111,7 +111,7 @@ class CoreConfig:
             prompt's own neurons begin to foretell those of its continuation better than its group's do
             (docs/core-neurons.md).
         least_tokens: `auto`: the number of voting tokens from which a prompt may be stable, at least 2. The figure of
-            a shorter one says little, whatever its value.
+            a shorter one says little, whatever its value. Where rows share one set the shortest row counts.
         prior_tokens: `fused`: how many tokens of the prompt the group's frequencies weigh as much as.
 
     Raises:
@@ -158,8 +158,8 @@ class CoreConfig:
         whole = isinstance(self.least_tokens, int) and not isinstance(self.least_tokens, bool)
         if not whole or self.least_tokens < 2:
             raise CoreInferError(f"least_tokens={shown(self.least_tokens)}: give a whole number of at least 2")
-        if not isinstance(self.prior_tokens, Real) or not 0 < self.prior_tokens < inf:
-            raise CoreInferError(f"prior_tokens={shown(self.prior_tokens)}: give a number above 0")
+        if not isinstance(self.prior_tokens, Real) or not 0 < self.prior_tokens <= MOST_PRIOR_TOKENS:
+            raise CoreInferError(f"prior_tokens={shown(self.prior_tokens)}: give a number above 0, at most 1e9")
 
     @classmethod
     def paper(cls) -> "CoreConfig":

@@ -2,7 +2,7 @@
 
 Axis letters: `V` vocabulary, `E` embedding width (D except for OPT-350m), `D` hidden size, `F` MLP neurons,
 `K` kept (core) neurons, `N` query heads, `G` key/value heads, `H` head size, `L` layers, `P` positions, `B` batch rows,
-`T` query positions, `S` cache positions.
+`T` query positions, `S` cache positions, `C` groups of texts.
 """
 
 from collections.abc import Callable

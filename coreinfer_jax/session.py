@@ -70,6 +70,7 @@ class Request:
         groups: groups of texts to choose them by, or None.
         voted: the layers whose tokens vote; () when nothing is chosen.
         voting: how they vote; None when nothing is chosen.
+        voters: int [B], how many tokens of the prompts vote.
         sampling: how tokens are drawn.
         max_new_tokens: per row.
         past: what the full model has read of the rows before; None for nothing.
@@ -81,6 +82,7 @@ class Request:
     groups: Groups | None
     voted: tuple[int, ...]
     voting: Voting | None
+    voters: np.ndarray
     sampling: Sampling
     max_new_tokens: int
     past: Past | None
@@ -108,8 +110,8 @@ def make_request(
         check_groups(core, groups, params, len(prompts.lengths))
     elif groups is not None:
         raise CoreInferError(f"groups need a CoreConfig that uses them, but core={shown(core)}; leave groups out")
-    voted, voting = _voting(params, prompts, core, groups, cached)
-    return Request(params, prompts, core, groups, voted, voting, sampling, int(max_new_tokens), past)
+    voted, voting, voters = _voting(params, prompts, core, groups, cached)
+    return Request(params, prompts, core, groups, voted, voting, voters, sampling, int(max_new_tokens), past)
 
 
 def check_alive(past: Past) -> None:
@@ -122,14 +124,14 @@ def check_alive(past: Past) -> None:
 
 def _voting(
     params: Params, prompts: Prompts, core: Core, groups: Groups | None, cached: int
-) -> tuple[tuple[int, ...], Voting | None]:
-    """The layers whose tokens vote, and who votes how; nothing where nothing is to be chosen."""
+) -> tuple[tuple[int, ...], Voting | None, np.ndarray]:
+    """The layers whose tokens vote, who votes how, and how many do; nothing where nothing is to be chosen."""
     if not isinstance(core, CoreConfig):
-        return (), None
+        return (), None, np.zeros(len(prompts.lengths), np.int64)
     counted = counted_tokens(core, prompts.tokens, prompts.lengths, cached, params.config)
     early = early_tokens(counted) if core.method == "auto" else None
     voting = make_voting(counted, params.config.mlp_size, core.alpha, core.budget, early)
-    return voted_layers(core, params.config, groups), voting
+    return voted_layers(core, params.config, groups), voting, counted.sum(axis=1)
 
 
 def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past]]:
@@ -221,10 +223,8 @@ def _predicted(request: Request, votes: list[Votes]) -> Predicted:
     if isinstance(core, CoreNeurons):
         indices = jax.block_until_ready(given_indices(core))
         return Predicted(core, indices, None, (Choice("given", ASKED),))
-    assert request.voting is not None, "tokens vote wherever something is predicted"
-    voters = np.asarray(request.voting.counted).sum(axis=1)
     by_layer = dict(zip(request.voted, votes, strict=True))
-    return predict(core, by_layer, voters, params.config, request.groups)
+    return predict(core, by_layer, request.voters, params.config, request.groups)
 
 
 def bytes_read_per_token(params: Params, cache: KVCache) -> float:

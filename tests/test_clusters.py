@@ -46,7 +46,7 @@ class Letters:
 
 
 def documents(texts: tuple[str, ...] = TEXTS, labels: tuple[str, ...] | None = None) -> ci.Documents:
-    return ci.Documents(name="texts.txt", digest=str(hash((texts, labels))), texts=texts, labels=labels)
+    return ci.Documents(name="texts.txt", digest="of the file", texts=texts, labels=labels)
 
 
 def build(path: Path, corpus: ci.Documents | None = None, **settings: object) -> ci.Clusters:
@@ -107,10 +107,11 @@ def test_the_same_arguments_give_identical_files(labels: tuple[str, ...] | None,
 
 
 def test_what_is_built_is_what_is_loaded(tmp_path: Path) -> None:
-    built, loaded = build(tmp_path / "c", k=3), ci.load_clusters(tmp_path / "c")
+    built = build(tmp_path / "c", k=3, core=ci.CoreConfig(layers=(0.5, 1.0), method="auto"))
+    loaded = ci.load_clusters(tmp_path / "c")
     for name in ("frequencies", "centroids"):
         np.testing.assert_array_equal(getattr(built, name), getattr(loaded, name))
-    for name in ("names", "sizes", "layer", "core", "origin", "fingerprint"):
+    for name in ("names", "sizes", "layer", "core", "origin", "fingerprint"):  # the core's layers do not matter
         assert getattr(built, name) == getattr(loaded, name)
 
 
@@ -131,7 +132,9 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
         build(tmp_path / "parts", k=2)
     assert len(list((tmp_path / "parts.votes").glob("votes-*"))) == 2
     assert not (tmp_path / "parts").exists()
-    assert "other settings" in refusal(lambda: build(tmp_path / "parts", k=2, max_tokens=5))
+    assert "max_tokens" in refusal(lambda: build(tmp_path / "parts", k=2, max_tokens=5))
+    # Another column of the same file: the digest is that of the file.
+    assert "(tokens)" in refusal(lambda: build(tmp_path / "parts", documents(TEXTS[::-1]), k=2))
     with locked(tmp_path / "parts.votes"):
         assert "another build" in refusal(lambda: build(tmp_path / "parts", k=2))
     counted.clear()
@@ -175,7 +178,7 @@ def test_kmeans_finds_planted_groups_and_the_elbow_their_number() -> None:
     assert all(len(set(found.assigned[truth == c])) == 1 for c in range(4))
     for c in range(4):
         np.testing.assert_allclose(found.centroids[c], vectors[found.assigned == c].mean(axis=0), rtol=1e-6)
-        spread = [np.square(vectors[found.assigned == c] - found.centroids[c]).sum() for c in range(4)]
+    spread = [np.square(vectors[found.assigned == c] - found.centroids[c]).sum() for c in range(4)]
     assert found.within[3] == pytest.approx(sum(spread), rel=1e-6)
     assert found.within[0] == pytest.approx(np.square(vectors - vectors.mean(axis=0)).sum(), rel=1e-6)
 
@@ -285,6 +288,7 @@ ARCHIVES = {
     "a neuron too many": ({"L1_C1": np.arange(F + 1)}, f"L1_C1 holds neurons 0 .. {F}"),
     "a negative neuron": ({"L1_C1": np.array([3, -1])}, "neurons -1 .. 3"),
     "a neuron twice": ({"L1_C1": np.array([3, 3])}, "L1_C1 holds a neuron twice"),
+    "a list under two names": ({"L01_C1": np.arange(4)}, "'L01_C1'"),
     "an empty list": ({"L1_C1": np.array([], int)}, "L1_C1 is int64 [0]"),
     "floats": ({"L1_C1": np.ones(3)}, "L1_C1 is float64"),
     "two axes": ({"L1_C1": np.ones((3, 2), int)}, "L1_C1 is int64 [3, 2]"),
@@ -299,6 +303,26 @@ def test_archives_that_do_not_fit(changes: dict[str, object], named: str, tmp_pa
     source = archive(tmp_path / "lists.npz", **changes)
     assert named in refusal(lambda: ci.import_published(source, tmp_path / "c", checkpoint))
     assert not (tmp_path / "c").exists()
+
+
+def test_damaged_archives_are_named(tmp_path: Path) -> None:
+    """Zip files fail in many ways, by zlib's and zipfile's own exceptions."""
+    checkpoint, source, rng = native(tmp_path / "model", OPT), tmp_path / "lists.npz", np.random.default_rng(0)
+    np.savez_compressed(source, **{f"L{l}_C{c}": rng.permutation(F) for l in range(L) for c in range(2)})
+    whole = source.read_bytes()
+    refused = 0
+    for i in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        source.write_bytes(damaged)
+        try:
+            ci.import_published(source, tmp_path / f"c{i}", checkpoint)
+        except ci.CoreInferError as error:
+            refused += str(source) in str(error)
+    assert refused > 100
+    with source.open("wb") as file:
+        np.save(file, np.arange(5))
+    assert str(source) in refusal(lambda: ci.import_published(source, tmp_path / "c", checkpoint))
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut short"])
@@ -325,13 +349,17 @@ BUILDS = {
     "a negative seed": ({"seed": -1}, "seed=-1"),
     "no tokens": ({"max_tokens": 0}, "max_tokens=0"),
     "too many tokens": ({"max_tokens": 10**6}, "max_tokens=1000000"),
+    "documents that are none": ({"corpus": ["a", "b"]}, "read_documents"),
+    "settings that are none": ({"core": None}, "core=None"),
+    "a depth that is none": ({"depth": "deep"}, "depth='deep'"),
+    "a label too few": ({"corpus": documents(labels=LABELS[1:])}, "10 labels for 11 texts"),
 }
 
 
 @pytest.mark.parametrize(("settings", "named"), BUILDS.values(), ids=BUILDS)
 def test_builds_that_cannot_be(settings: dict[str, object], named: str, tmp_path: Path) -> None:
     assert named in refusal(lambda: build(tmp_path / "c", **settings))
-    assert not (tmp_path / "c").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_activations_that_are_nan(tmp_path: Path) -> None:
@@ -340,7 +368,7 @@ def test_activations_that_are_nan(tmp_path: Path) -> None:
     layers = (model().layers[0], replace(layer, mlp=replace(layer.mlp, up=broken)), model().layers[2])
     params = replace(model(), layers=layers)
     assert "NaN" in refusal(lambda: build(tmp_path / "c", params=params))
-    assert not (tmp_path / "c").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_that_exists_is_left_alone(tmp_path: Path) -> None:
@@ -363,6 +391,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
+VOTING = {"alpha": 0.4, "beta": 0.2, "budget": "mean", "count_bos": True}
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "no arrays": lambda path: (path / "clusters.safetensors").unlink(),
     "no manifest": lambda path: (path / "clusters.json").unlink(),
@@ -376,8 +405,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "numbers as names": lambda path: edit_json(path, names=[1, 2, 3]),
     "a layer too deep": lambda path: edit_json(path, layer=3),
     "another origin": lambda path: edit_json(path, origin="dreams"),
-    "votes by another rule": lambda path: edit_json(path, voting={"alpha": 3}),
+    "votes by another rule": lambda path: edit_json(
+        path, voting={"alpha": 3, "beta": 0.2, "budget": "mean", "count_bos": True}
+    ),
     "no facts": lambda path: edit_json(path, facts=None),
+    "facts of nothing": lambda path: edit_json(path, facts={}),
+    "facts without documents": lambda path: edit_json(path, facts={"data": {"name": "x"}, "nearest": [[], [], [{}]]}),
+    "facts of two groups": lambda path: edit_json(path, facts={"data": {"name": "x"}, "nearest": [[], []]}),
     "no frequencies": lambda path: edit_arrays(path, frequencies=None),
     "frequencies that are NaN": lambda path: edit_arrays(path, frequencies=np.full((3, L, F), np.nan, np.float32)),
     "frequencies above 1": lambda path: edit_arrays(path, frequencies=np.full((3, L, F), 2, np.float32)),
@@ -472,6 +506,35 @@ def built_for_embedded(corpus: Path, tmp_path: Path) -> Path:
     return tmp_path / "ready"
 
 
+def test_imported_lists_on_the_command_line(run, tmp_path: Path) -> None:
+    source, out = archive(tmp_path / "lists.npz", L0_C0=np.arange(30)), tmp_path / "c"
+    status, told, err = run("clusters", "import", source, "--model", native(tmp_path / "model", OPT), "--out", out)
+    assert (status, told) == (0, f"{out}\n"), err
+    status, told, _ = run("clusters", "inspect", out)
+    assert status == 0
+    assert "group 1: a published list" in told
+    assert "at gamma=0.3125" in told  # 30 of 96 neurons
+    assert run("clusters", "inspect", out, "--gamma", 0.32)[0] == 0
+    status, _, err = run("clusters", "inspect", out, "--gamma", 0.33)
+    assert status == 2
+    assert "give at most gamma=0.3125" in err
+
+
+def test_settings_of_auto_and_fused_reach_the_prediction(run, built_for_embedded: Path) -> None:
+    def kept(*options: object) -> dict:
+        arguments = ("--clusters", built_for_embedded, "--max-new-tokens", 2, "--json", *options)
+        status, out, err = run("generate", "The queen and the king", *arguments)
+        assert status == 0, err
+        return json.loads(out)["stats"]
+
+    stats = kept("--method", "auto", "--least-tokens", 2, "--least-stability", -1, "--layers", 0.5, 1)
+    assert stats["method"] == "stability"
+    assert stats["kept_neurons"] == [768] * 4 + [537] * 4
+    assert kept("--method", "auto", "--least-tokens", 2, "--least-stability", 1)["method"] == "similarity"
+    status, _, err = run("generate", "x", "--method", "fused", "--clusters", built_for_embedded, "--prior-tokens", 0)
+    assert (status, "prior_tokens=0.0" in err) == (2, True)
+
+
 MISTAKES = {
     "no such file": (("build", "--data", "nowhere.txt", "--out", "c"), "nowhere.txt"),
     "no column": (("build", "--data", "news.csv", "--out", "c"), "name the column"),
@@ -519,7 +582,9 @@ def test_mistakes_with_clusters(run, built: Path, tmp_path: Path) -> None:
         ("--method", "dense", "--clusters", str(built)): "--method dense uses none",
         ("--method", "similarity", "--clusters", str(built)): "fingerprint",
         ("--method", "auto", "--clusters", str(tmp_path)): "clusters.json is missing",
-        ("--method", "auto", "--gamma", "2"): "gamma=2.0",
+        ("--method", "auto", "--gamma", "0.2"): "--gamma 0.2",
+        ("--gamma", "0.2"): "--gamma 0.2",
+        ("--method", "auto", "--clusters", str(built), "--gamma", "2"): "gamma=2.0",
     }.items():
         status, out, err = run("generate", "The king", *arguments)
         assert (status, out) == (2, "")

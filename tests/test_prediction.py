@@ -222,6 +222,13 @@ def test_boundaries_of_the_automatic_choice() -> None:
         same(asked, out)
 
 
+def test_of_rows_that_share_a_set_the_shortest_counts() -> None:
+    core = replace(AUTO, per_row=False, least_stability=-1.0)
+    for length, method in ((31, "similarity"), (32, "stability")):
+        out = ci.generate(model(), [prompt(40, 0), prompt(length, 1)], core, groups=groups(), max_new_tokens=2)
+        assert out.stats.method == method
+
+
 def test_a_bos_that_does_not_vote_is_not_counted() -> None:
     choice, _ = auto(prompt(32, 0), count_bos=False)
     assert choice.reason.startswith("unstable: 31 voting tokens")
@@ -331,6 +338,7 @@ MISTAKES = {
     "one token": (lambda: ci.CoreConfig(least_tokens=1), "least_tokens=1"),
     "no prior": (lambda: ci.CoreConfig(prior_tokens=0), "prior_tokens=0"),
     "an endless prior": (lambda: ci.CoreConfig(prior_tokens=float("inf")), "prior_tokens=inf"),
+    "a prior beyond float32": (lambda: ci.CoreConfig(prior_tokens=10**400), "prior_tokens="),
 }
 
 

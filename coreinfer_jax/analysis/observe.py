@@ -50,9 +50,7 @@ def observed_votes(activations: Array, voting: Voting, lengths: Array) -> tuple[
     # In full float32: counts are whole numbers far below 2^24, exact in any order of summation.
     count = partial(jnp.einsum, "bmt,btf->bmf", precision=lax.Precision.HIGHEST)
     rows = jnp.broadcast_to(lengths[None], (activations.shape[0], *lengths.shape))
-    votes = Votes(
-        counts=count(rows, chosen).astype(jnp.int32), sums=count(rows, activations.astype(jnp.float32))
-    )
+    votes = Votes(counts=count(rows, chosen).astype(jnp.int32), sums=count(rows, activations.astype(jnp.float32)))
     return votes, jnp.isfinite(activations).all()
 
 

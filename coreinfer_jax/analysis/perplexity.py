@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ import numpy as np
 import optax
 from jax import Array
 
-from coreinfer_jax.analysis.figures import SINGLE, figure_of, line
 from coreinfer_jax.analysis.inputs import Inputs
 from coreinfer_jax.analysis.observe import batches, check_finite, core_masks, everyone, observed_votes, within
 from coreinfer_jax.cache import KVCache, init_cache
@@ -18,11 +17,7 @@ from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.core.select import Votes, Voting, kept_neurons, token_core_neurons
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.models import extend, observe_nothing, unembed
-from coreinfer_jax.models.decoder import as_they_are
 from coreinfer_jax.params import Params
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MOST_PROMPT, CONTINUATION = 256, 128
@@ -124,9 +119,7 @@ def _by_token(params: Params, read: Array, following: Array, voting: Voting) -> 
 
 
 @jax.jit
-def _narrowed(
-    params: Params, read: Array, following: Array, cache: KVCache, start: Array, masks: list[Array]
-) -> Array:
+def _narrowed(params: Params, read: Array, following: Array, cache: KVCache, start: Array, masks: list[Array]) -> Array:
     """Mean losses [B] where only the neurons of each layer's mask, bool [B, F], reach the down projection.
 
     The same numbers as with narrowed weights, in shapes that do not depend on the keep ratio.
@@ -138,7 +131,7 @@ def _narrowed(
 def _layer_by_layer(masks: list[Array]) -> Edit:
     """An `edit` that applies one mask after the other; the decoder's layers are traced in order."""
     remaining = iter(masks)
-    return lambda activations: jnp.where(next(remaining)[:, None, :], activations, as_they_are(activations) * 0)
+    return lambda activations: jnp.where(next(remaining)[:, None, :], activations, 0)
 
 
 def _losses(params: Params, hidden: Array, following: Array) -> Array:

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from coreinfer_jax.checkpoint.files import to_path
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.clustering import build_clusters, import_published, inspect_clusters
 from coreinfer_jax.clustering.build import TOKENS_PER_DOCUMENT, VECTORS
 from coreinfer_jax.clustering.grouping import DEPTH
 from coreinfer_jax.clustering.inspection import Inspection
 from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.core.select import kept_neurons
+from coreinfer_jax.errors import one_line
 from coreinfer_jax.text.documents import read_documents
 
 HELP = "group texts by the neurons they activate, for --method similarity"
@@ -70,8 +71,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gamma",
         type=float,
-        default=CoreConfig().group_ratio,
-        help="share of neurons to compare, (0, 1] (%(default)s)",
+        help="share of neurons to compare, (0, 1] (default 0.7, or what published lists are long enough for)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_inspect)
@@ -79,7 +79,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _build(options: argparse.Namespace) -> None:
     core = CoreConfig(alpha=options.alpha, beta=options.beta, budget=options.budget)
-    documents = read_documents(to_path(options.data), options.text_column, options.label_column)
+    documents = read_documents(options.data, options.text_column, options.label_column)
     params, tokenizer = shared.load_model(options)
     build_clusters(
         options.out,
@@ -92,7 +92,7 @@ def _build(options: argparse.Namespace) -> None:
         seed=options.seed,
         max_tokens=options.max_tokens,
     )
-    _show(inspect_clusters(options.out, CoreConfig().group_ratio), as_json=False)
+    _show(inspect_clusters(options.out), as_json=False)
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -131,23 +131,26 @@ def _lines(inspection: Inspection) -> list[str]:
     ]
     for c, name in enumerate(clusters.names):
         size = f"{clusters.sizes[c]} documents" if clusters.sizes[c] else "a published list"
-        lines += ["", f"{name}: {size}"]
+        lines += ["", f"{one_line(name)}: {size}"]
         if "nearest" in facts:
             lines.append("  distance to the centroid, number and beginning of the nearest documents:")
-            lines += [
-                f"  {near['distance']:7.2f}  {near['document']:6d}  {near['text'][:90]}" for near in facts["nearest"][c]
-            ]
+            lines += [_document(near) for near in facts["nearest"][c]]
+    gamma = inspection.gamma
     if len(clusters.names) > 1:
+        lines += ["", f"share of neurons that two groups have in common at gamma={gamma:g}: mean, least .. most"]
+        lines += [f"  layer {l:3d}  {_pairs(layer)}" for l, layer in enumerate(inspection.overlaps)]
+    voted, kept = (clusters.frequencies > 0).sum(axis=-1).min(), kept_neurons(gamma, clusters.frequencies.shape[-1])
+    if voted < kept:
         lines += [
             "",
-            f"neurons that two groups share at gamma={inspection.gamma:g}, of 1 (mean, least .. most of pairs)",
+            f"a group has a layer in which only {voted} neurons ever got a vote, but gamma={gamma:g} asks for {kept}:",
+            "the others are taken in the order of their numbers; give it more text, or take a smaller gamma",
         ]
-        lines += [f"  layer {l:3d}  {_pairs(layer)}" for l, layer in enumerate(inspection.overlaps)]
     return lines
 
 
 def _document(near: dict[str, Any]) -> str:
-    return f"  {near['distance']:7.2f}  {near['document']:6d}  {near['text'][:90]}"
+    return f"  {near['distance']:7.2f}  {near['document']:6d}  {one_line(near['text'][:90])}"
 
 
 def _pairs(overlap: np.ndarray) -> str:

@@ -39,6 +39,26 @@ def add_core(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gamma", type=float, help="share of a group's neurons kept, (0, 1] (default: --beta)")
     parser.add_argument("--clusters", metavar="DIR", help="groups for similarity, fused and auto (coreinfer clusters)")
     parser.add_argument("--budget", choices=("per_token", "mean"), default=default.budget)
+    parser.add_argument(
+        "--layers",
+        type=float,
+        nargs=2,
+        default=default.layers,
+        metavar=("FROM", "TO"),
+        help="which layers are narrowed, as fractions of depth (default 0 1)",
+    )
+    parser.add_argument(
+        "--least-stability", type=float, default=default.least_stability, help="auto: of a stable prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--least-tokens", type=int, default=default.least_tokens, help="auto: of a stable prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--prior-tokens",
+        type=float,
+        default=default.prior_tokens,
+        help="fused: how many tokens the group counts as (%(default)s)",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens: int) -> None:
@@ -98,6 +118,8 @@ def core_config(options: argparse.Namespace) -> CoreConfig | None:
         raise CoreInferError(f"--clusters: --method {options.method} uses none; take similarity, fused or auto")
     if options.clusters is None and options.method in ("similarity", "fused"):
         raise CoreInferError(f"--method {options.method}: needs --clusters DIR, made by 'coreinfer clusters build'")
+    if options.clusters is None and options.gamma is not None:
+        raise CoreInferError(f"--gamma {options.gamma}: is of groups; add --clusters DIR, or give --beta")
     if options.method == "dense":
         return None
     return CoreConfig(
@@ -106,6 +128,10 @@ def core_config(options: argparse.Namespace) -> CoreConfig | None:
         budget=options.budget,
         method=options.method,
         gamma=options.gamma,
+        layers=tuple(options.layers),
+        least_stability=options.least_stability,
+        least_tokens=options.least_tokens,
+        prior_tokens=options.prior_tokens,
     )
 
 

@@ -21,7 +21,15 @@ from coreinfer_jax.clustering.grouping import (
     require_sklearn,
 )
 from coreinfer_jax.clustering.storage import write_clusters
-from coreinfer_jax.clustering.votes import MOST_TOKENS, Batch, CountedBatch, count_corpus, plan_batches, read_counted
+from coreinfer_jax.clustering.votes import (
+    MOST_TOKENS,
+    Batch,
+    CountedBatch,
+    count_corpus,
+    plan_batches,
+    read_counted,
+    rows_digest,
+)
 from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.compact import check_dense
 from coreinfer_jax.core.groups import Clusters
@@ -56,7 +64,8 @@ def build_clusters(
     Documents are grouped by their labels where they have any, otherwise by k-means over their binary core-neuron
     vectors in one layer. A group's frequency of a neuron is the share of the group's tokens of which it is a
     token-wise core neuron; no other group enters it. The same arguments give identical files. An interrupted build
-    is continued by the same call: what it has counted lies in `DIRECTORY.votes` until the end.
+    is continued by the same call: what it has counted lies in `DIRECTORY.votes` until the end, 2 L F bytes for each
+    document.
 
     Args:
         directory: to write; must not exist.
@@ -76,6 +85,8 @@ def build_clusters(
     target = to_path(directory)
     refuse_existing(target)
     check_dense(params)
+    _check_arguments(tokenizer, documents, core)
+    core = CoreConfig(alpha=core.alpha, beta=core.beta, budget=core.budget, count_bos=core.count_bos)
     layer = deciding_layer(params.config.num_layers, depth)
     _check_settings(documents, k, seed, max_tokens)
     rows = _tokenised(documents, tokenizer, min(max_tokens, params.config.max_positions))
@@ -84,8 +95,7 @@ def build_clusters(
     counting = {
         "model": model,
         "dtype": dtype,
-        "data": documents.digest,
-        "documents": len(rows),
+        "tokens": rows_digest([row for row, _ in rows]),
         "max_tokens": max_tokens,
         "voting": {"alpha": core.alpha, "beta": core.beta, "budget": core.budget, "count_bos": core.count_bos},
         "layer": layer,
@@ -109,6 +119,7 @@ def build_clusters(
             "documents_cut_short": sum(cut for _, cut in rows),
             "max_tokens": max_tokens,
             "dtype": dtype,
+            "k": k,
             "seed": seed,
             "tokens": tokens,
             "within": grouping.within,
@@ -120,9 +131,20 @@ def build_clusters(
     return clusters
 
 
+def _check_arguments(tokenizer: object, documents: object, core: object) -> None:
+    if not isinstance(documents, Documents):
+        raise CoreInferError(f"documents={shown(documents)}: give Documents, for instance from read_documents")
+    if documents.labels is not None and len(documents.labels) != len(documents.texts):
+        raise CoreInferError(f"{len(documents.labels)} labels for {len(documents.texts)} texts: give one for each")
+    if not isinstance(core, CoreConfig):
+        raise CoreInferError(f"core={shown(core)}: give a CoreConfig by which tokens vote")
+    if tokenizer is None:
+        raise CoreInferError("tokenizer=None: give the model's tokenizer, the second thing that load returns")
+
+
 def _check_settings(documents: Documents, k: int | None, seed: int, max_tokens: int) -> None:
     if len(documents.texts) < 2:
-        raise CoreInferError(f"{documents.name}: 1 document; give at least two to group")
+        raise CoreInferError(f"{documents.name}: {len(documents.texts)} document(s); give at least two to group")
     if documents.labels is not None and k is not None:
         raise CoreInferError(f"k={shown(k)}: the labels say which groups there are; leave out one of the two")
     if documents.labels is None:
@@ -151,7 +173,8 @@ def _kept_votes(target: Path, counting: dict[str, Any]) -> Iterator[Path]:
     """The locked directory of votes that are counted already, beside `target`."""
     directory = target.with_name(f"{target.name}.votes")
     settings = directory / "settings.json"
-    if not os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+    new = not os.path.isdir(directory)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+    if new:
         with new_directory(directory) as partial:
             (partial / settings.name).write_text(json.dumps(counting, indent=2) + "\n", encoding="utf-8")
     before = read_json(settings)
@@ -164,6 +187,10 @@ def _kept_votes(target: Path, counting: dict[str, Any]) -> Iterator[Path]:
     try:
         with locked(directory):
             yield directory
+    except CoreInferError:
+        if new:  # what cannot be built leaves nothing behind that would be in the way of another try
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     except BlockingIOError as error:
         raise CoreInferError(
             f"{directory}: another build is at work here; wait for it, or name another --out"

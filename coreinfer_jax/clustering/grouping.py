@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
+from numbers import Real
 
 import numpy as np
 from tqdm import tqdm
@@ -55,7 +56,7 @@ def deciding_layer(num_layers: int, depth: float = DEPTH) -> int:
     Raises:
         CoreInferError: a depth outside [0, 1).
     """
-    if not 0 <= depth < 1:
+    if not isinstance(depth, Real) or not 0 <= depth < 1:
         raise CoreInferError(f"depth={shown(depth)}: give a fraction of depth, at least 0 and below 1")
     return floor(depth * num_layers)
 
@@ -92,10 +93,11 @@ def group_by_kmeans(vectors: np.ndarray, k: int | None, seed: int) -> Grouping:
         raise CoreInferError(f"{len(vectors)} documents, {different} of them different: give at least two to group")
     if k is not None and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= different):
         raise CoreInferError(f"k={shown(k)}: give a whole number of groups from 1 to {different}, the different texts")
+    points = vectors.astype(np.float64)
     if k is not None:
-        return _renumbered(vectors, _kmeans(vectors, k, seed)[0], ())
+        return _renumbered(vectors, _kmeans(points, k, seed)[0], ())
     numbers = tqdm(range(1, min(MOST_GROUPS, different) + 1), desc="k-means", unit="number of groups", disable=None)
-    tried = [_kmeans(vectors, groups, seed) for groups in numbers]
+    tried = [_kmeans(points, groups, seed) for groups in numbers]
     within = [distance for _, distance in tried]
     return _renumbered(vectors, tried[elbow(within)][0], tuple(within))
 
@@ -111,16 +113,16 @@ def elbow(within: Sequence[float]) -> int:
     return int(np.argmax(np.round(chord - heights, 9)))
 
 
-def _kmeans(vectors: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, float]:
-    """Assigned groups int [n], and the within-cluster sum of squares."""
+def _kmeans(points: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, float]:
+    """Assigned groups int [n] of `points` float64 [n, F], and the within-cluster sum of squares."""
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
     # One thread: several add up in any order, and a tie could fall differently in a second run.
     with threadpool_limits(limits=1):
-        fitted = KMeans(k, n_init=STARTS, random_state=seed, algorithm="lloyd").fit(vectors.astype(np.float64))
+        fitted = KMeans(k, n_init=STARTS, random_state=seed, algorithm="lloyd").fit(points)
     assigned = np.asarray(fitted.labels_)
-    grouped = [vectors[assigned == c].astype(np.float64) for c in np.unique(assigned)]
+    grouped = [points[assigned == c] for c in np.unique(assigned)]
     return assigned, float(sum(np.square(group - group.mean(axis=0)).sum() for group in grouped))
 
 

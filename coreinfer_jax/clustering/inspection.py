@@ -29,15 +29,17 @@ class Inspection:
     overlaps: np.ndarray
 
 
-def inspect_clusters(directory: str | os.PathLike[str], gamma: float) -> Inspection:
-    """Look at a directory of clusters.
+def inspect_clusters(directory: str | os.PathLike[str], gamma: float | None = None) -> Inspection:
+    """Look at a directory of clusters; a gamma of None is the default, or what published lists are long enough for.
 
     Raises:
         CoreInferError: as `load_clusters`; a gamma outside (0, 1], or that published lists are too short for.
     """
     core = CoreConfig(gamma=gamma)
     stored = read_clusters(to_path(directory))
-    return Inspection(stored.clusters, dict(stored.facts), gamma, overlaps(stored.clusters, core))
+    if gamma is None:
+        core = replace(core, gamma=min(core.group_ratio, stored.clusters.largest_ratio()))
+    return Inspection(stored.clusters, dict(stored.facts), core.group_ratio, overlaps(stored.clusters, core))
 
 
 def overlaps(clusters: Clusters, core: CoreConfig) -> np.ndarray:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from coreinfer_jax.core.select import kept_neurons
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.fingerprint import fingerprint_of, thinned
 
-_ENTRY = re.compile(r"L(\d{1,6})_C(\d{1,6})")
+_ENTRY = re.compile(r"L(0|[1-9]\d{0,5})_C(0|[1-9]\d{0,5})")
 
 
 def import_published(
@@ -104,7 +105,7 @@ def read_lists(path: Path, config: ModelConfig) -> list[list[np.ndarray]]:
 
 def _read_archive(path: Path) -> dict[tuple[int, int], np.ndarray]:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
             names = {name: _ENTRY.fullmatch(name) for name in archive.files}
             strange = next((name for name, match in names.items() if match is None), None)
             if strange is not None or not names:
@@ -112,7 +113,7 @@ def _read_archive(path: Path) -> dict[tuple[int, int], np.ndarray]:
             return {(int(match[1]), int(match[2])): archive[name] for name, match in names.items() if match}
     except OSError as error:
         raise CoreInferError(f"{path}: {error.strerror or error}; name a .npz file of lists") from error
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, RuntimeError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise CoreInferError(f"{path}: not a .npz archive ({shown_name(str(error))}); download it again") from error
 
 

@@ -77,7 +77,7 @@ def read_clusters(directory: Path) -> Stored:
         raise CoreInferError(f"{directory / MANIFEST}: {found}; this release reads version {VERSION}, build them again")
     try:
         return _stored(manifest, load_file(directory / ARRAYS))
-    except (OSError, SafetensorError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = shown_name(str(error))
         raise CoreInferError(f"{directory}: damaged clusters ({reason}); build them again") from error
 
@@ -94,7 +94,19 @@ def _stored(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> St
         fingerprint=manifest["model"],
     )
     _check(clusters, arrays["assigned"])
-    return Stored(clusters, dict(manifest["facts"]), arrays["assigned"])
+    facts = dict(manifest["facts"])
+    _check_facts(facts, len(clusters.names))
+    return Stored(clusters, facts, arrays["assigned"])
+
+
+def _check_facts(facts: Mapping[str, Any], groups: int) -> None:
+    """Raise ValueError or the like unless the facts can be shown."""
+    nearest = facts.get("nearest", [[]] * groups)
+    if not isinstance(facts["data"]["name"], str) or len(nearest) != groups:
+        raise ValueError("its facts do not say what the groups were made from")
+    for near in (document for group in nearest for document in group):
+        if (type(near["document"]), type(near["distance"]), type(near["text"])) != (int, float, str):
+            raise ValueError("its facts hold documents that are none")
 
 
 def _check(clusters: Clusters, assigned: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """The votes of every document of a corpus, counted in batches and kept on disk, so that counting can be resumed."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +83,14 @@ def _batch(numbers: tuple[int, ...], rows: Sequence[Sequence[int]], shape: tuple
     return Batch(numbers, tokens, lengths)
 
 
+def rows_digest(rows: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of the token ids that are read, document by document."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.array([len(row), *row], np.int64).tobytes())
+    return digest.hexdigest()
+
+
 def count_corpus(
     directory: Path, params: Params, batches: Sequence[Batch], core: CoreConfig, layer: int
 ) -> Iterator[CountedBatch]:
@@ -155,7 +164,7 @@ def _read(params: Params, tokens: Array, voting: Voting, *, kept: int, layer: in
     cache = init_cache(params.config, B, T, params.token_embedding.dtype)
 
     def observe(activations: Array) -> tuple[Votes, Array]:
-        return count_votes(activations, voting), jnp.isfinite(activations).all()
+        return count_votes(activations, voting), (jnp.isfinite(activations) | ~voting.counted[:, :, None]).all()
 
     _, _, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
     votes, finite = zip(*observed, strict=True)

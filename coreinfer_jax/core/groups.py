@@ -1,6 +1,7 @@
 """Groups of texts and their neurons: as stored (`Clusters`), and as a model decodes with them (`Groups`)."""
 
 from dataclasses import dataclass, replace
+from math import floor
 from typing import Literal
 
 import jax.numpy as jnp
@@ -66,8 +67,14 @@ class Clusters:
             F = self.frequencies.shape[-1]
             raise CoreInferError(
                 f"gamma={gamma}: asks for {kept} of {F} neurons, but the list of group {self.names[c]!r} in layer "
-                f"{narrowed[i]} has {lengths.min()}; give at most gamma={np.floor(lengths.min() / F * 1e4) / 1e4:.4f}"
+                f"{narrowed[i]} has {lengths.min()}; give at most gamma={_ratio_of(int(lengths.min()), F):.4f}"
             )
+
+    def largest_ratio(self) -> float:
+        """The largest gamma, to four decimals, that published lists are long enough for; 1 for other groups."""
+        if self.origin != "published":
+            return 1.0
+        return _ratio_of(int((self.frequencies > 0).sum(axis=-1).min()), self.frequencies.shape[-1])
 
     def check(self, params: Params) -> None:
         """Refuse a model these clusters were not made for."""
@@ -75,7 +82,7 @@ class Clusters:
         if found != self.fingerprint or self.frequencies.shape[1:] != _sizes(params.config):
             raise CoreInferError(
                 f"clusters belong to the model with fingerprint {self.fingerprint}, but this one's is {found}; "
-                "build clusters for this model, or name theirs"
+                "build clusters for this model, or name theirs (float16 weights count as another model)"
             )
 
 
@@ -155,6 +162,11 @@ def prepare_groups(params: Params, clusters: Clusters, core: CoreConfig, *, comp
         tables=[jnp.asarray(np.stack([_indices(chosen, l) for chosen in sets])) for l in narrowed],
         frequencies=[jnp.asarray(clusters.frequencies[:, l]) for l in narrowed],
     )
+
+
+def _ratio_of(neurons: int, mlp_size: int) -> float:
+    """The largest keep ratio of four decimals that keeps no more than `neurons` of F."""
+    return floor(neurons / mlp_size * 1e4) / 1e4
 
 
 def _indices(chosen: CoreNeurons, layer: int) -> np.ndarray:

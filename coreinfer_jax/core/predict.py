@@ -147,7 +147,7 @@ def predict(
     """
     rows = len(voters)
     if not core.per_row and rows > 1:
-        votes, voters = _pooled(votes), voters.sum(keepdims=True)
+        votes, voters = _pooled(votes), voters.min(keepdims=True)
     narrowed = narrowed_layers(core, config)
     own, figures, assigned = _measure(
         [votes[l] for l in narrowed if l in votes],
@@ -176,7 +176,7 @@ def _gathered(
     """What is to be gathered: index arrays [R, K] of the narrowed layers, a single set as a shared one [K]."""
     # A shared set runs the plain program.
     by_layer = dict(zip(narrowed, [layer[0] for layer in layers] if len(choices) == 1 else layers, strict=True))
-    indices = tuple(by_layer.get(l) for l in range(config.num_layers))
+    indices = jax.block_until_ready(tuple(by_layer.get(l) for l in range(config.num_layers)))
     return Predicted(CoreNeurons(indices), indices, None, choices)
 
 

@@ -1,0 +1,747 @@
+"""`analyze`: every number against plain NumPy from the definitions, files, resumption, and bad input."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+from importlib import util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coreinfer_jax as ci
+from coreinfer_jax.analysis import Pairs, analyze, figures, meaning, perplexity, read_pairs, recall, run, stability
+from coreinfer_jax.analysis.inputs import Corpus, Inputs
+from coreinfer_jax.analysis.observe import core_masks, overlaps, spread, votes_at
+from coreinfer_jax.cache import init_cache
+from coreinfer_jax.checkpoint.files import locked
+from coreinfer_jax.checkpoint.hf_export import write_hugging_face
+from coreinfer_jax.checkpoint.mapping import parse_dtype
+from coreinfer_jax.cli import main
+from coreinfer_jax.clustering.grouping import group_by_kmeans
+from coreinfer_jax.core.compact import compact
+from coreinfer_jax.core.select import Votes
+from coreinfer_jax.models import extend, observe_nothing, unembed
+from tests.support import LLAMA, OPT, random_model
+from tests.test_bad_input import refusal, table
+from tests.test_clusters import Letters
+from tests.test_compilation import traced
+from tests.test_prediction import top, voted
+from tests.test_select import reference_votes
+
+L, F = OPT.num_layers, OPT.mlp_size
+ALPHA, BETA = 0.4, 0.4
+K = int(BETA * F)
+RNG = np.random.default_rng(0)
+
+
+def text(length: int) -> str:
+    return "".join(RNG.choice(list("abcdefgh "), length)).replace("  ", "ab") + "z"
+
+
+TEXTS = tuple(text(n) for n in (150, 170, 300, 200, 220, 180, 10, 190, 260))
+WORDS = tuple(text(n) for n in (5, 9, 14, 30, 22, 17, 8, 12))
+TOPICS = ci.Documents("topics.csv", "digest", tuple(text(20) for _ in range(14)), tuple("xy"[i % 2] for i in range(14)))
+PAIRS = Pairs("pairs.csv", WORDS[:6], WORDS[2:], (1.0, 2.5, 2.5, 4.0, 0.0, 3.0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_shares() -> Iterator[None]:
+    """Every keep ratio is a program of its own to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perplexity, "SHARES", (0.1, 0.4, 1.0))
+        yield
+
+
+model = cache(lambda family="opt": random_model({"opt": OPT, "llama": LLAMA}[family]))
+
+
+def documents(texts: tuple[str, ...] = TEXTS) -> ci.Documents:
+    return ci.Documents("texts.txt", "digest", texts)
+
+
+def inputs(family: str = "opt", texts: tuple[str, ...] = TEXTS, count: int = 4, **changed: object) -> Inputs:
+    corpus = Corpus(documents(texts), Letters(), 0)
+    params = changed.pop("params", model(family))
+    return Inputs(params, Letters(), corpus, TOPICS, (PAIRS,), count, ALPHA, BETA, 0, **changed)
+
+
+def run_all(directory: Path, **settings: object) -> Path:
+    asked = {"topics": TOPICS, "pairs": (PAIRS,), "texts": 3} | settings
+    corpus = asked.pop("documents", documents())
+    return analyze(directory, asked.pop("params", model()), Letters(), corpus, **asked)
+
+
+def tokens(rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(length).integers(3, 100, (rows, length)).astype(np.int32)
+
+
+@jax.jit
+def observed(params: ci.Params, row: jnp.ndarray) -> tuple[jnp.ndarray, ...]:
+    empty = init_cache(params.config, 1, row.shape[1], jnp.dtype("float32"))
+    return extend(params, row, empty, jnp.zeros(1, jnp.int32), lambda a: a[0])[2]
+
+
+def activations(params: ci.Params, row: list[int]) -> list[np.ndarray]:
+    """Of each layer, [T, F], in one shape for all texts: what follows does not change them."""
+    padded = jnp.zeros((1, OPT.max_positions), jnp.int32).at[0, : len(row)].set(jnp.asarray(row, jnp.int32))
+    return [np.asarray(a)[: len(row)] for a in observed(params, padded)]
+
+
+def core_set(a: np.ndarray, kept: int = K) -> set[int]:
+    """Sentence-wise core neurons of activations [T, F]."""
+    return set(voted(a, kept).tolist())
+
+
+# Votes and overlaps.
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_votes_at_marks_equal_numpy(family: str) -> None:
+    texts, marks = tokens(2, 40), (1, 7, 16, 40)
+    found = votes_at(model(family), texts, marks, 0.3)
+    for b, row in enumerate(texts.tolist()):
+        for l, a in enumerate(activations(model(family), row)):
+            for m, length in enumerate(marks):
+                expected = reference_votes(a[:length], 0.3, "per_token")
+                np.testing.assert_array_equal(found[l].counts[b, m], expected)
+                np.testing.assert_allclose(found[l].sums[b, m], a[:length].sum(axis=0), rtol=1e-4, atol=1e-4)
+
+
+def test_masks_are_the_most_voted_neurons() -> None:
+    rng = np.random.default_rng(1)
+    counts, sums = rng.integers(0, 5, (2, 3, F)), rng.standard_normal((2, 3, F)).astype(np.float32)
+    masks = core_masks(Votes(jnp.asarray(counts, jnp.int32), jnp.asarray(sums)), K)
+    for b in range(2):
+        for m in range(3):
+            np.testing.assert_array_equal(np.flatnonzero(masks[b, m]), top(counts[b, m], sums[b, m], K))
+
+
+def test_overlaps_equal_numpy_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, pairs = tokens(3, 50), [(8, 16), (16, 50), (8, 50)]
+    expected = np.zeros((3, len(pairs)))
+    for b, row in enumerate(texts.tolist()):
+        for a in activations(model(), row):
+            shared = [len(core_set(a[:n]) & core_set(a[:m])) / K for n, m in pairs]
+            expected[b] += np.array(shared) / L
+    np.testing.assert_allclose(overlaps(model(), texts, pairs, ALPHA, BETA, "test"), expected, atol=1e-6)
+    monkeypatch.setattr("coreinfer_jax.analysis.observe.BATCH_TOKENS", 100)  # two texts, then one and a filler
+    np.testing.assert_allclose(overlaps(model(), texts, pairs, ALPHA, BETA, "test"), expected, atol=1e-6)
+
+
+def test_extension_measures_every_length_that_fits() -> None:
+    found = stability.extension(inputs())
+    lengths = list(zip(found["original_tokens"], found["added_tokens"], strict=True))
+    assert (128, 32) in lengths
+    assert (128, 64) not in lengths
+    own = inputs().corpus.select(160, 4).rows
+    i = lengths.index((64, 32))
+    by_hand = [
+        np.mean([len(core_set(a[:64]) & core_set(a[:96])) / K for a in activations(model(), row)])
+        for row in own.tolist()
+    ]
+    assert found["overlap"]["mean"][i] == pytest.approx(np.mean(by_hand), abs=1e-6)
+    assert found["overlap"]["lower_quartile"][i] == pytest.approx(np.percentile(by_hand, 25), abs=1e-6)
+    assert found["too_short"] > 0
+
+
+def test_growth_ends_in_itself_and_its_map_is_sorted_votes() -> None:
+    found = stability.growth(inputs())
+    assert found["tokens"] == [8, 16, 24, 32, 48, 64, 96, 128]
+    assert found["overlap"]["mean"][-1] == 1
+    assert found["overlap"]["mean"][0] < 0.95
+    one = found["one_text"]
+    a = activations(model(), inputs().corpus.select(128, 4).rows[0].tolist())[one["layer"]]
+    frequencies = np.stack([reference_votes(a[:n], ALPHA, "per_token") / n for n in found["tokens"]])
+    order = np.argsort(-frequencies[-1], kind="stable")
+    np.testing.assert_allclose(one["frequencies"], frequencies[:, order])
+    np.testing.assert_array_equal(one["ranks"], np.arange(F))
+
+
+def test_spread_is_over_texts() -> None:
+    found = spread(np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [10.0, 4.0]]))
+    assert [list(found[name]) for name in ("mean", "median")] == [[4, 1], [2.5, 0]]
+    assert list(found["lower_quartile"]) == [1.75, 0]
+
+
+# Perplexity.
+
+
+def mean_loss(logits: np.ndarray, following: list[int]) -> float:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return float(-logs[np.arange(len(following)), following].mean())
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_perplexities_are_those_of_narrowed_weights(family: str) -> None:
+    own = inputs(family, count=3)
+    found = perplexity.measure(own)
+    prompt, numbers = found["prompt_tokens"], found["perplexity"]
+    assert (prompt, found["continuation_tokens"]) == (32, 128)
+    losses: dict[str, list[float]] = {name: [] for name in ("dense", "text", "decoding")}
+    beta = perplexity.SHARES.index(BETA)
+    params = own.params
+    for row in own.corpus.select(161, 3).rows.tolist():
+        read, following = jnp.asarray([row[:-1]], jnp.int32), row[1:]
+        a = activations(params, row[:-1])
+        whole = ci.CoreNeurons([voted(layer, K) for layer in a])
+        start = ci.CoreNeurons([voted(layer[:prompt], K) for layer in a])
+        losses["dense"].append(mean_loss(np.asarray(ci.forward(params, read))[0], following))
+        losses["text"].append(mean_loss(np.asarray(ci.forward(params, read, whole))[0], following))
+        empty = init_cache(params.config, 1, 160, jnp.dtype("float32"))
+        begin, middle = jnp.zeros(1, jnp.int32), jnp.full(1, prompt, jnp.int32)
+        _, past, _ = extend(params, read[:, :prompt], empty, begin, observe_nothing)
+        hidden, _, _ = extend(compact(params, start), read[:, prompt:], past, middle, observe_nothing)
+        losses["decoding"].append(mean_loss(np.asarray(unembed(params, hidden))[0], following[prompt:]))
+    by_hand = {name: np.exp(np.mean(values)) for name, values in losses.items()}
+    assert numbers["dense"] == pytest.approx(by_hand["dense"], rel=1e-4)
+    assert numbers["text"][beta] == pytest.approx(by_hand["text"], rel=1e-4)
+    assert numbers["decoding"][beta] == pytest.approx(by_hand["decoding"], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_keeping_everything_is_dense(family: str) -> None:
+    numbers = perplexity.measure(inputs(family, count=2))["perplexity"]
+    assert numbers["text"][-1] == pytest.approx(numbers["dense"], rel=1e-5)
+    assert numbers["decoding"][-1] == pytest.approx(numbers["dense_continuation"], rel=1e-5)
+    # With ReLU all that is not positive is zero; SwiGLU loses its negative activations.
+    lossless = numbers["token"][-1] == pytest.approx(numbers["dense"], rel=1e-5)
+    assert lossless == (family == "opt")
+    assert numbers["token"][0] != pytest.approx(numbers["dense"], rel=1e-3)
+
+
+def test_each_token_is_cut_to_its_own_core_neurons() -> None:
+    params = replace(model(), layers=model().layers[:1], config=replace(OPT, num_layers=1))
+    numbers = perplexity.measure(inputs(params=params, count=2))["perplexity"]
+    losses = []
+    for row in inputs().corpus.select(161, 2).rows.tolist():
+        (a,) = activations(params, row[:-1])
+        cut = np.zeros_like(a)
+        for t, own in enumerate(a):
+            ranked = sorted(np.flatnonzero(own > 0), key=lambda n: (-own[n], n))
+            kept = ranked[: int(np.floor(ALPHA * len(ranked)))]
+            cut[t, kept] = own[kept]
+        empty = init_cache(params.config, 1, 160, jnp.dtype("float32"))
+        read = jnp.asarray([row[:-1]], jnp.int32)
+        edit = partial(lambda cut, _: jnp.asarray(cut[None]), cut)
+        hidden, _, _ = extend(params, read, empty, jnp.zeros(1, jnp.int32), observe_nothing, edit)
+        losses.append(mean_loss(np.asarray(unembed(params, hidden))[0], row[1:]))
+    assert numbers["token"][perplexity.SHARES.index(ALPHA)] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+
+
+# Topics and pairs.
+
+
+def test_labels_are_scored_as_by_hand() -> None:
+    rng = np.random.default_rng(2)
+    centres = rng.random((3, 60)) < 0.4
+    labels = np.array(list("aaaabbbbbcccc"))
+    vectors = (centres["abc".index(labels[0])] ^ (rng.random((13, 60)) < 0.2)).astype(float)
+    for i, label in enumerate(labels):
+        vectors[i] = centres["abc".index(label)] ^ (rng.random(60) < 0.25)
+    silhouette, accuracy = meaning._topics_of_layer(vectors, labels)
+    distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
+    hits, widths = [], []
+    for i, label in enumerate(labels):
+        others = sorted((j for j in range(13) if j != i), key=lambda j: distances[i, j])[:5]
+        voices = {name: sum(labels[j] == name for j in others) for name in "abc"}
+        hits.append(max("abc", key=lambda name: voices[name]) == label)
+        to = {name: [distances[i, j] for j in range(13) if labels[j] == name and j != i] for name in "abc"}
+        inside, outside = np.mean(to[label]), min(np.mean(to[name]) for name in "abc" if name != label)
+        widths.append((outside - inside) / max(outside, inside))
+    assert accuracy == pytest.approx(np.mean(hits))
+    assert silhouette == pytest.approx(np.mean(widths))
+    assert 0.3 < accuracy < 1
+
+
+def test_topics_are_measured_on_core_neurons() -> None:
+    found = meaning.topics(inputs(count=5))
+    assert found["texts_per_label"] == {"x": 5, "y": 5}
+    assert found["chance"] == 0.5
+    numbers = meaning.topic_texts(TOPICS, 5, 0)
+    assert [TOPICS.labels[n] for n in numbers] == found["labels"] == ["x"] * 5 + ["y"] * 5
+    vectors = np.zeros((10, L, F))
+    for row, n in zip(vectors, numbers, strict=True):
+        for l, a in enumerate(activations(model(), Letters().encode(TOPICS.texts[n]))):
+            row[l, voted(a, K)] = 1
+    for l in range(L):
+        silhouette, accuracy = meaning._topics_of_layer(vectors[:, l], np.array(found["labels"]))
+        assert (found["silhouette"][l], found["accuracy"][l]) == pytest.approx((silhouette, accuracy))
+    centred = vectors[:, 0] - vectors[:, 0].mean(axis=0)
+    _, values, _ = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(np.linalg.norm(found["projection"]["0"], axis=0), values[:2], rtol=1e-6)
+
+
+def test_texts_that_are_all_alike_have_no_topics() -> None:
+    same = np.ones((12, 5))
+    assert meaning._topics_of_layer(same, np.array(list("ab" * 6)))[0] == 0
+    np.testing.assert_array_equal(meaning._projection(same), np.zeros((12, 2)))
+
+
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
+
+
+def test_pairs_are_correlated_as_by_hand() -> None:
+    found = meaning.pairs(inputs())["files"]["pairs.csv"]
+    sets = {w: [core_set(a) for a in activations(model(), Letters().encode(w))] for w in WORDS}
+    scores = mean_ranks(np.array(PAIRS.scores))
+    both = list(zip(PAIRS.first, PAIRS.second, strict=True))
+    layers = np.array([[len(sets[a][l] & sets[b][l]) for a, b in both] for l in range(L)])
+    for l in range(L):
+        assert found["layers"][l] == pytest.approx(np.corrcoef(mean_ranks(layers[l]), scores)[0, 1])
+    together = mean_ranks(layers.sum(axis=0))
+    assert found["all"] == pytest.approx(np.corrcoef(together, scores)[0, 1])
+    letters = [{2, *map(ord, a)} for a in PAIRS.first], [{2, *map(ord, b)} for b in PAIRS.second]
+    same = np.array([len(a & b) / len(a | b) for a, b in zip(*letters, strict=True)])
+    assert found["same_tokens"] == pytest.approx(np.corrcoef(mean_ranks(same), scores)[0, 1])
+
+
+def test_a_constant_has_no_correlation() -> None:
+    assert meaning.spearman([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    assert meaning.spearman([1.0, 2.0, 2.0, 5.0], [0.0, 1.0, 1.0, 9.0]) == pytest.approx(1)
+
+
+# Recall.
+
+
+def test_recall_equals_numpy() -> None:
+    own = inputs()
+    found = recall.measure(own)
+    lengths, size = [4, 6, 8, 12, 16, 24, 32], 160
+    assert found["prompt_tokens"] == lengths
+    grouped, tested = (own.corpus.select(size, 4, half).rows.tolist() for half in (0, 1))
+    assert not {tuple(row) for row in grouped} & {tuple(row) for row in tested}
+    layer, small = found["deciding_layer"], int(0.2 * F)
+    assert layer == 2
+    of_groups = [activations(model(), row) for row in grouped]
+    vectors = np.zeros((len(grouped), F), bool)
+    for vector, a in zip(vectors, of_groups, strict=True):
+        vector[voted(a[layer], small)] = True
+    grouping = group_by_kmeans(vectors, None, 0)
+    votes = np.array([[reference_votes(a, ALPHA, "per_token") for a in text] for text in of_groups])
+    frequencies = np.stack([votes[grouping.assigned == c].mean(axis=0) / size for c in range(len(grouping.sizes))])
+    expected = np.zeros((len(tested), len(lengths), 3, 2))
+    figure = np.zeros((len(tested), len(lengths)))
+    for i, row in enumerate(tested):
+        layers = activations(model(), row)
+        for j, n in enumerate(lengths):
+            vector = np.zeros(F)
+            vector[voted(layers[layer][:n], small)] = 1
+            c = np.argmin(np.square(grouping.centroids.astype(np.float64) - vector).sum(axis=1))
+            for l, a in enumerate(layers):
+                counts, sums = reference_votes(a[:n], ALPHA, "per_token"), a[:n].astype(np.float64).sum(axis=0)
+                predicted = (
+                    top(counts, sums, K),
+                    top(frequencies[c, l], np.zeros(F), K),
+                    top(counts + 64 * frequencies[c, l].astype(np.float32), sums, K),
+                )
+                true = voted(a[: n + 128], K), voted(a[n : n + 128], K)
+                expected[i, j] += np.array([[len({*p} & {*t}) / K for t in true] for p in predicted]) / L
+                shared = len({*voted(a[: n // 2], K)} & {*predicted[0]}) / K
+                figure[i, j] += (shared - K / F) / (1 - K / F) / L
+    for m, method in enumerate(recall.METHODS):
+        for t, truth in enumerate(recall.TRUTHS):
+            mean = expected[:, :, m, t].mean(axis=0)
+            np.testing.assert_allclose(found["recall"][truth][method]["mean"], mean, atol=1e-6)
+    np.testing.assert_allclose(found["stability_figure"]["median"], np.median(figure, axis=0), atol=1e-5)
+    assert found["chance"] == K / F
+
+
+@pytest.mark.parametrize(
+    ("own", "group", "expected"),
+    [
+        ([0.1, 0.5, 0.6, 0.9], [0.5, 0.5, 0.5, 0.5], {"tokens": 6, "stability_figure": 0.2}),
+        ([0.6, 0.4, 0.6, 0.9], [0.5, 0.5, 0.5, 0.5], {"tokens": 8, "stability_figure": 0.3}),
+        ([0.6, 0.6, 0.6, 0.9], [0.5, 0.5, 0.5, 0.5], {"tokens": 4, "stability_figure": 0.1}),
+        ([0.6, 0.6, 0.6, 0.4], [0.5, 0.5, 0.5, 0.5], None),
+    ],
+)
+def test_the_crossover_is_where_stability_stays_ahead(own: list, group: list, expected: dict | None) -> None:
+    recalls = {"stability": {"mean": np.array(own)}, "similarity": {"mean": np.array(group)}}
+    assert recall.crossover([4, 6, 8, 12], recalls, np.array([0.1, 0.2, 0.3, 0.4])) == expected
+
+
+# Files.
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_all(tmp_path_factory.mktemp("analysis") / "out")
+
+
+NAMES = ("perplexity", "extension", "growth", "topics", "pairs", "recall")
+
+
+def test_every_part_leaves_a_picture_and_its_numbers(done: Path) -> None:
+    from matplotlib.image import imread
+
+    expected = {"settings.json", *(f"{name}.{kind}" for name in NAMES for kind in ("json", "png"))}
+    assert {path.name for path in done.iterdir()} == expected
+    for name in NAMES:
+        picture = imread(done / f"{name}.png")
+        assert picture.shape[0] > 400
+        assert 0.02 < (picture[:, :, :3].min(axis=-1) < 0.9).mean() < 0.6, "neither blank nor filled"
+        assert json.loads((done / f"{name}.json").read_text())["seed"] == 0
+    assert str(done.parent) not in "".join(path.read_text() for path in done.glob("*.json"))
+
+
+def test_curves_can_be_told_apart_without_colour() -> None:
+    styles = [tuple(figures._style(i)[name] for name in ("marker", "linestyle")) for i in range(8)]
+    assert len(set(styles)) == 8
+
+
+def test_what_is_done_is_not_done_again(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in done.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    (out / "growth.json").unlink()
+    (out / "pairs.png").unlink()
+    measured: list[str] = []
+
+    def counting(part: run.Part) -> run.Part:
+        return replace(part, measure=lambda own: measured.append(part.name) or part.measure(own))
+
+    monkeypatch.setattr(run, "PARTS", tuple(counting(part) for part in run.PARTS))
+    run_all(out)
+    assert measured == ["growth"]
+    for path in done.iterdir():
+        if path.suffix == ".json" or path.name == "pairs.png":
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_an_interrupted_analysis_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(own: Inputs) -> dict:
+        raise KeyboardInterrupt
+
+    parts = {part.name: part for part in run.PARTS}
+    monkeypatch.setattr(run, "PARTS", (parts["pairs"], replace(parts["topics"], measure=stop)))
+    with pytest.raises(KeyboardInterrupt):
+        run_all(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"settings.json", "pairs.json", "pairs.png"}
+
+
+def test_parts_that_cannot_be_made_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    short = replace(inputs(params=random_model(replace(OPT, max_positions=100))), topics=None, pairs=())
+    assert [part.name for part in run.PARTS if run._wanted(part, short)] == ["extension", "growth"]
+    assert capsys.readouterr().err.splitlines() == [
+        "[perplexity is left out: the model's 100 positions are too few]",
+        "[topics is left out: needs labelled texts (--topics)]",
+        "[pairs is left out: needs judged pairs (--pairs)]",
+        "[recall is left out: the model's 100 positions are too few]",
+    ]
+    assert stability.growth_tokens(short.config) == 96
+    assert stability.extension_tokens(short.config) == 96
+    tiny = replace(OPT, max_positions=12)
+    assert (stability.growth_tokens(tiny), stability.extension_tokens(tiny)) == (None, None)
+
+
+def test_texts_passed_over_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ("short",) * 5 + TEXTS[2:5]
+    parts = tuple(part for part in run.PARTS if part.name == "growth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "PARTS", parts)
+        out = run_all(tmp_path / "out", documents=documents(texts), texts=9)
+    found = json.loads((out / "growth.json").read_text())
+    assert (found["texts"], found["too_short"]) == (3, 5)
+    assert "[growth: 3 texts; 5 documents passed over as too short]" in capsys.readouterr().err
+
+
+# Bad input.
+
+
+def with_nan() -> ci.Params:
+    params = model()
+    up = params.layers[1].mlp.up
+    broken = replace(up, weight=up.weight.at[0, 0].set(jnp.nan))
+    layer = replace(params.layers[1], mlp=replace(params.layers[1].mlp, up=broken))
+    return replace(params, layers=(params.layers[0], layer, *params.layers[2:]))
+
+
+def topics_of(labels: str) -> ci.Documents:
+    return ci.Documents("topics.csv", "", tuple(f"text {i}" for i in range(len(labels))), tuple(labels))
+
+
+CALLS = {
+    "one-text": ({"texts": 1}, "texts=1"),
+    "half-a-text": ({"texts": 2.5}, "texts=2.5"),
+    "alpha": ({"alpha": 0.0}, "alpha=0.0"),
+    "beta": ({"beta": 1.5}, "beta=1.5"),
+    "seed": ({"seed": -1}, "seed=-1"),
+    "pairs-twice": ({"pairs": (PAIRS, PAIRS)}, "pairs.csv"),
+    "short-texts": ({"documents": documents(("abc",) * 7)}, "161 tokens are needed, at least 2; 0 of 7 documents"),
+    "one-long-text": ({"documents": documents((*TEXTS[:1] * 7, TEXTS[2]))}, "1 of 8 documents"),
+    "half-too-short": ({"documents": documents(TEXTS[2:4])}, "one half of texts.txt"),
+    "one-label": ({"topics": topics_of("aaaaaaaa")}, "all labels are 'a'"),
+    "a-lone-text": ({"topics": topics_of("aaaaaaab")}, "1 document with label 'b'"),
+    "few-topics": ({"topics": topics_of("abab")}, "4 documents with at most texts=3"),
+    "no-labels": ({"topics": documents()}, "no labels"),
+    "narrowed": ({"params": None}, "narrowed"),
+    "nan": ({"params": "nan"}, "NaN"),
+}
+
+
+@table(CALLS)
+def test_mistakes_are_one_line(mistake: dict, named: str, tmp_path: Path) -> None:
+    if "params" in mistake:
+        narrowed = compact(model(), ci.CoreNeurons([np.arange(10)] * L))
+        mistake = {"params": with_nan() if mistake["params"] == "nan" else narrowed}
+    assert named in refusal(lambda: run_all(tmp_path / "out", **mistake))
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_other_directories_are_refused(done: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in done.iterdir()}
+    assert "alpha, seed" in refusal(lambda: run_all(done, alpha=0.5, seed=1))
+    assert "model" in refusal(lambda: run_all(done, params=random_model(OPT, seed=1)))
+    assert "data" in refusal(lambda: run_all(done, documents=documents(TEXTS[1:])))
+    assert "topics" in refusal(lambda: run_all(done, topics=None))
+    assert "pairs" in refusal(lambda: run_all(done, pairs=(replace(PAIRS, scores=PAIRS.scores[::-1]),)))
+    assert before == {path.name: path.read_bytes() for path in done.iterdir()}
+    assert "holds no analysis" in refusal(lambda: run_all(tmp_path))
+    with locked(done):
+        assert "another analysis" in refusal(lambda: run_all(done))
+    (tmp_path / "file").write_text("")
+    assert "file" in refusal(lambda: run_all(tmp_path / "file"))
+    assert "no such directory" in refusal(lambda: run_all(tmp_path / "nowhere" / "out"))
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "sklearn", "scipy"])
+def test_missing_packages_are_named_before_anything_is_measured(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = util.find_spec
+    monkeypatch.setattr(figures, "find_spec", lambda name: None if name == missing else find(name))
+    assert "coreinfer_jax[analyze]" in refusal(lambda: run_all(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+TABLES = {
+    "no-number": ("a,b,1\nc,d,high\n", "'high' is no number"),
+    "not-finite": ("a,b,1\nc,d,inf\n", "inf is not finite"),
+    "empty": ("a,b,1\nc, ,2\n", "row 1 has an empty sentence"),
+    "two-pairs": ("a,b,1\nc,d,2\n", "2 pairs"),
+    "one-score": ("a,b,1\nc,d,1\ne,f,1\n", "1 different scores"),
+    "few-columns": ("a,b,1\nc,d\n", "row 1 has 2 columns"),
+}
+
+
+@table(TABLES)
+def test_tables_of_pairs_that_cannot_be_used(mistake: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text(mistake)
+    assert named in refusal(lambda: read_pairs(tmp_path / "pairs.csv", [0, 1, 2]))
+
+
+def test_pairs_come_by_name_or_number(tmp_path: Path) -> None:
+    (tmp_path / "pairs.txt").write_text("left\tright\tscore\na\tb\t1\nc\td\t2.5\ne\tf\t0\n")
+    found = read_pairs(tmp_path / "pairs.txt", ["right", "left", "score"])
+    assert found == Pairs("pairs.txt", ("b", "d", "f"), ("a", "c", "e"), (1.0, 2.5, 0.0))
+    (tmp_path / "pairs.csv").write_text("a,b,1\nc,d,2.5\ne,f,0\n")
+    assert read_pairs(tmp_path / "pairs.csv", [0, 1, 2]).scores == (1.0, 2.5, 0.0)
+
+
+COMMANDS = {
+    "no-data": (["--data", "missing.txt"], "missing.txt"),
+    "no-text-column": (["--data", "topics.csv"], "name the column of the text"),
+    "topics-without-columns": (["--topics", "topics.csv"], "--topic-text and --topic-label"),
+    "topics-with-one-column": (["--topics", "topics.csv", "--topic-text", "1"], "--topic-text and --topic-label"),
+    "columns-without-topics": (["--topic-text", "1"], "--topics FILE"),
+    "no-such-column": (["--topics", "topics.csv", "--topic-text", "a", "--topic-label", "b"], "no column"),
+    "pairs-without-columns": (["--pairs", "topics.csv"], "FILE:A,B,SCORE"),
+    "pairs-with-two-columns": (["--pairs", "topics.csv:0,1"], "FILE:A,B,SCORE"),
+    "pairs-with-an-empty-column": (["--pairs", "topics.csv:0,,1"], "FILE:A,B,SCORE"),
+    "pairs-score": (["--pairs", "topics.csv:0,1,1"], "is no number"),
+    "no-model": (["--model", "missing"], "missing"),
+    "no-tokenizer": (["--model", "bare"], "no tokenizer"),
+    "texts": (["--texts", "1"], "texts=1"),
+    "texts-word": (["--texts", "many"], "--texts"),
+    "beta": (["--beta", "0"], "beta=0"),
+}
+
+
+@table(COMMANDS)
+def test_mistakes_on_the_command_line(
+    mistake: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data.txt").write_text("some text\nand more\n")
+    Path("topics.csv").write_text("a,the text\nb,the other\n")
+    Path("bare").mkdir()
+    write_hugging_face(Path("bare"), model(), parse_dtype("float32"))
+    assert main(["analyze", "--data", "data.txt", "--out", "out", *mistake]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert named in told[-1]
+    assert sum("error" in line for line in told) == 1
+    assert not Path("out").exists()
+
+
+def test_the_command_runs_an_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["the", "king", "and", "his", "daughter", "went", "to", "an", "old", "sea", "under", "dark", "trees"]
+    lines = [" ".join(np.random.default_rng(i).permutation(words * 60).tolist()) for i in range(4)]
+    (tmp_path / "data.txt").write_text("\n".join(lines))
+    rows = [f"{lines[i % 4][i : i + 40]},{'xy'[i % 2]}" for i in range(10)]
+    (tmp_path / "topics.csv").write_text("words,kind\n" + "\n".join(rows))
+    arguments = ["--data", str(tmp_path / "data.txt"), "--out", str(tmp_path / "out"), "--texts", "3", "--beta", "0.25"]
+    topics = ["--topics", str(tmp_path / "topics.csv"), "--topic-text", "words", "--topic-label", "kind"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "PARTS", tuple(part for part in run.PARTS if part.name in ("topics", "pairs")))
+        assert main(["analyze", *arguments, *topics]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() == str(tmp_path / "out")
+    assert "[pairs is left out" in told.err
+    found = json.loads((tmp_path / "out" / "topics.json").read_text())
+    assert (found["texts"], found["beta"], found["seed"], len(found["accuracy"])) == (6, 0.25, 0, 8)
+    assert (tmp_path / "out" / "topics.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("part", ["growth", "perplexity", "recall"])
+def test_other_texts_compile_nothing(part: str) -> None:
+    measure = {"growth": stability.growth, "perplexity": perplexity.measure, "recall": recall.measure}[part]
+    measure(inputs(count=3))
+    other = inputs(texts=TEXTS[::-1], count=3)
+    with traced() as messages:
+        measure(other)
+    assert messages == []
+
+
+# The page: its tables are those of the committed numbers.
+
+PAGE = Path(ci.__file__).parents[1] / "docs" / "core-neurons.md"
+MODELS = ("opt", "llama")
+
+
+def committed(model: str, name: str) -> dict:
+    return json.loads((PAGE.parent / "core-neurons" / model / f"{name}.json").read_text())
+
+
+def perplexity_rows() -> list[list[str]]:
+    rows = [["", "opt, paper", *MODELS]]
+    numbers = [committed(model, "perplexity") for model in MODELS]
+    shares = numbers[0]["shares"]
+    dense = [f"{own['perplexity'][name]:.1f}" for name in ("dense", "dense_continuation") for own in numbers]
+    rows += [["perplexity of texts, all neurons", "", *dense[:2]], ["of continuations, all neurons", "", *dense[2:]]]
+    asked = [
+        *(("token", "dense", f"texts, alpha {share:g}", share) for share in (0.2, 0.4, 1.0)),
+        *(("text", "dense", f"texts, beta {share:g}", share) for share in (0.2, 0.3, 0.4, 0.7)),
+        *(
+            ("decoding", "dense_continuation", f"continuations, beta {share:g}", share)
+            for share in (0.2, 0.3, 0.4, 0.7)
+        ),
+    ]
+    paper = {"texts, alpha 0.4": "1.02", "texts, beta 0.3": "1.03 (beta 0.25)"}
+    for name, dense_name, title, share in asked:
+        found = [own["perplexity"] for own in numbers]
+        ratios = [f"{own[name][shares.index(share)] / own[dense_name]:.2f}" for own in found]
+        rows.append([f"{title}: times as much", paper.get(title, ""), *ratios])
+    return rows
+
+
+def extension_rows() -> list[list[str]]:
+    rows = [["length, tokens added", "paper", *MODELS]]
+    numbers = [committed(model, "extension") for model in MODELS]
+    pairs = list(zip(numbers[0]["original_tokens"], numbers[0]["added_tokens"], strict=True))
+    for pair, paper in [
+        ((16, 8), ""),
+        ((16, 64), ""),
+        ((64, 8), ""),
+        ((64, 64), ""),
+        ((256, 8), "3 %"),
+        ((256, 64), "6 %"),
+    ]:
+        changes = [100 * (1 - own["overlap"]["mean"][pairs.index(pair)]) for own in numbers]
+        rows.append([f"{pair[0]} + {pair[1]}", paper, *(f"{change:.1f} %" for change in changes)])
+    return rows
+
+
+def growth_rows() -> list[list[str]]:
+    numbers = [committed(model, "growth") for model in MODELS]
+    rows = [["tokens read", *MODELS]]
+    for tokens in (8, 32, 128, 256, 448):
+        rows.append(
+            [str(tokens), *(f"{100 * g['overlap']['median'][g['tokens'].index(tokens)]:.0f} %" for g in numbers)]
+        )
+    return rows
+
+
+def topic_rows() -> list[list[str]]:
+    rows = [["layer", *(f"{model}: labels found" for model in MODELS), *(f"{model}: silhouette" for model in MODELS)]]
+    numbers = [committed(model, "topics") for model in MODELS]
+    for l in range(max(len(own["accuracy"]) for own in numbers)):
+        found = [own[name][l : l + 1] for name in ("accuracy", "silhouette") for own in numbers]
+        shown = [f"{100 * a[0]:.0f} %" if a else "" for a in found[:2]]
+        rows.append([str(l), *shown, *(f"{s[0]:.3f}" if s else "" for s in found[2:])])
+    return rows
+
+
+def pair_rows() -> list[list[str]]:
+    rows = [["", "paper", *MODELS]]
+    numbers = [committed(model, "pairs")["files"] for model in MODELS]
+    names = (("stsb-en-test.csv", "STS-B", ".52 to .66"), ("SICK_test_annotated.txt", "SICK", ".41 to .51"))
+    for file, title, paper in names:
+        own = [found[file] for found in numbers]
+        rows.append([f"{title}, all layers together", paper, *(f"{found['all']:.2f}" for found in own)])
+        ranges = [f"{min(found['layers']):.2f} to {max(found['layers']):.2f}" for found in own]
+        rows.append([f"{title}, single layers", "", *ranges])
+        rows.append([f"{title}, tokens in common, no model", "", *(f"{found['same_tokens']:.2f}" for found in own)])
+    return rows
+
+
+def recall_rows() -> list[list[str]]:
+    numbers = [committed(model, "recall") for model in MODELS]
+    methods = ("own", "group", "fused", "figure")
+    rows = [["prompt", *(f"{model}: {method}" for model in MODELS for method in methods)]]
+    for i, n in enumerate(numbers[0]["prompt_tokens"]):
+        cells = []
+        for own in numbers:
+            cells += [f"{own['recall']['with_prompt'][method]['mean'][i]:.2f}" for method in recall.METHODS]
+            cells.append(f"{own['stability_figure']['median'][i]:.2f}")
+        rows.append([str(n), *cells])
+    return rows
+
+
+def crossover_rows() -> list[list[str]]:
+    rows = [["to be found", *(f"{model}: {what}" for model in MODELS for what in ("tokens", "figure"))]]
+    titles = {"with_prompt": "those of prompt and continuation", "continuation": "those of the continuation alone"}
+    for truth, title in titles.items():
+        cells = []
+        for model in MODELS:
+            found = committed(model, "recall")["crossover"][truth]
+            cells += ["never", ""] if found is None else [str(found["tokens"]), f"{found['stability_figure']:.2f}"]
+        rows.append([title, *cells])
+    return rows
+
+
+def tables() -> dict[str, str]:
+    """The page's tables as Markdown, by name."""
+    made = {}
+    for rows in (perplexity_rows, extension_rows, growth_rows, topic_rows, pair_rows, recall_rows, crossover_rows):
+        head, *body = rows()
+        lines = [head, ["---"] * len(head), *body]
+        made[rows.__name__.removesuffix("_rows")] = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return made
+
+
+def page_with(content: str, found: dict[str, str]) -> str:
+    """The page's text with the tables between its marks replaced."""
+    for name, lines in found.items():
+        before, begin, rest = content.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        assert begin, f"{PAGE.name} has no place for {name}"
+        content = f"{before}{begin}{lines}\n{end}{after}"
+    return content
+
+
+def test_the_page_quotes_the_committed_numbers() -> None:
+    content = PAGE.read_text(encoding="utf-8")
+    assert page_with(content, tables()) == content, "write page_with(content, tables()) into the page"
+    for model in MODELS:
+        for name in NAMES:
+            assert f"core-neurons/{model}/{name}.png" in content
+            assert (PAGE.parent / "core-neurons" / model / f"{name}.png").stat().st_size > 10_000
+    numbers = {own.stem: own.read_text() for own in (PAGE.parent / "core-neurons").glob("*/*.json")}
+    assert not any("/" in own for own in numbers.values()), "no path of any machine"
