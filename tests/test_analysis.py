@@ -63,7 +63,7 @@ def documents(texts: tuple[str, ...] = TEXTS) -> ci.Documents:
     return ci.Documents("texts.txt", "digest", texts)
 
 
-def inputs(family: str = "opt", texts: tuple[str, ...] = TEXTS, count: int = 4, **changed: object) -> Inputs:
+def inputs(family: str = "opt", texts: tuple[str, ...] = TEXTS, count: int = 3, **changed: object) -> Inputs:
     corpus = Corpus(documents(texts), Letters(), 0)
     params = changed.pop("params", model(family))
     return Inputs(params, Letters(), corpus, TOPICS, (PAIRS,), count, ALPHA, BETA, 0, **changed)
@@ -137,7 +137,7 @@ def test_extension_measures_every_length_that_fits() -> None:
     lengths = list(zip(found["original_tokens"], found["added_tokens"], strict=True))
     assert (128, 32) in lengths
     assert (128, 64) not in lengths
-    own = inputs().corpus.select(160, 4).rows
+    own = inputs().corpus.select(160, 3).rows
     i = lengths.index((64, 32))
     by_hand = [
         np.mean([len(core_set(a[:64]) & core_set(a[:96])) / K for a in activations(model(), row)])
@@ -154,7 +154,7 @@ def test_growth_ends_in_itself_and_its_map_is_sorted_votes() -> None:
     assert found["overlap"]["mean"][-1] == 1
     assert found["overlap"]["mean"][0] < 0.95
     one = found["one_text"]
-    a = activations(model(), inputs().corpus.select(128, 4).rows[0].tolist())[one["layer"]]
+    a = activations(model(), inputs().corpus.select(128, 3).rows[0].tolist())[one["layer"]]
     frequencies = np.stack([reference_votes(a[:n], ALPHA, "per_token") / n for n in found["tokens"]])
     order = np.argsort(-frequencies[-1], kind="stable")
     np.testing.assert_allclose(one["frequencies"], frequencies[:, order])
@@ -170,6 +170,11 @@ def test_spread_is_over_texts() -> None:
 # Perplexity.
 
 
+@cache
+def perplexities(family: str) -> dict:
+    return perplexity.measure(inputs(family))
+
+
 def mean_loss(logits: np.ndarray, following: list[int]) -> float:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     logs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -178,8 +183,7 @@ def mean_loss(logits: np.ndarray, following: list[int]) -> float:
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_perplexities_are_those_of_narrowed_weights(family: str) -> None:
-    own = inputs(family, count=3)
-    found = perplexity.measure(own)
+    own, found = inputs(family), perplexities(family)
     prompt, numbers = found["prompt_tokens"], found["perplexity"]
     assert (prompt, found["continuation_tokens"]) == (32, 128)
     losses: dict[str, list[float]] = {name: [] for name in ("dense", "text", "decoding")}
@@ -205,7 +209,7 @@ def test_perplexities_are_those_of_narrowed_weights(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_keeping_everything_is_dense(family: str) -> None:
-    numbers = perplexity.measure(inputs(family, count=2))["perplexity"]
+    numbers = perplexities(family)["perplexity"]
     assert numbers["text"][-1] == pytest.approx(numbers["dense"], rel=1e-5)
     assert numbers["decoding"][-1] == pytest.approx(numbers["dense_continuation"], rel=1e-5)
     # With ReLU all that is not positive is zero; SwiGLU loses its negative activations.
@@ -216,9 +220,9 @@ def test_keeping_everything_is_dense(family: str) -> None:
 
 def test_each_token_is_cut_to_its_own_core_neurons() -> None:
     params = replace(model(), layers=model().layers[:1], config=replace(OPT, num_layers=1))
-    numbers = perplexity.measure(inputs(params=params, count=2))["perplexity"]
+    numbers = perplexity.measure(inputs(params=params))["perplexity"]
     losses = []
-    for row in inputs().corpus.select(161, 2).rows.tolist():
+    for row in inputs().corpus.select(161, 3).rows.tolist():
         (a,) = activations(params, row[:-1])
         cut = np.zeros_like(a)
         for t, own in enumerate(a):
@@ -314,7 +318,7 @@ def test_recall_equals_numpy() -> None:
     found = recall.measure(own)
     lengths, size = [4, 6, 8, 12, 16, 24, 32], 160
     assert found["prompt_tokens"] == lengths
-    grouped, tested = (own.corpus.select(size, 4, half).rows.tolist() for half in (0, 1))
+    grouped, tested = (own.corpus.select(size, 3, half).rows.tolist() for half in (0, 1))
     assert not {tuple(row) for row in grouped} & {tuple(row) for row in tested}
     layer, small = found["deciding_layer"], int(0.2 * F)
     assert layer == 2
@@ -602,8 +606,8 @@ def test_the_command_runs_an_embedded_model(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("part", ["growth", "perplexity", "recall"])
 def test_other_texts_compile_nothing(part: str) -> None:
     measure = {"growth": stability.growth, "perplexity": perplexity.measure, "recall": recall.measure}[part]
-    measure(inputs(count=3))
-    other = inputs(texts=TEXTS[::-1], count=3)
+    measure(inputs())
+    other = inputs(texts=TEXTS[::-1])
     with traced() as messages:
         measure(other)
     assert messages == []
