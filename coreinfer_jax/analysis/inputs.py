@@ -50,10 +50,12 @@ def read_pairs(path: Path, columns: Sequence[Column]) -> Pairs:
             are all the same.
     """
     rows = read_table(path, columns)
-    for i, row in enumerate(rows):
+    # Rows are counted as `read_table` counts them, a first row of names included.
+    first = 2 if any(isinstance(column, str) for column in columns) else 1
+    for i, row in enumerate(rows, start=first):
         if not row[0].strip() or not row[1].strip():
             raise CoreInferError(f"{path}: row {i} has an empty sentence; remove it")
-    scores = tuple(_score(path, i, row[2]) for i, row in enumerate(rows))
+    scores = tuple(_score(path, i, row[2]) for i, row in enumerate(rows, start=first))
     if len(rows) < LEAST_PAIRS or len(set(scores)) < 2:
         raise CoreInferError(
             f"{path}: {len(rows)} pairs with {len(set(scores))} different scores; a correlation needs at least "
