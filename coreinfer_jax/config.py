@@ -107,9 +107,9 @@ class CoreConfig:
             `auto` stability for a stable prompt and similarity for others. All but stability need groups, without
             which `auto` stays with stability.
         gamma: keep ratio of a group's neurons, in (0, 1]; None takes `beta`.
-        least_stability: `auto`: the stability figure from which a prompt is stable. The default is about where, on the embedded models at
-            beta 0.4, the prompt's own neurons begin to foretell those of prompt and continuation better than its
-            group's do (docs/core-neurons.md).
+        least_stability: `auto`: the stability figure from which a prompt is stable. The default is about where, on the
+            embedded models at beta 0.4, the prompt's own neurons begin to foretell those of prompt and continuation
+            better than its group's do (docs/core-neurons.md).
         least_tokens: `auto`: the number of voting tokens from which a prompt may be stable, at least 2. The figure of
             a shorter one says little, whatever its value. Where rows share one set the shortest row counts.
         prior_tokens: `fused`: how many tokens of the prompt the group's frequencies weigh as much as.
