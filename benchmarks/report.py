@@ -1,4 +1,4 @@
-"""Committed results -> the generated sections of README.md and of the embedded models' card, between markers."""
+"""Committed results -> the generated sections of README.md, the embedded models' card and docs/core-neurons.md."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import model_card
+from benchmarks import core_neurons, model_card
 from benchmarks.environment import REPOSITORY, RESULTS
 
 README = REPOSITORY / "README.md"
@@ -22,7 +22,8 @@ def current() -> dict[Path, str]:
     """The files with generated sections, as they should read."""
     readme = {name: (lambda name=name, table=table: table(newest(name))) for name, table in TABLES.items()}
     card = {"figures": model_card.figures, "held-out": model_card.held_out}
-    return {path: _filled(path, sections) for path, sections in ((README, readme), (model_card.CARD, card))}
+    documents = ((README, readme), (model_card.CARD, card), (core_neurons.PAGE, core_neurons.tables()))
+    return {path: _filled(path, sections) for path, sections in documents}
 
 
 def _filled(path: Path, sections: Mapping[str, Callable[[], str]]) -> str:

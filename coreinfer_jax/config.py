@@ -108,8 +108,8 @@ class CoreConfig:
             which `auto` stays with stability.
         gamma: keep ratio of a group's neurons, in (0, 1]; None takes `beta`.
         least_stability: `auto`: the stability figure from which a prompt is stable. The default is about where, on the
-            embedded models at beta 0.4, the prompt's own neurons begin to foretell those of prompt and continuation
-            better than its group's do (docs/core-neurons.md).
+            embedded models at beta 0.4 and 0.7, the prompt's own neurons begin to foretell those of prompt and
+            continuation better than its group's do (docs/core-neurons.md).
         least_tokens: `auto`: the number of voting tokens from which a prompt may be stable, at least 2. The figure of
             a shorter one says little, whatever its value. Where rows share one set the shortest row counts.
         prior_tokens: `fused`: how many tokens of the prompt the group's frequencies weigh as much as.
@@ -175,10 +175,17 @@ class CoreConfig:
         """The keep ratio of a group's neurons."""
         return self.beta if self.gamma is None else self.gamma
 
-    def narrows(self, layer: int, num_layers: int) -> bool:
-        """Whether layer `layer` of `num_layers` is cut down to core neurons."""
+    def narrowed_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Those of `num_layers` (L) layers that are cut down to core neurons, ascending.
+
+        Raises:
+            CoreInferError: there are none.
+        """
         start, stop = self.layers
-        return start <= layer / num_layers < stop
+        narrowed = tuple(l for l in range(num_layers) if start <= l / num_layers < stop)
+        if not narrowed:
+            raise CoreInferError(f"layers={self.layers} selects none of the model's {num_layers} layers; widen it")
+        return narrowed
 
 
 def check_fraction(name: str, value: float) -> None:

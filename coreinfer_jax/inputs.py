@@ -105,11 +105,11 @@ def check_length(prompt: int, new: int, config: ModelConfig) -> None:
         raise CoreInferError(f"{total} exceed the model's {config.max_positions} positions; {remedy}")
 
 
-def check_finite(finite: Array) -> None:
-    """Refuse to go on from logits that are not all `finite`, bool []."""
+def check_finite(finite: Array, what: str = "logits") -> None:
+    """Refuse to go on from logits, or other numbers named in `what`, that are not all `finite`, bool []."""
     if not bool(finite):
         raise CoreInferError(
-            "logits are NaN or infinite: check the checkpoint, or use --dtype float32 (dtype='float32')"
+            f"{what} are NaN or infinite: check the checkpoint, or use --dtype float32 (dtype='float32')"
         )
 
 

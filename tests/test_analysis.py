@@ -1,7 +1,8 @@
 """`analyze`: every number against plain NumPy from the definitions, files, resumption, and bad input."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from importlib import util
@@ -49,6 +50,13 @@ TEXTS = tuple(text(n) for n in (150, 170, 300, 200, 220, 180, 10, 190, 260))
 WORDS = tuple(text(n) for n in (5, 9, 14, 30, 22, 17, 8, 12))
 TOPICS = ci.Documents("topics.csv", "digest", tuple(text(20) for _ in range(14)), tuple("xy"[i % 2] for i in range(14)))
 PAIRS = Pairs("pairs.csv", WORDS[:6], WORDS[2:], (1.0, 2.5, 2.5, 4.0, 0.0, 3.0))
+
+
+class Shouting(Letters):
+    """Another tokenizer for the same ids."""
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(text.upper())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -250,7 +258,7 @@ def test_labels_are_scored_as_by_hand() -> None:
     vectors = (centres["abc".index(labels[0])] ^ (rng.random((13, 60)) < 0.2)).astype(float)
     for i, label in enumerate(labels):
         vectors[i] = centres["abc".index(label)] ^ (rng.random(60) < 0.25)
-    silhouette, accuracy = meaning._topics_of_layer(vectors, labels)
+    silhouette, shuffled, accuracy = meaning._topics_of_layer(vectors, labels, 0)
     distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
     hits, widths = [], []
     for i, label in enumerate(labels):
@@ -263,6 +271,7 @@ def test_labels_are_scored_as_by_hand() -> None:
     assert accuracy == pytest.approx(np.mean(hits))
     assert silhouette == pytest.approx(np.mean(widths))
     assert 0.3 < accuracy < 1
+    assert shuffled < silhouette / 2
 
 
 def test_topics_are_measured_on_core_neurons() -> None:
@@ -276,8 +285,9 @@ def test_topics_are_measured_on_core_neurons() -> None:
         for l, a in enumerate(activations(model(), Letters().encode(TOPICS.texts[n]))):
             row[l, voted(a, K)] = 1
     for l in range(L):
-        silhouette, accuracy = meaning._topics_of_layer(vectors[:, l], np.array(found["labels"]))
-        assert (found["silhouette"][l], found["accuracy"][l]) == pytest.approx((silhouette, accuracy))
+        expected = meaning._topics_of_layer(vectors[:, l], np.array(found["labels"]), 0)
+        measured = [found[name][l] for name in ("silhouette", "shuffled_silhouette", "accuracy")]
+        assert measured == pytest.approx(expected)
     centred = vectors[:, 0] - vectors[:, 0].mean(axis=0)
     _, values, _ = np.linalg.svd(centred, full_matrices=False)
     np.testing.assert_allclose(np.linalg.norm(found["projection"]["0"], axis=0), values[:2], rtol=1e-6)
@@ -285,7 +295,7 @@ def test_topics_are_measured_on_core_neurons() -> None:
 
 def test_texts_that_are_all_alike_have_no_topics() -> None:
     same = np.ones((12, 5))
-    assert meaning._topics_of_layer(same, np.array(list("ab" * 6)))[0] == 0
+    assert meaning._topics_of_layer(same, np.array(list("ab" * 6)), 0)[:2] == (0, 0)
     np.testing.assert_array_equal(meaning._projection(same), np.zeros((12, 2)))
 
 
@@ -333,7 +343,7 @@ def test_recall_equals_numpy() -> None:
     votes = np.array([[reference_votes(a, ALPHA, "per_token") for a in text] for text in of_groups])
     frequencies = np.stack([votes[grouping.assigned == c].mean(axis=0) / size for c in range(len(grouping.sizes))])
     expected = np.zeros((len(tested), len(lengths), 3, 2))
-    figure = np.zeros((len(tested), len(lengths)))
+    figure, with_votes = np.zeros((2, len(tested), len(lengths)))
     for i, row in enumerate(tested):
         layers = activations(model(), row)
         for j, n in enumerate(lengths):
@@ -349,6 +359,7 @@ def test_recall_equals_numpy() -> None:
                 )
                 true = voted(a[: n + 128], K), voted(a[n : n + 128], K)
                 expected[i, j] += np.array([[len({*p} & {*t}) / K for t in true] for p in predicted]) / L
+                with_votes[i, j] += min(K, (counts > 0).sum()) / K / L
                 shared = len({*voted(a[: n // 2], K)} & {*predicted[0]}) / K
                 figure[i, j] += (shared - K / F) / (1 - K / F) / L
     for m, method in enumerate(recall.METHODS):
@@ -356,6 +367,7 @@ def test_recall_equals_numpy() -> None:
             mean = expected[:, :, m, t].mean(axis=0)
             np.testing.assert_allclose(found["recall"][truth][method]["mean"], mean, atol=1e-6)
     np.testing.assert_allclose(found["stability_figure"]["median"], np.median(figure, axis=0), atol=1e-5)
+    np.testing.assert_allclose(found["voted"], with_votes.mean(axis=0), atol=1e-6)
     assert found["chance"] == K / F
 
 
@@ -397,9 +409,50 @@ def test_every_part_leaves_a_picture_and_its_numbers(done: Path) -> None:
     assert str(done.parent) not in "".join(path.read_text() for path in done.glob("*.json"))
 
 
-def test_curves_can_be_told_apart_without_colour() -> None:
-    styles = [tuple(figures._style(i)[name] for name in ("marker", "linestyle")) for i in range(8)]
-    assert len(set(styles)) == 8
+def changed_by_8(found: dict) -> np.ndarray:
+    own = np.array(found["added_tokens"]) == 8
+    return 100 * (1 - np.array(found["overlap"]["median"])[own])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_draw_the_numbers_and_no_two_curves_alike(name: str, done: Path) -> None:
+    found = json.loads((done / f"{name}.json").read_text())
+    figure = getattr(figures, name)(found)
+    curves = [line for axes in figure.get_axes() for line in axes.lines if line.get_marker() != "None"]
+    assert curves
+    for axes in figure.get_axes():
+        own = [line for line in axes.lines if not line.get_label().startswith("_")]
+        styles = [(line.get_marker(), line.get_linestyle()) for line in own]
+        assert len(set(styles)) == len(styles), "told apart by colour alone"
+    drawn = {line.get_label(): np.asarray(line.get_ydata(), float) for line in curves}
+    expected = {
+        "perplexity": lambda: ("continuation, on its prompt's core neurons", found["perplexity"]["decoding"]),
+        "extension": lambda: ("8 tokens more", changed_by_8(found)),
+        "growth": lambda: ("median", 100 * np.array(found["overlap"]["median"])),
+        "topics": lambda: ("silhouette of the labels", found["silhouette"]),
+        "pairs": lambda: (next(iter(drawn)), found["files"]["pairs.csv"]["layers"]),
+        "recall": lambda: ("fused", found["recall"]["continuation"]["fused"]["mean"]),
+    }
+    label, values = expected[name]()
+    np.testing.assert_allclose(drawn[label], values)
+
+
+def test_bars_reach_from_quartile_to_quartile_wherever_the_mean_is() -> None:
+    axes = figures._panels(1, 1)[1]
+    values = {"mean": [5.0], "median": [2.0], "lower_quartile": [1.0], "upper_quartile": [3.0]}
+    figures._spread(axes, [1], values, 0, "skewed", middle="mean")
+    [bar] = axes.collections[0].get_segments()
+    assert (bar[:, 1].tolist(), axes.lines[0].get_ydata().tolist()) == ([1.0, 3.0], [5.0])
+
+
+def test_twenty_labels_have_twenty_markers(done: Path) -> None:
+    found = json.loads((done / "topics.json").read_text())
+    names = [f"label {i:02d}" for i in range(meaning.MOST_LABELS)]
+    points = [[i, i] for i in range(len(names))]
+    found |= {"labels": names, "texts_per_label": dict.fromkeys(names, 1), "projection": {"0": points}}
+    drawn = figures.topics(found).get_axes()[0].collections
+    looks = {(own.get_paths()[0].vertices.tobytes(), bool(len(own.get_facecolors()))) for own in drawn}
+    assert len(looks) == 20
 
 
 def test_what_is_done_is_not_done_again(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,6 +537,7 @@ CALLS = {
     "short-texts": ({"documents": documents(("abc",) * 7)}, "161 tokens are needed, at least 2; 0 of 7 documents"),
     "one-long-text": ({"documents": documents((*TEXTS[:1] * 7, TEXTS[2]))}, "1 of 8 documents"),
     "half-too-short": ({"documents": documents(TEXTS[2:4])}, "one half of texts.txt"),
+    "many-labels": ({"topics": topics_of("abcdefghijklmnopqrstu")}, "21 different labels"),
     "one-label": ({"topics": topics_of("aaaaaaaa")}, "all labels are 'a'"),
     "a-lone-text": ({"topics": topics_of("aaaaaaab")}, "1 document with label 'b'"),
     "few-topics": ({"topics": topics_of("abab")}, "4 documents with at most texts=3"),
@@ -504,6 +558,8 @@ def test_mistakes_are_one_line(mistake: dict, named: str, tmp_path: Path) -> Non
 
 def test_other_directories_are_refused(done: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in done.iterdir()}
+    refused = refusal(lambda: analyze(done, model(), Shouting(), documents(), topics=TOPICS, pairs=(PAIRS,), texts=3))
+    assert "(tokenizer)" in refused
     assert "alpha, seed" in refusal(lambda: run_all(done, alpha=0.5, seed=1))
     assert "model" in refusal(lambda: run_all(done, params=random_model(OPT, seed=1)))
     assert "data" in refusal(lambda: run_all(done, documents=documents(TEXTS[1:])))
@@ -564,6 +620,8 @@ COMMANDS = {
     "pairs-with-an-empty-column": (["--pairs", "topics.csv:0,,1"], "FILE:A,B,SCORE"),
     "pairs-score": (["--pairs", "topics.csv:0,1,1"], "is no number"),
     "no-model": (["--model", "missing"], "missing"),
+    "seed-before-the-model": (["--model", "missing", "--seed", "-1"], "seed=-1"),
+    "out-before-the-model": (["--model", "missing", "--out", "nowhere/out"], "no such directory"),
     "no-tokenizer": (["--model", "bare"], "no tokenizer"),
     "texts": (["--texts", "1"], "texts=1"),
     "texts-word": (["--texts", "many"], "--texts"),
@@ -606,9 +664,17 @@ def test_the_command_runs_an_embedded_model(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "out" / "topics.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("part", ["growth", "perplexity", "recall"])
-def test_other_texts_compile_nothing(part: str) -> None:
-    measure = {"growth": stability.growth, "perplexity": perplexity.measure, "recall": recall.measure}[part]
+PARTS = {
+    "growth": stability.growth,
+    "perplexity": perplexity.measure,
+    "recall": recall.measure,
+    "topics": meaning.topics,
+    "pairs": meaning.pairs,
+}
+
+
+@pytest.mark.parametrize("measure", PARTS.values(), ids=PARTS)
+def test_other_texts_compile_nothing(measure: Callable[[Inputs], dict]) -> None:
     measure(inputs())
     other = inputs(texts=TEXTS[::-1])
     with traced() as messages:
@@ -616,139 +682,26 @@ def test_other_texts_compile_nothing(part: str) -> None:
     assert messages == []
 
 
-# The page: its tables are those of the committed numbers.
+# The page.
 
 PAGE = Path(ci.__file__).parents[1] / "docs" / "core-neurons.md"
-MODELS = ("opt", "llama")
 
 
-def committed(model: str, name: str) -> dict:
-    return json.loads((PAGE.parent / "core-neurons" / model / f"{name}.json").read_text())
-
-
-def perplexity_rows() -> list[list[str]]:
-    rows = [["", "opt, paper", *MODELS]]
-    numbers = [committed(model, "perplexity") for model in MODELS]
-    shares = numbers[0]["shares"]
-    dense = [f"{own['perplexity'][name]:.1f}" for name in ("dense", "dense_continuation") for own in numbers]
-    rows += [["perplexity of texts, all neurons", "", *dense[:2]], ["of continuations, all neurons", "", *dense[2:]]]
-    asked = [
-        *(("token", "dense", f"texts, alpha {share:g}", share) for share in (0.2, 0.4, 1.0)),
-        *(("text", "dense", f"texts, beta {share:g}", share) for share in (0.2, 0.3, 0.4, 0.7)),
-        *(
-            ("decoding", "dense_continuation", f"continuations, beta {share:g}", share)
-            for share in (0.2, 0.3, 0.4, 0.7)
-        ),
-    ]
-    paper = {"texts, alpha 0.4": "1.02", "texts, beta 0.3": "1.03 (beta 0.25)"}
-    for name, dense_name, title, share in asked:
-        found = [own["perplexity"] for own in numbers]
-        ratios = [f"{own[name][shares.index(share)] / own[dense_name]:.2f}" for own in found]
-        rows.append([f"{title}: times as much", paper.get(title, ""), *ratios])
-    return rows
-
-
-def extension_rows() -> list[list[str]]:
-    rows = [["length, tokens added", "paper", *MODELS]]
-    numbers = [committed(model, "extension") for model in MODELS]
-    pairs = list(zip(numbers[0]["original_tokens"], numbers[0]["added_tokens"], strict=True))
-    for pair, paper in [
-        ((16, 8), ""),
-        ((16, 64), ""),
-        ((64, 8), ""),
-        ((64, 64), ""),
-        ((256, 8), "3 %"),
-        ((256, 64), "6 %"),
-    ]:
-        changes = [100 * (1 - own["overlap"]["mean"][pairs.index(pair)]) for own in numbers]
-        rows.append([f"{pair[0]} + {pair[1]}", paper, *(f"{change:.1f} %" for change in changes)])
-    return rows
-
-
-def growth_rows() -> list[list[str]]:
-    numbers = [committed(model, "growth") for model in MODELS]
-    rows = [["tokens read", *MODELS]]
-    for tokens in (8, 32, 128, 256, 448):
-        rows.append(
-            [str(tokens), *(f"{100 * g['overlap']['median'][g['tokens'].index(tokens)]:.0f} %" for g in numbers)]
-        )
-    return rows
-
-
-def topic_rows() -> list[list[str]]:
-    rows = [["layer", *(f"{model}: labels found" for model in MODELS), *(f"{model}: silhouette" for model in MODELS)]]
-    numbers = [committed(model, "topics") for model in MODELS]
-    for l in range(max(len(own["accuracy"]) for own in numbers)):
-        found = [own[name][l : l + 1] for name in ("accuracy", "silhouette") for own in numbers]
-        shown = [f"{100 * a[0]:.0f} %" if a else "" for a in found[:2]]
-        rows.append([str(l), *shown, *(f"{s[0]:.3f}" if s else "" for s in found[2:])])
-    return rows
-
-
-def pair_rows() -> list[list[str]]:
-    rows = [["", "paper", *MODELS]]
-    numbers = [committed(model, "pairs")["files"] for model in MODELS]
-    names = (("stsb-en-test.csv", "STS-B", ".52 to .66"), ("SICK_test_annotated.txt", "SICK", ".41 to .51"))
-    for file, title, paper in names:
-        own = [found[file] for found in numbers]
-        rows.append([f"{title}, all layers together", paper, *(f"{found['all']:.2f}" for found in own)])
-        ranges = [f"{min(found['layers']):.2f} to {max(found['layers']):.2f}" for found in own]
-        rows.append([f"{title}, single layers", "", *ranges])
-        rows.append([f"{title}, tokens in common, no model", "", *(f"{found['same_tokens']:.2f}" for found in own)])
-    return rows
-
-
-def recall_rows() -> list[list[str]]:
-    numbers = [committed(model, "recall") for model in MODELS]
-    methods = ("own", "group", "fused", "figure")
-    rows = [["prompt", *(f"{model}: {method}" for model in MODELS for method in methods)]]
-    for i, n in enumerate(numbers[0]["prompt_tokens"]):
-        cells = []
-        for own in numbers:
-            cells += [f"{own['recall']['with_prompt'][method]['mean'][i]:.2f}" for method in recall.METHODS]
-            cells.append(f"{own['stability_figure']['median'][i]:.2f}")
-        rows.append([str(n), *cells])
-    return rows
-
-
-def crossover_rows() -> list[list[str]]:
-    rows = [["to be found", *(f"{model}: {what}" for model in MODELS for what in ("tokens", "figure"))]]
-    titles = {"with_prompt": "those of prompt and continuation", "continuation": "those of the continuation alone"}
-    for truth, title in titles.items():
-        cells = []
-        for model in MODELS:
-            found = committed(model, "recall")["crossover"][truth]
-            cells += ["never", ""] if found is None else [str(found["tokens"]), f"{found['stability_figure']:.2f}"]
-        rows.append([title, *cells])
-    return rows
-
-
-def tables() -> dict[str, str]:
-    """The page's tables as Markdown, by name."""
-    made = {}
-    for rows in (perplexity_rows, extension_rows, growth_rows, topic_rows, pair_rows, recall_rows, crossover_rows):
-        head, *body = rows()
-        lines = [head, ["---"] * len(head), *body]
-        made[rows.__name__.removesuffix("_rows")] = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return made
-
-
-def page_with(content: str, found: dict[str, str]) -> str:
-    """The page's text with the tables between its marks replaced."""
-    for name, lines in found.items():
-        before, begin, rest = content.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        assert begin, f"{PAGE.name} has no place for {name}"
-        content = f"{before}{begin}{lines}\n{end}{after}"
-    return content
-
-
-def test_the_page_quotes_the_committed_numbers() -> None:
+def test_the_page_shows_every_committed_picture() -> None:
     content = PAGE.read_text(encoding="utf-8")
-    assert page_with(content, tables()) == content, "write page_with(content, tables()) into the page"
-    for model in MODELS:
+    for model in ("opt", "llama"):
         for name in NAMES:
             assert f"core-neurons/{model}/{name}.png" in content
             assert (PAGE.parent / "core-neurons" / model / f"{name}.png").stat().st_size > 10_000
     numbers = {own.stem: own.read_text() for own in (PAGE.parent / "core-neurons").glob("*/*.json")}
     assert not any("/" in own for own in numbers.values()), "no path of any machine"
+
+
+def test_the_page_quotes_the_committed_numbers() -> None:
+    """Of many, one per table, read from the JSON here and from the page's text there."""
+    content = PAGE.read_text(encoding="utf-8")
+    found = json.loads((PAGE.parent / "core-neurons" / "opt" / "recall.json").read_text())
+    own = found["recall"]["with_prompt"]["stability"]["mean"][found["prompt_tokens"].index(64)]
+    assert re.search(rf"^\| 64 \| {own:.2f} \|", content, re.MULTILINE)
+    pairs = json.loads((PAGE.parent / "core-neurons" / "llama" / "pairs.json").read_text())["files"]
+    assert re.search(rf"STS-B, all layers.*\| {pairs['stsb-en-test.csv']['all']:.2f} \|$", content, re.MULTILINE)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,9 +139,19 @@ def topics(found: Mapping[str, Any]) -> "Figure":
     labels = np.array(found["labels"])
     names = sorted(found["texts_per_label"])
     for axes, (layer, points) in zip(np.atleast_1d(upper.subplots(1, len(maps))), maps.items(), strict=True):
-        for name, (marker, colour) in zip(names, cycle(zip(MARKERS, _colours(), strict=False)), strict=False):
+        for i, name in enumerate(names):
             x, y = np.array(points)[labels == name].T
-            axes.scatter(x, y, s=16, marker=marker, facecolors="none", edgecolors=colour, linewidths=0.8, label=name)
+            # Full and empty markers, so that twice as many labels can be told apart.
+            full = i // len(MARKERS) % 2
+            axes.scatter(
+                *(x, y),
+                s=16,
+                marker=MARKERS[i % len(MARKERS)],
+                facecolors=_colours()[i % 10] if full else "none",
+                edgecolors=_colours()[i % 10],
+                linewidths=0.8,
+                label=name,
+            )
         axes.set(title=f"layer {layer}", xticks=[], yticks=[], xlabel="1st component")
     first = upper.axes[0]
     first.set_ylabel("2nd component")
@@ -156,7 +165,7 @@ def topics(found: Mapping[str, Any]) -> "Figure":
         xlabel="layer", ylabel="labels found (share of texts)", title="nearest neighbours, leave one out", ylim=(0, 1)
     )
     _curve(right, layers, found["silhouette"], 1, "silhouette of the labels")
-    _level(right, 0, "labels at random", ":")
+    _curve(right, layers, found["shuffled_silhouette"], 3, "the same with labels shuffled")
     # Room above and below, lest noise about 0 look like a finding.
     limits = min(-0.1, 1.2 * min(found["silhouette"])), max(0.1, 1.2 * max(found["silhouette"]))
     right.set(xlabel="layer", ylabel="silhouette (-1 to 1)", title="silhouette", ylim=limits)
@@ -201,9 +210,7 @@ def recall(found: Mapping[str, Any]) -> "Figure":
     }
     for (truth, title), upper, lower in zip(panels.items(), *axes, strict=True):
         for i, (method, label) in enumerate(METHOD_LABELS.items()):
-            own = found["recall"][truth][method]
-            bars = {"median": own["mean"], **{name: own[name] for name in ("lower_quartile", "upper_quartile")}}
-            _spread(upper, lengths, bars, i, label)
+            _spread(upper, lengths, found["recall"][truth][method], i, label, middle="mean")
         _level(upper, found["chance"], "neurons at random", ":")
         upper.set(title=title, ylim=(0, 1))
         _spread(lower, lengths, found["stability_figure"], 3, "stability figure, median and quartiles")
@@ -232,7 +239,13 @@ def _cross(upper: "Axes", lower: "Axes", crossover: Mapping[str, float] | None) 
     if crossover is None:
         return
     for axes in (upper, lower):
-        axes.axvline(crossover["tokens"], color="0.75", linewidth=5, zorder=0, label="stability overtakes similarity")
+        axes.axvline(
+            crossover["tokens"],
+            color="0.75",
+            linewidth=5,
+            zorder=0,
+            label="from here stability finds as much as similarity",
+        )
 
 
 def _panels(
@@ -263,12 +276,17 @@ def _curve(axes: "Axes", x: Sequence[float] | np.ndarray, y: Sequence[float] | n
     axes.plot(x, y, label=label, linewidth=1.3, **_style(i))
 
 
-def _spread(axes: "Axes", x: Sequence[float] | np.ndarray, values: Mapping[str, Any], i: int, label: str) -> None:
-    """A curve with bars between the quartiles, whichever way round they are."""
-    middle = np.asarray(values["median"])
-    ends = np.sort([values["lower_quartile"], values["upper_quartile"]], axis=0)
-    away = np.maximum(np.abs(ends - middle), 0)
-    axes.errorbar(x, middle, yerr=away, label=label, linewidth=1.3, elinewidth=0.8, capsize=2, **_style(i))
+def _spread(
+    axes: "Axes",
+    x: Sequence[float] | np.ndarray,
+    values: Mapping[str, Any],
+    i: int,
+    label: str,
+    middle: str = "median",
+) -> None:
+    """A curve of medians, or of means, with bars from quartile to quartile, on which a mean need not lie."""
+    _curve(axes, x, values[middle], i, label)
+    axes.vlines(x, values["lower_quartile"], values["upper_quartile"], colors=_style(i)["color"], linewidth=0.8)
 
 
 def _level(axes: "Axes", y: float, label: str, line: str = "--", colour: str = "0.4") -> None:

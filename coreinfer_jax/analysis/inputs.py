@@ -68,7 +68,9 @@ def _score(path: Path, row: int, value: str) -> float:
     try:
         score = float(value)
     except ValueError as error:
-        raise CoreInferError(f"{path}: row {row}: score {shown(value)} is no number; name another column") from error
+        raise CoreInferError(
+            f"{path}: row {row}: score {shown(value)} is no number; name another column, or all by name if row 1 does"
+        ) from error
     if not isfinite(score):
         raise CoreInferError(f"{path}: row {row}: score {value} is not finite; remove it")
     return score

@@ -11,17 +11,20 @@ from jax import Array
 from tqdm import tqdm
 
 from coreinfer_jax.analysis.inputs import LEAST_PAIRS, Inputs, Pairs
-from coreinfer_jax.analysis.observe import check_finite, core_masks
+from coreinfer_jax.analysis.observe import core_masks
 from coreinfer_jax.cache import init_cache
 from coreinfer_jax.clustering.build import TOKENS_PER_DOCUMENT
 from coreinfer_jax.clustering.votes import plan_batches
-from coreinfer_jax.core.select import Voting, count_votes, kept_neurons, make_voting
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.core.select import Voting, all_finite, count_votes, kept_neurons, make_voting
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.inputs import check_finite
 from coreinfer_jax.models import extend
 from coreinfer_jax.params import Params
 from coreinfer_jax.text.documents import Documents
 
 NEIGHBOURS = 5
+MOST_LABELS = 20
+SHUFFLES = 8
 
 # Layers shown as maps, spread over the depth.
 PANELS = 4
@@ -31,8 +34,9 @@ def topics(inputs: Inputs) -> dict[str, Any]:
     """How well texts' core neurons tell their labels, layer by layer.
 
     Measured on binary core-neuron vectors [n, F] with Euclidean distances: the silhouette of the labels (1 for tight
-    and separate, 0 for mixed), and how often the most frequent label among a text's 5 nearest other texts is its own
-    (leave one out; ties to the label that sorts first). `projection` is the first two principal components.
+    and separate) and, to compare with, of the same labels shuffled; and how often the most frequent label among a
+    text's 5 nearest other texts is its own (leave one out; ties to the label that sorts first). `projection` is the
+    first two principal components.
     """
     assert inputs.topics is not None, "the part is left out without topics"
     numbers = topic_texts(inputs.topics, inputs.texts, inputs.seed)
@@ -41,7 +45,7 @@ def topics(inputs: Inputs) -> dict[str, Any]:
     rows = _encoded(inputs, [inputs.topics.texts[number] for number in numbers], "tokenising topics")
     packed = core_vectors(inputs, rows, "topics")
     F, L = inputs.config.mlp_size, inputs.config.num_layers
-    measured = [_topics_of_layer(of_layer(packed, l, F).astype(float), labels) for l in range(L)]
+    measured = [_topics_of_layer(of_layer(packed, l, F).astype(float), labels, inputs.seed) for l in range(L)]
     panels = np.unique(np.linspace(0, L - 1, min(L, PANELS)).round().astype(int)).tolist()
     return {
         **inputs.facts(),
@@ -50,8 +54,9 @@ def topics(inputs: Inputs) -> dict[str, Any]:
         "most_tokens": TOKENS_PER_DOCUMENT,
         "neighbours": NEIGHBOURS,
         "chance": counts.max() / counts.sum(),
-        "silhouette": [silhouette for silhouette, _ in measured],
-        "accuracy": [accuracy for _, accuracy in measured],
+        "silhouette": [silhouette for silhouette, _, _ in measured],
+        "shuffled_silhouette": [shuffled for _, shuffled, _ in measured],
+        "accuracy": [accuracy for _, _, accuracy in measured],
         "labels": labels.tolist(),
         "projection": {str(l): _projection(of_layer(packed, l, F).astype(float)) for l in panels},
     }
@@ -61,13 +66,19 @@ def topic_texts(documents: Documents, per_label: int, seed: int) -> list[int]:
     """Numbers of up to `per_label` documents of every label, drawn by `seed`.
 
     Raises:
-        CoreInferError: fewer than two labels, a label with a single document, too few for 5 neighbours.
+        CoreInferError: fewer than two labels, or more than a map can tell apart, a label with a single document, too
+            few for 5 neighbours.
     """
     labels = np.array(_labels(documents))
     order = np.random.default_rng(seed).permutation(len(labels))
     names, counts = np.unique(labels, return_counts=True)
     if len(names) < 2:
         raise CoreInferError(f"{documents.name}: all labels are {str(names[0])!r}; give texts of at least two topics")
+    if len(names) > MOST_LABELS:
+        raise CoreInferError(
+            f"{documents.name}: {len(names)} different labels, such as {shown(str(names[0]))}; name a column with at "
+            f"most {MOST_LABELS} topics"
+        )
     if counts.min() < 2:
         raise CoreInferError(
             f"{documents.name}: 1 document with label {str(names[counts.argmin()])!r}; give two or none"
@@ -87,8 +98,8 @@ def _labels(documents: Documents) -> tuple[str, ...]:
     return documents.labels
 
 
-def _topics_of_layer(vectors: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Silhouette and accuracy of the nearest neighbours of vectors float64 [n, F]."""
+def _topics_of_layer(vectors: np.ndarray, labels: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Silhouette, the mean one of shuffled labels, and accuracy of the nearest neighbours: vectors float64 [n, F]."""
     from sklearn.metrics import silhouette_score
     from sklearn.neighbors import NearestNeighbors
 
@@ -96,8 +107,12 @@ def _topics_of_layer(vectors: np.ndarray, labels: np.ndarray) -> tuple[float, fl
     near = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute").fit(vectors).kneighbors(return_distance=False)
     names = np.unique(labels)
     voices = (labels[near][:, :, None] == names[None, None, :]).sum(axis=1)
-    silhouette = silhouette_score(vectors, labels) if len(np.unique(vectors, axis=0)) > 1 else 0.0
-    return float(silhouette), float((names[voices.argmax(axis=1)] == labels).mean())
+    accuracy = float((names[voices.argmax(axis=1)] == labels).mean())
+    if not np.ptp(vectors, axis=0).any():
+        return 0.0, 0.0, accuracy
+    rng = np.random.default_rng(seed)
+    shuffled = [silhouette_score(vectors, rng.permutation(labels)) for _ in range(SHUFFLES)]
+    return float(silhouette_score(vectors, labels)), float(np.mean(shuffled)), accuracy
 
 
 def _projection(vectors: np.ndarray) -> np.ndarray:
@@ -153,7 +168,7 @@ def _shared(vectors: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.nd
 
 def spearman(values: Sequence[float] | np.ndarray, scores: Sequence[float]) -> float | None:
     """Spearman's rank correlation, ties given their mean rank; None where either side is constant."""
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+    from scipy.stats import spearmanr
 
     if len(scores) < LEAST_PAIRS or np.ptp(values) == 0 or np.ptp(scores) == 0:
         return None
@@ -180,7 +195,7 @@ def core_vectors(inputs: Inputs, rows: Sequence[Sequence[int]], name: str) -> np
         counted = np.arange(tokens.shape[1])[None, :] < batch.lengths[:, None]
         voting = make_voting(counted, F, inputs.alpha, "per_token")
         chosen, finite = _chosen(inputs.params, jnp.asarray(tokens), voting, kept=kept_neurons(inputs.beta, F))
-        check_finite(finite)
+        check_finite(finite, "activations")
         found[order[list(batch.numbers)]] = np.packbits(np.asarray(chosen)[: len(batch.numbers)], axis=-1)
     return found
 
@@ -197,7 +212,7 @@ def _chosen(params: Params, tokens: Array, voting: Voting, *, kept: int) -> tupl
     cache = init_cache(params.config, B, T, params.token_embedding.dtype)
 
     def observe(activations: Array) -> tuple[Array, Array]:
-        return core_masks(count_votes(activations, voting), kept), jnp.isfinite(activations).all()
+        return core_masks(count_votes(activations, voting), kept), all_finite(activations, voting)
 
     _, _, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
     chosen, finite = zip(*observed, strict=True)

@@ -11,8 +11,16 @@ from tqdm import tqdm
 
 from coreinfer_jax.cache import init_cache
 from coreinfer_jax.core.measures import membership
-from coreinfer_jax.core.select import Votes, Voting, kept_neurons, make_voting, most_voted, token_core_neurons
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.core.select import (
+    Votes,
+    Voting,
+    all_finite,
+    kept_neurons,
+    make_voting,
+    most_voted,
+    token_core_neurons,
+)
+from coreinfer_jax.inputs import check_finite
 from coreinfer_jax.models import extend
 from coreinfer_jax.params import Params
 
@@ -51,7 +59,7 @@ def observed_votes(activations: Array, voting: Voting, lengths: Array) -> tuple[
     count = partial(jnp.einsum, "bmt,btf->bmf", precision=lax.Precision.HIGHEST)
     rows = jnp.broadcast_to(lengths[None], (activations.shape[0], *lengths.shape))
     votes = Votes(counts=count(rows, chosen).astype(jnp.int32), sums=count(rows, activations.astype(jnp.float32)))
-    return votes, jnp.isfinite(activations).all()
+    return votes, all_finite(activations, voting)
 
 
 def votes_at(params: Params, tokens: np.ndarray, marks: Sequence[int], alpha: float) -> list[Votes]:
@@ -71,7 +79,7 @@ def votes_at(params: Params, tokens: np.ndarray, marks: Sequence[int], alpha: fl
     """
     voting = everyone(tokens, params.config.mlp_size, alpha)
     votes, finite = _read(params, jnp.asarray(tokens), voting, within(marks, tokens.shape[1]))
-    check_finite(finite)
+    check_finite(finite, "activations")
     return votes
 
 
@@ -83,12 +91,6 @@ def _read(params: Params, tokens: Array, voting: Voting, lengths: Array) -> tupl
     _, _, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
     votes, finite = zip(*observed, strict=True)
     return list(votes), jnp.stack(finite).all()
-
-
-def check_finite(finite: Array) -> None:
-    """Refuse activations that are no numbers."""
-    if not bool(finite):
-        raise CoreInferError("activations are NaN or infinite: check the checkpoint, or use --dtype float32")
 
 
 @partial(jax.jit, static_argnames="kept")

@@ -11,11 +11,12 @@ import optax
 from jax import Array
 
 from coreinfer_jax.analysis.inputs import Inputs
-from coreinfer_jax.analysis.observe import batches, check_finite, core_masks, everyone, observed_votes, within
+from coreinfer_jax.analysis.observe import batches, core_masks, everyone, observed_votes, within
 from coreinfer_jax.cache import KVCache, init_cache
 from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.core.select import Votes, Voting, kept_neurons, token_core_neurons
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.inputs import check_finite
 from coreinfer_jax.models import extend, observe_nothing, unembed
 from coreinfer_jax.params import Params
 
@@ -65,7 +66,7 @@ def _batch(inputs: Inputs, tokens: np.ndarray, real: int) -> dict[str, np.ndarra
     prompt = T - CONTINUATION
     voting = everyone(tokens[:, :-1], F, inputs.alpha)
     dense, cache, votes, finite = _dense(params, read, following, voting, within((prompt, T), T))
-    check_finite(finite)
+    check_finite(finite, "activations")
     empty = init_cache(params.config, B, T, params.token_embedding.dtype)
     begin, middle = jnp.zeros(B, jnp.int32), jnp.full(B, prompt, jnp.int32)
 

@@ -50,14 +50,14 @@ def measure(inputs: Inputs) -> dict[str, Any]:
     """Recall of true core neurons by each method, and the stability figure that is to choose between them.
 
     Groups are made by k-means from one half of the documents, the other half is tested. Recalls and figures are means
-    over layers.
+    over layers. `voted` is the share of a prompt's own set that any of its tokens voted for.
     """
     lengths, size = prompt_lengths(inputs.config), tokens_needed(inputs.config)
     assert size is not None, "the part is left out where it does not fit"
     grouped, tested = (inputs.corpus.select(size, inputs.texts, half) for half in (0, 1))
     groups, sizes = _groups(inputs, grouped.rows)
     parts = [_batch(inputs, groups, tokens, real, lengths) for tokens, real in batches(tested.rows, "recall")]
-    recalls, figures = (np.concatenate(part) for part in zip(*parts, strict=True))
+    recalls, figures, voted = (np.concatenate(part) for part in zip(*parts, strict=True))
     found = {
         truth: {method: spread(recalls[:, :, m, t]) for m, method in enumerate(METHODS)}
         for t, truth in enumerate(TRUTHS)
@@ -79,6 +79,7 @@ def measure(inputs: Inputs) -> dict[str, Any]:
         "chance": kept_neurons(inputs.beta, F) / F,
         "recall": found,
         "stability_figure": spread(figures),
+        "voted": voted.mean(axis=0),
         "crossover": {truth: crossover(lengths, found[truth], np.median(figures, axis=0)) for truth in TRUTHS},
     }
 
@@ -108,7 +109,7 @@ def _groups(inputs: Inputs, rows: np.ndarray) -> tuple[_Groups, list[int]]:
     counts, vectors = [], []
     for tokens, real in batches(rows, "groups"):
         votes = votes_at(inputs.params, tokens, (size,), inputs.alpha)
-        counts.append(np.stack([np.asarray(own.counts[:real, 0]) for own in votes], axis=1))
+        counts.append(np.stack([np.asarray(own.counts[:real, 0]).astype(np.uint16) for own in votes], axis=1))
         vectors.append(np.asarray(core_masks(votes[layer], kept_neurons(VECTORS.beta, F)))[:real, 0])
     grouping = group_by_kmeans(np.concatenate(vectors), None, inputs.seed)
     own = np.concatenate(counts)
@@ -119,8 +120,8 @@ def _groups(inputs: Inputs, rows: np.ndarray) -> tuple[_Groups, list[int]]:
 
 def _batch(
     inputs: Inputs, groups: _Groups, tokens: np.ndarray, real: int, lengths: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Recalls [real, lengths, methods, truths] and stability figures [real, lengths] of texts [B, T]."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Recalls [real, lengths, methods, truths], stability figures and shares with votes [real, lengths] of [B, T]."""
     F = inputs.config.mlp_size
     marks = sorted({mark for n in lengths for mark in (n // 2, n, n + CONTINUATION)})
     votes = votes_at(inputs.params, tokens, marks, inputs.alpha)
@@ -131,10 +132,10 @@ def _batch(
         _layer(own, (halves, wholes, ends), frequencies, assigned, prior, kept=kept)
         for own, frequencies in zip(votes, groups.frequencies, strict=True)
     ]
-    recalls, figures = (
-        np.mean([np.asarray(x, np.float64) for x in part], axis=0) for part in zip(*layers, strict=True)
+    recalls, figures, voted = (
+        np.mean([np.asarray(x, np.float64) for x in part], axis=0)[:real] for part in zip(*layers, strict=True)
     )
-    return recalls[:real], figures[:real]
+    return recalls, figures, voted
 
 
 def _places(marks: Sequence[int], lengths: Sequence[int]) -> tuple[Array, Array, Array]:
@@ -159,8 +160,8 @@ def _assigned(votes: Votes, places: Array, centroids: Array, *, kept: int) -> Ar
 @partial(jax.jit, static_argnames="kept")
 def _layer(
     votes: Votes, places: tuple[Array, Array, Array], frequencies: Array, assigned: Array, prior: Array, *, kept: int
-) -> tuple[Array, Array]:
-    """One layer's recalls [B, N, methods, truths] and stability figures [B, N]."""
+) -> tuple[Array, Array, Array]:
+    """One layer's recalls [B, N, methods, truths], stability figures [B, N] and shares that have votes [B, N]."""
     B, N = votes.counts.shape[0], len(places[0])
     early, own, end = (_at(votes, place) for place in places)
     following = jax.tree.map(jnp.subtract, end, own)
@@ -169,4 +170,6 @@ def _layer(
     true = [core_masks(each, kept) for each in (end, following)]
     recalls = jnp.stack([jnp.stack([jnp.sum(p & t, axis=-1) for t in true], axis=-1) for p in predicted], axis=-2)
     figure = stability_figure([replace(own, early=early)], [most_voted(own, kept)])
-    return (recalls.astype(jnp.float32) / kept).reshape(B, N, len(METHODS), len(TRUTHS)), figure.reshape(B, N)
+    voted = jnp.minimum(jnp.sum(own.counts > 0, axis=-1), kept).astype(jnp.float32) / kept
+    shape = (B, N, len(METHODS), len(TRUTHS))
+    return (recalls.astype(jnp.float32) / kept).reshape(shape), figure.reshape(B, N), voted.reshape(B, N)

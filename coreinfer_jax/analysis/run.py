@@ -3,9 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 
 from coreinfer_jax.analysis import figures, meaning, perplexity, recall, stability
 from coreinfer_jax.analysis.inputs import LEAST_TEXTS, Corpus, Inputs, Pairs, content_digest
-from coreinfer_jax.checkpoint.files import locked, new_directory, new_file, read_json, to_path
+from coreinfer_jax.checkpoint.files import begun, is_directory, new_file, read_json, refuse_existing, to_path
+from coreinfer_jax.clustering.grouping import check_seed
+from coreinfer_jax.clustering.votes import rows_digest
 from coreinfer_jax.config import ModelConfig, check_fraction
 from coreinfer_jax.core.compact import check_dense
 from coreinfer_jax.errors import CoreInferError, shown
@@ -22,8 +24,10 @@ from coreinfer_jax.params import Params
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import Documents
 
-SETTINGS = "settings.json"
 TEXTS, ALPHA, BETA = 64, 0.4, 0.4
+
+# Documents, and characters of each, that tell one tokenizer from another.
+PROBE = 64
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,13 @@ def analyze(
         CoreInferError: a directory of something else or of other settings, texts that are too few or too short,
             activations that are not finite, a setting outside its range.
     """
-    figures.require_drawing()
+    check_settings(directory, pairs, texts, alpha, beta, seed)
+    check_dense(params)
     target = to_path(directory)
-    _check_settings(params, texts, alpha, beta, seed, pairs)
-    settings = _settings(params, documents, topics, pairs, texts, alpha, beta, seed)
+    settings = _settings(params, tokenizer, documents, topics, pairs, texts, alpha, beta, seed)
     corpus = Corpus(documents, tokenizer, seed)
     inputs = Inputs(params, tokenizer, corpus, topics, tuple(pairs), texts, alpha, beta, seed)
-    with _begun(target, settings):
+    with begun(target, settings, "analysis"):
         wanted = [part for part in PARTS if _wanted(part, inputs)]
         for part in wanted:
             _check_texts(part, inputs, target)
@@ -138,14 +142,19 @@ def analyze(
     return target
 
 
-def _check_settings(params: Params, texts: int, alpha: float, beta: float, seed: int, pairs: Sequence[Pairs]) -> None:
-    check_dense(params)
+def check_settings(
+    directory: str | os.PathLike[str], pairs: Sequence[Pairs], texts: int, alpha: float, beta: float, seed: int
+) -> None:
+    """Refuse what can be refused without the model; arguments and errors are those of `analyze`."""
+    figures.require_drawing()
+    target = to_path(directory)
+    if not is_directory(target):
+        refuse_existing(target)
     check_fraction("alpha", alpha)
     check_fraction("beta", beta)
     if type(texts) is not int or texts < LEAST_TEXTS:
         raise CoreInferError(f"texts={shown(texts)}: give a whole number of at least {LEAST_TEXTS}")
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        raise CoreInferError(f"seed={shown(seed)}: give a whole number from 0 to 2^32 - 1")
+    check_seed(seed)
     names = [own.name for own in pairs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -154,6 +163,7 @@ def _check_settings(params: Params, texts: int, alpha: float, beta: float, seed:
 
 def _settings(
     params: Params,
+    tokenizer: Tokenizer,
     documents: Documents,
     topics: Documents | None,
     pairs: Sequence[Pairs],
@@ -162,8 +172,14 @@ def _settings(
     beta: float,
     seed: int,
 ) -> dict[str, Any]:
-    """What the numbers follow from; of texts their digests, whatever file they came from."""
+    """What the numbers follow from; of texts their digests, whatever file they came from.
+
+    The version stands for all that this package fixes, and a probe of the first documents for the tokenizer.
+    """
+    probe = [tokenizer.encode(text[:PROBE]) for text in documents.texts[:PROBE]]
     return {
+        "version": version("coreinfer_jax"),
+        "tokenizer": rows_digest(probe),
         "model": fingerprint(params),
         "dtype": params.token_embedding.dtype.name,
         "data": _named(documents),
@@ -182,29 +198,6 @@ def _settings(
 def _named(documents: Documents) -> dict[str, Any]:
     digest = content_digest(documents.texts, documents.labels)
     return {"name": documents.name, "documents": len(documents.texts), "sha256": digest}
-
-
-@contextmanager
-def _begun(target: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """The locked directory of an analysis with `settings`: a new one, or the same one continued."""
-    if not os.path.isdir(target):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        with new_directory(target) as partial:
-            (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if not (target / SETTINGS).is_file():
-        raise CoreInferError(f"{target}: holds no analysis ({SETTINGS} is not there); name a new directory")
-    before = read_json(target / SETTINGS)
-    changed = [name for name in before | settings if before.get(name) != settings.get(name)]
-    if changed:
-        raise CoreInferError(
-            f"{target}: was begun with other settings ({', '.join(changed)}); repeat them, or name a new directory"
-        )
-    try:
-        with locked(target):
-            yield
-    except BlockingIOError as error:
-        raise CoreInferError(
-            f"{target}: another analysis is at work here; wait for it, or name another --out"
-        ) from error
 
 
 def _wanted(part: Part, inputs: Inputs) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from coreinfer_jax.analysis.inputs import Inputs
-from coreinfer_jax.analysis.observe import overlaps, spread, votes_at
+from coreinfer_jax.analysis.observe import batches, overlaps, spread, votes_at
 from coreinfer_jax.clustering.grouping import deciding_layer
 from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.core.select import kept_neurons
@@ -70,14 +70,15 @@ def growth(inputs: Inputs) -> dict[str, Any]:
         "chance": _chance(inputs),
         "tokens": lengths,
         "overlap": spread(shared),
-        "one_text": _one_text(inputs, selection.rows[:1], lengths),
+        "one_text": _one_text(inputs, selection.rows, lengths),
     }
 
 
-def _one_text(inputs: Inputs, text: np.ndarray, lengths: list[int]) -> dict[str, Any]:
-    """Vote frequencies in the deciding layer of `text` int32 [1, T], neurons in the order of the final ones."""
+def _one_text(inputs: Inputs, rows: np.ndarray, lengths: list[int]) -> dict[str, Any]:
+    """Vote frequencies in the deciding layer of the first of `rows` [n, T], neurons in the order of the final ones."""
     layer = deciding_layer(inputs.config.num_layers)
-    counts = np.asarray(votes_at(inputs.params, text, lengths, inputs.alpha)[layer].counts[0])
+    batch, _ = next(batches(rows, "one text"))  # of the shape that is compiled already
+    counts = np.asarray(votes_at(inputs.params, batch, lengths, inputs.alpha)[layer].counts[0])
     frequencies = counts / np.asarray(lengths)[:, None]
     order = np.argsort(-frequencies[-1], kind="stable")
     F = len(order)

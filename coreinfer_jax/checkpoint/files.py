@@ -6,14 +6,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.errors import CoreInferError, shown, shown_name
+
+SETTINGS = "settings.json"
 
 
 def to_path(value: object) -> Path:
@@ -34,9 +36,14 @@ def to_path(value: object) -> Path:
     return path
 
 
+def is_directory(path: Path) -> bool:
+    """Whether there is a directory `path`; no name is too long to ask."""
+    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+
+
 def check_directory(path: Path) -> None:
     """Refuse a path that is no directory, or one whose files cannot be looked up."""
-    if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+    if not is_directory(path):
         raise CoreInferError(f"{path}: no such directory; name one with a checkpoint, and convert a hub id first")
     if not os.access(path, os.R_OK | os.X_OK):
         raise CoreInferError(f"{path}: permission denied; make the directory readable")
@@ -164,6 +171,40 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def begun(directory: Path, settings: Mapping[str, Any], work: str) -> Iterator[None]:
+    """Hold the directory of work that can be resumed: a new one, or one begun with the same `settings`.
+
+    Args:
+        directory: where the work is kept; `settings.json` in it says what it was begun with.
+        settings: all that the results follow from, as JSON has it.
+        work: what it is, in a word, for messages.
+
+    Raises:
+        CoreInferError: a directory of something else or of other settings, or one in which another process is at work.
+    """
+    if not is_directory(directory):
+        with new_directory(directory) as partial:
+            (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if not (directory / SETTINGS).is_file():
+        raise CoreInferError(f"{directory}: holds no {work} ({SETTINGS} is not there); name a new directory")
+    before = read_json(directory / SETTINGS)
+    changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    if changed:
+        told = ", ".join(shown_name(name) for name in changed)
+        raise CoreInferError(
+            f"{directory}: was begun with other settings ({told}); repeat them, or remove it, or name a new directory"
+        )
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(directory))
+        except BlockingIOError as error:
+            raise CoreInferError(
+                f"{directory}: another {work} is at work here; wait for it, or name a new directory"
+            ) from error
+        yield
 
 
 def _readable(directory: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from coreinfer_jax.analysis import Pairs, analyze, read_pairs
-from coreinfer_jax.analysis.run import ALPHA, BETA, TEXTS
+from coreinfer_jax.analysis.run import ALPHA, BETA, TEXTS, check_settings
 from coreinfer_jax.checkpoint.files import to_path
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.errors import CoreInferError
@@ -16,13 +16,7 @@ HELP = "measure what the paper says of core neurons, as pictures and numbers"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     shared.add_model(parser)
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="FILE",
-        help="text: one document per line or ended by <|endoftext|>; jsonl, csv",
-    )
-    parser.add_argument("--text-column", type=shared.column, metavar="COL", help="name, or number from 0")
+    shared.add_documents(parser)
     parser.add_argument("--topics", metavar="FILE", help="labelled texts: csv, tsv or jsonl")
     parser.add_argument("--topic-text", type=shared.column, metavar="COL", help="of --topics")
     parser.add_argument("--topic-label", type=shared.column, metavar="COL", help="of --topics")
@@ -47,6 +41,7 @@ def _run(options: argparse.Namespace) -> None:
     documents = read_documents(to_path(options.data), options.text_column)
     topics = _topics(options)
     pairs = [_pairs(value) for value in options.pairs]
+    check_settings(options.out, pairs, options.texts, options.alpha, options.beta, options.seed)
     params, tokenizer = shared.load_model(options)
     directory = analyze(
         options.out,

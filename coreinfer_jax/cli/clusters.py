@@ -29,13 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser)
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="FILE",
-        help="text: one document per line or ended by <|endoftext|>; jsonl, csv",
-    )
-    parser.add_argument("--text-column", type=shared.column, metavar="COL", help="name, or number from 0")
+    shared.add_documents(parser)
     parser.add_argument("--label-column", type=shared.column, metavar="COL", help="group by these topics, not k-means")
     parser.add_argument("--out", required=True, metavar="DIR", help="new directory")
     parser.add_argument("--k", type=int, help="number of groups (default: by the elbow)")

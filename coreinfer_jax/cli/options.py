@@ -30,6 +30,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the fastest there is")
 
 
+def add_documents(parser: argparse.ArgumentParser) -> None:
+    """Which texts."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="text: one document per line or ended by <|endoftext|>; jsonl, csv",
+    )
+    parser.add_argument("--text-column", type=column, metavar="COL", help="name, or number from 0")
+
+
 def add_core(parser: argparse.ArgumentParser) -> None:
     """How core neurons are chosen."""
     default = CoreConfig()

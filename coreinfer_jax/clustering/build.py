@@ -1,6 +1,5 @@
 """`build_clusters`: from a corpus to a directory of clusters."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,16 +10,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from coreinfer_jax.checkpoint.files import locked, new_directory, read_json, refuse_existing, to_path
+from coreinfer_jax.checkpoint.files import begun, is_directory, new_directory, refuse_existing, to_path
 from coreinfer_jax.clustering.grouping import (
     DEPTH,
     Grouping,
+    check_groups_asked,
+    check_seed,
     deciding_layer,
     group_by_kmeans,
     group_by_labels,
     require_sklearn,
 )
-from coreinfer_jax.clustering.storage import write_clusters
+from coreinfer_jax.clustering.storage import voting_settings, write_clusters
 from coreinfer_jax.clustering.votes import (
     MOST_TOKENS,
     Batch,
@@ -86,7 +87,7 @@ def build_clusters(
     refuse_existing(target)
     check_dense(params)
     _check_arguments(tokenizer, documents, core)
-    core = CoreConfig(alpha=core.alpha, beta=core.beta, budget=core.budget, count_bos=core.count_bos)
+    core = CoreConfig(**voting_settings(core))
     layer = deciding_layer(params.config.num_layers, depth)
     _check_settings(documents, k, seed, max_tokens)
     rows = _tokenised(documents, tokenizer, min(max_tokens, params.config.max_positions))
@@ -97,7 +98,7 @@ def build_clusters(
         "dtype": dtype,
         "tokens": rows_digest([row for row, _ in rows]),
         "max_tokens": max_tokens,
-        "voting": {"alpha": core.alpha, "beta": core.beta, "budget": core.budget, "count_bos": core.count_bos},
+        "voting": voting_settings(core),
         "layer": layer,
     }
     with _kept_votes(target, counting) as votes:
@@ -149,12 +150,8 @@ def _check_settings(documents: Documents, k: int | None, seed: int, max_tokens: 
         raise CoreInferError(f"k={shown(k)}: the labels say which groups there are; leave out one of the two")
     if documents.labels is None:
         require_sklearn()
-    if k is not None and (type(k) is not int or not 1 <= k <= len(documents.texts)):
-        raise CoreInferError(
-            f"k={shown(k)}: give a whole number of groups from 1 to {len(documents.texts)}, the documents"
-        )
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        raise CoreInferError(f"seed={shown(seed)}: give a whole number from 0 to 2^32 - 1")
+    check_groups_asked(k, len(documents.texts), "documents")
+    check_seed(seed)
     if type(max_tokens) is not int or not 1 <= max_tokens <= MOST_TOKENS:
         raise CoreInferError(f"max_tokens={shown(max_tokens)}: give a whole number from 1 to {MOST_TOKENS}")
 
@@ -172,29 +169,14 @@ def _tokenised(documents: Documents, tokenizer: Tokenizer, size: int) -> list[tu
 def _kept_votes(target: Path, counting: dict[str, Any]) -> Iterator[Path]:
     """The locked directory of votes that are counted already, beside `target`."""
     directory = target.with_name(f"{target.name}.votes")
-    settings = directory / "settings.json"
-    new = not os.path.isdir(directory)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-    if new:
-        with new_directory(directory) as partial:
-            (partial / settings.name).write_text(json.dumps(counting, indent=2) + "\n", encoding="utf-8")
-    before = read_json(settings)
-    changed = [name for name in before | counting if before.get(name) != counting.get(name)]
-    if changed:
-        raise CoreInferError(
-            f"{directory}: a build with other settings was interrupted here ({', '.join(changed)}); repeat it, or "
-            "remove this directory"
-        )
-    try:
-        with locked(directory):
+    new = not is_directory(directory)
+    with begun(directory, counting, "build"):
+        try:
             yield directory
-    except CoreInferError:
-        if new:  # what cannot be built leaves nothing behind that would be in the way of another try
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
-    except BlockingIOError as error:
-        raise CoreInferError(
-            f"{directory}: another build is at work here; wait for it, or name another --out"
-        ) from error
+        except CoreInferError:
+            if new:  # what cannot be built leaves nothing behind that would be in the way of another try
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
 
 
 def _vectors(counted: Iterable[CountedBatch]) -> np.ndarray:

@@ -61,6 +61,18 @@ def deciding_layer(num_layers: int, depth: float = DEPTH) -> int:
     return floor(depth * num_layers)
 
 
+def check_seed(seed: object) -> None:
+    """Refuse what k-means cannot be seeded with."""
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise CoreInferError(f"seed={shown(seed)}: give a whole number from 0 to 2^32 - 1")
+
+
+def check_groups_asked(k: object, texts: int, what: str) -> None:
+    """Refuse a number of groups that is none, or above `texts`, the number of texts that `what` says more of."""
+    if k is not None and (type(k) is not int or not 1 <= k <= texts):
+        raise CoreInferError(f"k={shown(k)}: give a whole number of groups from 1 to {texts}, the {what}")
+
+
 def group_by_labels(vectors: np.ndarray, labels: Sequence[str]) -> Grouping:
     """One group per distinct label.
 
@@ -91,8 +103,7 @@ def group_by_kmeans(vectors: np.ndarray, k: int | None, seed: int) -> Grouping:
     different = len(np.unique(np.packbits(vectors, axis=1), axis=0))
     if different < 2:
         raise CoreInferError(f"{len(vectors)} documents, {different} of them different: give at least two to group")
-    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= different):
-        raise CoreInferError(f"k={shown(k)}: give a whole number of groups from 1 to {different}, the different texts")
+    check_groups_asked(k, different, "different documents")
     points = vectors.astype(np.float64)
     if k is not None:
         return _renumbered(vectors, _kmeans(points, k, seed)[0], ())

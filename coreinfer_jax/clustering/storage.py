@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from coreinfer_jax.checkpoint.files import read_json, to_path
+from coreinfer_jax.checkpoint.files import is_directory, read_json, to_path
 from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.groups import Clusters
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
@@ -36,6 +36,11 @@ class Stored:
     assigned: np.ndarray
 
 
+def voting_settings(core: CoreConfig) -> dict[str, Any]:
+    """What of `core` clusters follow from: how tokens vote, and a text's share of neurons."""
+    return {name: getattr(core, name) for name in _VOTING}
+
+
 def write_clusters(directory: Path, clusters: Clusters, facts: Mapping[str, Any], assigned: np.ndarray) -> None:
     """Write clusters into an empty directory."""
     manifest = {
@@ -44,7 +49,7 @@ def write_clusters(directory: Path, clusters: Clusters, facts: Mapping[str, Any]
         "model": clusters.fingerprint,
         "origin": clusters.origin,
         "layer": clusters.layer,
-        "voting": {name: getattr(clusters.core, name) for name in _VOTING},
+        "voting": voting_settings(clusters.core),
         "names": clusters.names,
         "sizes": clusters.sizes,
         "facts": facts,
@@ -66,7 +71,7 @@ def load_clusters(directory: str | os.PathLike[str]) -> Clusters:
 
 def read_clusters(directory: Path) -> Stored:
     """All that a directory of clusters holds; errors as `load_clusters`."""
-    if not os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+    if not is_directory(directory):
         raise CoreInferError(f"{directory}: no such directory; build clusters with 'coreinfer clusters build'")
     missing = [name for name in (MANIFEST, ARRAYS) if not (directory / name).is_file()]
     if missing:

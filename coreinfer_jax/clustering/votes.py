@@ -18,8 +18,9 @@ from coreinfer_jax.cache import bucket, init_cache
 from coreinfer_jax.checkpoint.files import new_file
 from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.predict import counted_tokens
-from coreinfer_jax.core.select import Votes, Voting, count_votes, kept_neurons, make_voting, most_voted
+from coreinfer_jax.core.select import Votes, Voting, all_finite, count_votes, kept_neurons, make_voting, most_voted
 from coreinfer_jax.errors import CoreInferError, shown_name
+from coreinfer_jax.inputs import check_finite
 from coreinfer_jax.models import extend
 from coreinfer_jax.params import Params
 
@@ -145,8 +146,7 @@ def _count(params: Params, batch: Batch, core: CoreConfig, layer: int) -> dict[s
     votes, chosen, finite = _read(
         params, batch.tokens, voting, kept=kept_neurons(core.beta, config.mlp_size), layer=layer
     )
-    if not bool(finite):
-        raise CoreInferError("activations are NaN or infinite: check the checkpoint, or use --dtype float32")
+    check_finite(finite, "activations")
     vectors = np.zeros((real, config.mlp_size), bool)
     np.put_along_axis(vectors, np.asarray(chosen)[:real], True, axis=1)
     return {
@@ -164,7 +164,7 @@ def _read(params: Params, tokens: Array, voting: Voting, *, kept: int, layer: in
     cache = init_cache(params.config, B, T, params.token_embedding.dtype)
 
     def observe(activations: Array) -> tuple[Votes, Array]:
-        return count_votes(activations, voting), (jnp.isfinite(activations) | ~voting.counted[:, :, None]).all()
+        return count_votes(activations, voting), all_finite(activations, voting)
 
     _, _, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
     votes, finite = zip(*observed, strict=True)

@@ -1,6 +1,6 @@
 """Groups of texts and their neurons: as stored (`Clusters`), and as a model decodes with them (`Groups`)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import floor
 from typing import Literal
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from coreinfer_jax.config import CoreConfig, ModelConfig
+from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.compact import check_dense, compact
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.core.select import kept_neurons
@@ -49,20 +49,20 @@ class Clusters:
         """Every group's K = max(1, floor(gamma F)) most frequent neurons per narrowed layer, ties to the lower index.
 
         Raises:
-            CoreInferError: a published list of fewer than K neurons.
+            CoreInferError: a published list of fewer than K neurons, layers that select none.
         """
         L, F = self.frequencies.shape[1:]
         kept = kept_neurons(core.group_ratio, F)
-        narrowed = [l for l in range(L) if core.narrows(l, L)]
+        narrowed = core.narrowed_layers(L)
         if self.origin == "published":
             self._check_lengths(core.group_ratio, kept, narrowed)
         ranked = np.argsort(-self.frequencies, axis=-1, kind="stable")[..., :kept]
         chosen = np.sort(ranked, axis=-1).astype(np.int32)
         return tuple(CoreNeurons(group[l] if l in narrowed else None for l in range(L)) for group in chosen)
 
-    def _check_lengths(self, gamma: float, kept: int, narrowed: list[int]) -> None:
-        lengths = (self.frequencies[:, narrowed] > 0).sum(axis=-1)
-        if lengths.size and lengths.min() < kept:
+    def _check_lengths(self, gamma: float, kept: int, narrowed: tuple[int, ...]) -> None:
+        lengths = (self.frequencies[:, list(narrowed)] > 0).sum(axis=-1)
+        if lengths.min() < kept:
             c, i = np.unravel_index(lengths.argmin(), lengths.shape)
             F = self.frequencies.shape[-1]
             raise CoreInferError(
@@ -78,8 +78,8 @@ class Clusters:
 
     def check(self, params: Params) -> None:
         """Refuse a model these clusters were not made for."""
-        found = fingerprint(params)
-        if found != self.fingerprint or self.frequencies.shape[1:] != _sizes(params.config):
+        found, sizes = fingerprint(params), (params.config.num_layers, params.config.mlp_size)
+        if found != self.fingerprint or self.frequencies.shape[1:] != sizes:
             raise CoreInferError(
                 f"clusters belong to the model with fingerprint {self.fingerprint}, but this one's is {found}; "
                 "build clusters for this model, or name theirs (float16 weights count as another model)"
@@ -149,9 +149,7 @@ def prepare_groups(params: Params, clusters: Clusters, core: CoreConfig, *, comp
     clusters.check(params)
     _check_votes(clusters, core)
     sets = clusters.sets(core)
-    narrowed = [l for l, indices in enumerate(sets[0].layers) if indices is not None]
-    if not narrowed:
-        raise CoreInferError(f"layers={core.layers} selects none of the model's {len(sets[0].layers)} layers; widen it")
+    narrowed = core.narrowed_layers(params.config.num_layers)
     return Groups(
         params=params,
         clusters=clusters,
@@ -177,13 +175,9 @@ def _indices(chosen: CoreNeurons, layer: int) -> np.ndarray:
 
 def _check_votes(clusters: Clusters, core: CoreConfig) -> None:
     """Refuse settings by which a prompt would vote differently from the texts of the groups."""
-    theirs = replace(core, **{name: getattr(clusters.core, name) for name in ("alpha", "budget", "count_bos")})
-    if theirs != core:
+    theirs = clusters.core
+    if (theirs.alpha, theirs.budget, theirs.count_bos) != (core.alpha, core.budget, core.count_bos):
         settings = f"alpha={theirs.alpha}, budget={theirs.budget!r}, count_bos={theirs.count_bos}"
         raise CoreInferError(f"the clusters' texts voted with {settings}; choose the same, or build them again")
     if core.method == "fused" and clusters.origin == "published":
         raise CoreInferError("method='fused' weighs frequencies, which published lists do not hold; use 'similarity'")
-
-
-def _sizes(config: ModelConfig) -> tuple[int, int]:
-    return config.num_layers, config.mlp_size

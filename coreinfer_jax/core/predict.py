@@ -67,21 +67,9 @@ class Predicted:
         return jax.block_until_ready(narrow(params, self.indices))
 
 
-def narrowed_layers(core: CoreConfig, config: ModelConfig) -> tuple[int, ...]:
-    """The layers that are cut down to core neurons.
-
-    Raises:
-        CoreInferError: there are none.
-    """
-    layers = tuple(l for l in range(config.num_layers) if core.narrows(l, config.num_layers))
-    if not layers:
-        raise CoreInferError(f"layers={core.layers} selects none of the model's {config.num_layers} layers; widen it")
-    return layers
-
-
 def voted_layers(core: CoreConfig, config: ModelConfig, groups: Groups | None) -> tuple[int, ...]:
     """The layers whose votes a prediction needs, ascending."""
-    own = () if core.method == "similarity" else narrowed_layers(core, config)
+    own = () if core.method == "similarity" else core.narrowed_layers(config.num_layers)
     return tuple(sorted({*own, groups.clusters.layer} if groups else own))
 
 
@@ -148,7 +136,7 @@ def predict(
     rows = len(voters)
     if not core.per_row and rows > 1:
         votes, voters = _pooled(votes), voters.min(keepdims=True)
-    narrowed = narrowed_layers(core, config)
+    narrowed = core.narrowed_layers(config.num_layers)
     own, figures, assigned = _measure(
         [votes[l] for l in narrowed if l in votes],
         None if groups is None else votes[groups.clusters.layer],

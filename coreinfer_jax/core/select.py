@@ -102,6 +102,11 @@ def _tally(chosen: Array, activations: Array, counted: Array, early: Votes | Non
     )
 
 
+def all_finite(activations: Array, voting: Voting) -> Array:
+    """Whether the activations [B, T, F] of all counted tokens are finite: bool []."""
+    return (jnp.isfinite(activations) | ~voting.counted[:, :, None]).all()
+
+
 def _count(mask: Array) -> Array:
     return jnp.sum(mask, axis=-1, dtype=jnp.int32)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from coreinfer_jax.checkpoint.files import copy_existing, new_directory, read_json
+from coreinfer_jax.checkpoint.files import SETTINGS, copy_existing, new_directory, read_json
 from coreinfer_jax.checkpoint.hf_export import write_hugging_face
 from coreinfer_jax.checkpoint.mapping import parse_dtype
 from coreinfer_jax.hardware import hardware
@@ -18,7 +18,7 @@ from coreinfer_jax.text import TOKENIZER_FILES
 from coreinfer_jax.training.checkpoints import History
 from coreinfer_jax.training.corpus import Text, load_tokens
 from coreinfer_jax.training.curve import LOSS_JSON, LOSS_PNG
-from coreinfer_jax.training.preparation import EARLIER, FACTS, SETTINGS, TOKENS
+from coreinfer_jax.training.preparation import EARLIER, FACTS, TOKENS
 from coreinfer_jax.training.recipe import Recipe
 
 # What the command line and transformers draw with unless told otherwise: models this small, left to their most probable

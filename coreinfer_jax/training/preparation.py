@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from coreinfer_jax.checkpoint.files import copy_existing, new_directory, read_json, to_path
+from coreinfer_jax.checkpoint.files import SETTINGS, copy_existing, is_directory, new_directory, read_json, to_path
 from coreinfer_jax.checkpoint.loading import load, model_path, open_model
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.fingerprint import fingerprint
@@ -20,7 +20,7 @@ from coreinfer_jax.training.corpus import Text, read_text, tokenise, vocabulary_
 from coreinfer_jax.training.recipe import Recipe, model_config
 from coreinfer_jax.training.vocabulary import SPECIAL_IDS, train_vocabulary
 
-SETTINGS, TOKENS, CHECKPOINT = "settings.json", "tokens.safetensors", "checkpoint.safetensors"
+TOKENS, CHECKPOINT = "tokens.safetensors", "checkpoint.safetensors"
 
 # What a finished model says of its training, and the name a run that goes on from the model gives it.
 FACTS, EARLIER = "training.json", "earlier.json"
@@ -58,7 +58,7 @@ def prepare(
         "texts": {source.name: source.digest for source in sources},
         "init_from": None if first is None else fingerprint(first),
     }
-    if os.path.isdir(run):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+    if is_directory(run):
         _check_settings(run, settings)
         return first
     with new_directory(run) as partial:
