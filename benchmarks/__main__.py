@@ -2,36 +2,107 @@
 
 import argparse
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks import first_run, group_switch, keep_ratio, prediction, report, static_argument
+from benchmarks import decode, first_run, group_switch, keep_ratio, prediction, report, static_argument
 from benchmarks.environment import RESULTS
+from benchmarks.shapes import SHAPES
+from coreinfer_jax.errors import CoreInferError
 
-MEASUREMENTS = {
-    "static-argument": lambda options: static_argument.measure(),
-    "group-switch": lambda options: group_switch.measure(),
-    "prediction": lambda options: prediction.measure(),
-    "keep-ratio": lambda options: keep_ratio.measure(options.texts),
-    "first-run": lambda options: first_run.measure(),
-}
+Measurement = Callable[[argparse.Namespace], list[dict[str, Any]]]
+TEXTS = Path("../shared/data/text")
 
 
-def main() -> None:
-    """Run one measurement or the report."""
+def main() -> int:
+    """Run one measurement or the report; mistakes get one line and exit status 2."""
+    options = _parser().parse_args()
+    try:
+        options.run(options)
+    except CoreInferError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("what", choices=(*MEASUREMENTS, "report"))
+    commands = parser.add_subparsers(required=True, metavar="NAME")
+    _add(commands, "decode", "decoding side by side with other libraries", _decode, _add_decode_options)
+    _add(commands, "static-argument", "core neurons as a static argument", lambda _: [static_argument.measure()])
+    _add(commands, "group-switch", "what another group costs", lambda _: [group_switch.measure()])
+    _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
+    _add(commands, "keep-ratio", "perplexity by keep ratio", lambda o: [keep_ratio.measure(o.texts)], _add_texts)
+    _add(commands, "first-run", "what the embedded models write", lambda _: [first_run.measure()])
+    filled = commands.add_parser("report", help="fill the tables and draw the charts of the committed results")
+    filled.set_defaults(run=lambda options: report.update())
+    return parser
+
+
+def _add(
+    commands: Any,
+    name: str,
+    help_: str,
+    measurement: Measurement,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> None:
+    parser = commands.add_parser(name, help=help_)
     parser.add_argument(
-        "--texts", type=Path, default=Path("../shared/data/text"), help="folder of stories.txt and prose.txt"
+        "--out", type=Path, default=RESULTS / f"{name}.jsonl", help="file to append JSON lines to (%(default)s)"
     )
-    options = parser.parse_args()
-    if options.what == "report":
-        report.update()
-        return
-    result = json.dumps(MEASUREMENTS[options.what](options))
-    print(result)
-    with (RESULTS / f"{options.what}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(result + "\n")
+    add_options(parser)
+    parser.set_defaults(run=lambda options: _append(measurement(options), options.out))
+
+
+def _append(results: list[dict[str, Any]], out: Path) -> None:
+    lines = "".join(json.dumps(result) + "\n" for result in results)
+    if len(results) == 1:
+        print(lines, end="")
+    with out.open("a", encoding="utf-8") as file:
+        file.write(lines)
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of stories.txt and prose.txt")
+
+
+def _add_decode_options(parser: argparse.ArgumentParser) -> None:
+    plan = decode.Plan("")
+    parser.add_argument("--model", required=True, help=f"{', '.join(SHAPES)}, or a config.json")
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument(
+        "--contenders", nargs="+", help=f"some of {', '.join(decode.CONTENDERS)}; default: all there are"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", default=plan.dtypes, choices=plan.dtypes, help="of ours and transformers"
+    )
+    parser.add_argument("--keeps", nargs="+", type=float, default=plan.keeps, help="keep ratios (%(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=plan.prompt_tokens, help="(%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=plan.new_tokens, help="(%(default)s)")
+    parser.add_argument("--rows", type=int, default=plan.rows, help="batch size (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=plan.rounds, help="turns of every contender (%(default)s)")
+
+
+def _decode(options: argparse.Namespace) -> list[dict[str, Any]]:
+    plan = decode.Plan(
+        model=options.model,
+        layers=options.layers,
+        contenders=None if options.contenders is None else tuple(options.contenders),
+        dtypes=tuple(options.dtypes),
+        keeps=tuple(options.keeps),
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        rows=options.rows,
+        rounds=options.rounds,
+    )
+    results, failures = decode.measure(plan)
+    print(decode.table(results))
+    for failure in failures:
+        print(f"benchmarks: left out: {failure}", file=sys.stderr)
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

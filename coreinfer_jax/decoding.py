@@ -97,13 +97,21 @@ def prefill(
     return state, jax.tree.map(jnp.add, votes, new)
 
 
-# The cache is donated: each dispatch extends it in place. XLA's loop-invariant code motion is off because on CPU it
-# hoists float32 copies of bfloat16 weights out of the loop, a second, wider copy of the model made anew each dispatch.
-@partial(
-    jax.jit,
-    donate_argnames="state",
-    compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
-)
+# Loop-invariant code motion is off because on CPU it hoists float32 copies of bfloat16 weights out of the loop, a
+# second, wider copy of the model made anew each dispatch. Sums in any order let CPU code use vector instructions for
+# products with bfloat16 weights (six times the speed since JAX 0.11); NaN, infinity and division stay exact.
+DECODE_OPTIONS: dict[str, str | bool] = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+    "xla_cpu_enable_fast_math": True,
+    "xla_cpu_fast_math_honor_nans": True,
+    "xla_cpu_fast_math_honor_infs": True,
+    "xla_cpu_fast_math_honor_division": True,
+    "xla_cpu_fast_math_honor_functions": True,
+}
+
+
+# The cache is donated: each dispatch extends it in place.
+@partial(jax.jit, donate_argnames="state", compiler_options=DECODE_OPTIONS)
 def decode(params: Params, state: DecodeState, sampling: Sampling, steps: Array) -> tuple[DecodeState, Array]:
     """Up to `steps` decode steps, fewer once every row is complete: the state and the tokens drawn, int32 [B, 64]."""
     drawn = jnp.zeros((state.token.shape[0], DISPATCH), jnp.int32)

@@ -15,16 +15,32 @@ def linear(x: Array, layer: Linear) -> Array:
 
     Products are accumulated in float32 whatever the dtype.
     """
-    weight = layer.weight
-    y = jax.vmap(lambda row, own: matmul(row[None], own)[0])(x, weight) if weight.ndim == 3 else matmul(x, weight)
+    y = _matmul_per_row(x, layer.weight) if layer.weight.ndim == 3 else matmul(x, layer.weight)
     return _add_bias(y, layer.bias).astype(x.dtype)
 
 
 def matmul(x: Array, weight: Array) -> Array:
     """x [B, T, in] times weight [out, in]: float32 [B, T, out]."""
-    if x.dtype == jnp.float32 or x.shape[0] * x.shape[1] > 1:
+    if not _is_narrow_row(x):
         return _contract_last(x, weight)
-    return lax.platform_dependent(x, weight, cpu=_doubled_row, default=_contract_last)
+    return lax.platform_dependent(x, weight, cpu=_fused_row, default=_contract_last)
+
+
+def _matmul_per_row(x: Array, weight: Array) -> Array:
+    """x [B, T, in], each row times its own of weight [B, out, in]: float32 [B, T, out]."""
+
+    def one(row: Array, own: Array) -> Array:
+        if not _is_narrow_row(row[None]):
+            return _contract_last(row[None], own)[0]
+        return lax.platform_dependent(row[None], own, cpu=_doubled_row, default=_contract_last)[0]
+
+    return jax.vmap(one)(x, weight)
+
+
+def _is_narrow_row(x: Array) -> bool:
+    """Whether x [B, T, in] is one row of 16 bits."""
+    # XLA's CPU code makes a float32 copy of the whole weight for such a product, in every step.
+    return x.dtype.itemsize == 2 and x.shape[0] * x.shape[1] == 1
 
 
 def _contract_last(x: Array, weight: Array) -> Array:
@@ -34,9 +50,20 @@ def _contract_last(x: Array, weight: Array) -> Array:
     return lax.dot_general(x, weight, (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+# Longer rows, 16 KiB as float32, are not fused with what they are multiplied by.
+_FUSED_INPUTS = 4095
+
+
+def _fused_row(x: Array, weight: Array) -> Array:
+    # Times the transpose, the conversion of the weight becomes part of the product, which then runs at the memory's
+    # speed; unless an addition is fused with it first, which the barrier prevents.
+    if x.shape[2] > _FUSED_INPUTS:
+        return _doubled_row(x, weight)
+    return lax.optimization_barrier(jnp.dot(x[0], weight.T, preferred_element_type=jnp.float32))[None]
+
+
 def _doubled_row(x: Array, weight: Array) -> Array:
-    # For a single 16-bit row XLA's CPU code first makes a float32 copy of the whole weight, in every step; for two rows
-    # it reads the weight as it is.
+    # For two rows the weight is read as it is, at half the memory's speed or more.
     return _contract_last(jnp.concatenate([x, x], axis=1), weight)[:, :1]
 
 

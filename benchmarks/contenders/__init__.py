@@ -1,0 +1,1 @@
+"""What is measured side by side. Each contender runs in a process of its own: see `benchmarks.worker`."""

@@ -1,0 +1,70 @@
+"""This library: the full model, or narrowed to core neurons that the prompt chooses."""
+
+from time import perf_counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import coreinfer_jax as ci
+from benchmarks.contenders.trial import Report, Trial
+from benchmarks.shapes import shape_config, shape_params
+from coreinfer_jax.cache import bucket, init_cache
+from coreinfer_jax.decoding import DecodeState, decode
+from coreinfer_jax.inputs import make_sampling
+
+
+def run(trial: Trial) -> Report:
+    """Load, generate once, then measure."""
+    began = perf_counter()
+    params = jax.block_until_ready(shape_params(shape_config(trial.fields), trial.dtype))
+    loaded = perf_counter()
+    core = None if trial.keep is None else ci.CoreConfig(beta=trial.keep, per_row=trial.per_row)
+    prompts = prompt_ids(trial)
+    ci.generate(params, prompts, core, max_new_tokens=trial.new_tokens)
+    first_call = perf_counter() - loaded
+    outs = [ci.generate(params, prompts, core, max_new_tokens=trial.new_tokens) for _ in range(trial.generations)]
+    stats = [out.stats for out in outs]
+    before = [s.prefill_seconds + s.selection_seconds + s.compaction_seconds for s in stats]
+    return Report(
+        decode_seconds=[s.decode_seconds for s in stats],
+        first_token_seconds=before,
+        made_tokens=[int(out.lengths.min()) for out in outs],
+        load_seconds=loaded - began,
+        first_call_seconds=first_call,
+        bytes_per_token=stats[-1].bytes_read_per_token,
+        prefill_seconds=[s.prefill_seconds for s in stats],
+        selection_seconds=[s.selection_seconds for s in stats],
+        compaction_seconds=[s.compaction_seconds for s in stats],
+        temporary_bytes=_temporary_bytes(params if outs[-1].core is None else ci.compact(params, outs[-1].core), trial),
+        device_bytes=device_bytes(),
+    )
+
+
+def prompt_ids(trial: Trial) -> np.ndarray:
+    """Random tokens [B, T], the same for every contender."""
+    ids = np.random.default_rng(0).integers(10, trial.fields["vocab_size"] - 10, (trial.rows, trial.prompt_tokens))
+    return ids.astype(np.int32)
+
+
+def device_bytes() -> int | None:
+    """Most bytes in use on the accelerator so far; None on a CPU."""
+    usage = jax.devices()[0].memory_stats()
+    return None if usage is None else int(usage["peak_bytes_in_use"])
+
+
+def _temporary_bytes(params: ci.Params, trial: Trial) -> int | None:
+    """Bytes the decode program needs besides its arguments; None where the compiler does not say."""
+    config, rows = params.config, trial.rows
+    state = DecodeState(
+        cache=init_cache(config, rows, bucket(trial.prompt_tokens + trial.new_tokens), jnp.dtype(trial.dtype)),
+        token=jnp.zeros(rows, jnp.int32),
+        position=jnp.zeros(rows, jnp.int32),
+        length=jnp.ones(rows, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        step=jnp.int32(1),
+        finite=jnp.bool_(True),
+    )
+    sampling = make_sampling(config, 0.0, None, None, (), None)
+    analysis = decode.lower(params, state, sampling, np.int32(1)).compile().memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)

@@ -1,0 +1,88 @@
+"""Hugging Face transformers on PyTorch: `generate` as it comes, or with a static cache and torch.compile."""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from benchmarks.contenders.coreinfer import prompt_ids
+from benchmarks.contenders.trial import Report, Trial
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Clock(StoppingCriteria):
+    """Notes when each token is there; never stops anything."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def run(trial: Trial) -> Report:
+    """Load, generate once, then measure."""
+    began = perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fields = dict(trial.fields)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[trial.dtype])  # type: ignore[no-untyped-call]
+    model.eval()
+    compiled = trial.contender == "transformers-compiled"
+    if compiled:
+        # CUDA graphs are what "reduce-overhead" adds; on a CPU there are none.
+        model.forward = torch.compile(model.forward, mode="reduce-overhead" if device == "cuda" else None)
+    loaded = perf_counter()
+    ids = torch.from_numpy(prompt_ids(trial)).long().to(device)
+    options: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
+    runs = [_generate(model, ids, trial.new_tokens, options) for _ in range(trial.generations + 1)]
+    times, counts = zip(*runs[1:], strict=True)
+    return Report(
+        decode_seconds=[t[-1] - t[1] for t in times],
+        first_token_seconds=[t[1] - t[0] for t in times],
+        made_tokens=list(counts),
+        load_seconds=loaded - began,
+        first_call_seconds=runs[0][0][-1] - runs[0][0][0],
+        bytes_per_token=_bytes_per_token(model, trial),
+        device_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
+    )
+
+
+@torch.inference_mode()
+def _generate(model: Any, ids: torch.Tensor, tokens: int, options: dict[str, Any]) -> tuple[list[float], int]:
+    """When the request began and each token came, and how many came."""
+    clock = _Clock()
+    began = perf_counter()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([clock]),
+        **options,
+    )
+    return [began, *clock.times], int(out.shape[1] - ids.shape[1])
+
+
+def _bytes_per_token(model: Any, trial: Trial) -> float:
+    """Weights but for the tables that are looked up, and a cache as long as the text at its end, per row."""
+    config = model.config
+    looked_up = [] if config.tie_word_embeddings else [model.get_input_embeddings().weight]
+    if hasattr(model.model, "decoder"):  # OPT's positions
+        looked_up.append(model.model.decoder.embed_positions.weight)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size -= sum(table.numel() * table.element_size() for table in looked_up)
+    head = config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    length = trial.prompt_tokens + trial.new_tokens
+    cache = 2 * config.num_hidden_layers * heads * head * length * model.dtype.itemsize
+    return float(size / trial.rows + cache)

@@ -1,0 +1,179 @@
+"""Neurons predicted anew for every token, as Deja Vu (arXiv 2310.17157) and PowerInfer (arXiv 2312.12456) do.
+
+Per layer a low-rank predictor scores the MLP's neurons from its input, and the weights of the K best are gathered for
+this one token. Random predictors serve: what is measured is their time and memory, and that of changing the neurons.
+Down projections are stored neuron by neuron, so that all three gathers take whole rows.
+"""
+
+from dataclasses import replace
+from functools import partial
+from time import perf_counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+from benchmarks.contenders.coreinfer import device_bytes, prompt_ids
+from benchmarks.contenders.trial import Report, Trial
+from benchmarks.shapes import shape_config, shape_params
+from coreinfer_jax.cache import KVCache, bucket, init_cache
+from coreinfer_jax.config import ModelConfig
+from coreinfer_jax.core.select import kept_neurons
+from coreinfer_jax.decoding import DECODE_OPTIONS, no_votes, prefill
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.inputs import make_sampling
+from coreinfer_jax.layers import attention, layer_norm, linear, matmul, mlp_activations, rms_norm
+from coreinfer_jax.models import llama, opt, unembed
+from coreinfer_jax.params import Linear, Mlp, Params, leaf_bytes, weight_bytes_per_step
+
+RANK = 1000
+_FAMILIES = {"opt": (opt, layer_norm), "llama": (llama, rms_norm)}
+
+
+@struct.dataclass
+class Predictor:
+    """Scores of a layer's neurons, expand (compress x): compress [R, D], expand [F, R]."""
+
+    compress: Linear
+    expand: Linear
+
+
+def run(trial: Trial) -> Report:
+    """Load, generate once, then measure: the prompt with the full model, every token after the first predicted."""
+    if trial.rows != 1 or trial.keep is None:
+        raise CoreInferError("the predictor is measured for one row and a keep ratio")
+    began = perf_counter()
+    config = shape_config(trial.fields)
+    if not config.norm_first:
+        raise CoreInferError("the predictor is not measured for models that normalise after the sum (opt-350m)")
+    params = jax.block_until_ready(shape_params(config, trial.dtype))
+    predictors = jax.block_until_ready(_predictors(params))
+    by_neuron = jax.block_until_ready(_by_neuron(params))
+    loaded = perf_counter()
+    kept = kept_neurons(trial.keep, config.mlp_size)
+    timings = [_generate(params, by_neuron, predictors, kept, trial) for _ in range(trial.generations + 1)]
+    # The unmeasured generation is the first.
+    first_call, measured = sum(timings[0]), timings[1:]
+    return Report(
+        decode_seconds=[decoding for _, decoding in measured],
+        first_token_seconds=[first for first, _ in measured],
+        made_tokens=[trial.new_tokens] * len(measured),
+        load_seconds=loaded - began,
+        first_call_seconds=first_call,
+        bytes_per_token=bytes_per_token(params, predictors, kept, trial),
+        prefill_seconds=[first for first, _ in measured],
+        device_bytes=device_bytes(),
+    )
+
+
+def _generate(
+    params: Params, by_neuron: Params, predictors: list[Predictor], kept: int, trial: Trial
+) -> tuple[float, float]:
+    """Seconds to the first token, and of all others."""
+    began = perf_counter()
+    config = params.config
+    cache = init_cache(config, 1, bucket(trial.prompt_tokens + trial.new_tokens), jnp.dtype(trial.dtype))
+    length = np.full(1, trial.prompt_tokens, np.int32)
+    sampling = make_sampling(config, 0.0, None, None, (), None)
+    state, _ = prefill(
+        params,
+        prompt_ids(trial),
+        length,
+        np.zeros(1, np.int32),
+        cache,
+        no_votes(config, 1, 0, False),
+        sampling,
+        None,
+        voted=(),
+    )
+    jax.block_until_ready(state)
+    first = perf_counter()
+    made = _decode(by_neuron, predictors, state.cache, state.token, jnp.asarray(length), trial.new_tokens - 1, kept)
+    jax.block_until_ready(made)
+    return first - began, perf_counter() - first
+
+
+@partial(jax.jit, static_argnames="kept", donate_argnames="cache", compiler_options=DECODE_OPTIONS)
+def _decode(
+    params: Params, predictors: list[Predictor], cache: KVCache, token: Array, position: Array, steps: int, kept: int
+) -> tuple[KVCache, Array]:
+    def step(i: Array, state: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
+        cache, token = state
+        return _step(params, predictors, cache, token, position + i, kept)
+
+    return lax.fori_loop(0, steps, step, (cache, token))
+
+
+def _step(
+    params: Params, predictors: list[Predictor], cache: KVCache, token: Array, position: Array, kept: int
+) -> tuple[KVCache, Array]:
+    """The cache after `token` [1] at `position` [1], and the next token."""
+    config, positions = params.config, position[:, None]
+    family, normed = _FAMILIES[config.family]
+    x, context = family.embed(params, token[:, None], positions)
+    written = []
+    for layer, predictor, past in zip(
+        params.layers, predictors, zip(cache.keys, cache.values, strict=True), strict=True
+    ):
+        attended, past = attention(
+            normed(x, layer.attention_norm, config.norm_eps), layer.attention, past, positions, context, config
+        )
+        x = x + attended
+        x = x + _predicted_mlp(normed(x, layer.mlp_norm, config.norm_eps), layer.mlp, predictor, kept, config)
+        written.append(past)
+    keys, values = zip(*written, strict=True)
+    logits = unembed(params, family.finish(params, x))
+    return KVCache(keys=keys, values=values), jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+
+
+def _predicted_mlp(x: Array, mlp: Mlp, predictor: Predictor, kept: int, config: ModelConfig) -> Array:
+    """The MLP's output for x [1, 1, D], by the `kept` neurons with the highest scores."""
+    scores = linear(linear(x, predictor.compress), predictor.expand)
+    chosen = lax.top_k(scores[0, 0], kept)[1]
+    narrow = replace(mlp, gate=None if mlp.gate is None else _rows(mlp.gate, chosen), up=_rows(mlp.up, chosen))
+    activations = mlp_activations(x, narrow, config)
+    down = jnp.take(mlp.down.weight, chosen, axis=0, mode="clip")
+    y = matmul(activations, down.T)
+    return (y if mlp.down.bias is None else y + mlp.down.bias[None, None].astype(y.dtype)).astype(x.dtype)
+
+
+def _rows(layer: Linear, chosen: Array) -> Linear:
+    return jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0, mode="clip"), layer)
+
+
+@jax.jit
+def _predictors(params: Params) -> list[Predictor]:
+    """Parts of the model's own random weights, repeated, as predictors of every layer."""
+
+    def weight(size_out: int, size_in: int) -> Linear:
+        return Linear(weight=jnp.resize(params.token_embedding, (size_out, size_in)))
+
+    D, F = params.config.hidden_size, params.config.mlp_size
+    return [Predictor(compress=weight(RANK, D), expand=weight(F, RANK)) for _ in params.layers]
+
+
+@jax.jit
+def _down_by_neuron(down: list[Array]) -> list[Array]:
+    return [weight.T for weight in down]
+
+
+def _by_neuron(params: Params) -> Params:
+    """`params` whose down projections are stored [F, D]."""
+    turned = _down_by_neuron([layer.mlp.down.weight for layer in params.layers])
+    layers = tuple(
+        replace(layer, mlp=replace(layer.mlp, down=replace(layer.mlp.down, weight=weight)))
+        for layer, weight in zip(params.layers, turned, strict=True)
+    )
+    return replace(params, layers=layers)
+
+
+def bytes_per_token(params: Params, predictors: list[Predictor], kept: int, trial: Trial) -> float:
+    """Bytes a step needs: predictors, the chosen neurons, everything else of the model, and the cache."""
+    config = params.config
+    mlps = sum(leaf_bytes(leaf) for layer in params.layers for leaf in jax.tree.leaves(layer.mlp))
+    S = bucket(trial.prompt_tokens + trial.new_tokens)
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_size * S * params.token_embedding.dtype.itemsize
+    predicted = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(predictors))
+    return weight_bytes_per_step(params, 1) - mlps + mlps * kept / config.mlp_size + predicted + cache

@@ -1,0 +1,286 @@
+"""Decoding side by side: every contender in a process of its own, all in turn, several rounds of it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.contenders.trial import Trial
+from benchmarks.environment import REPOSITORY, environment, spread
+from benchmarks.shapes import Fields, shape_config, shape_fields
+from coreinfer_jax.errors import CoreInferError
+
+KEEPS = (0.4, 0.2)
+DTYPES = ("float32", "bfloat16")
+GGUF_TYPES = ("F16", "Q8_0", "Q4_0")
+CONTENDERS = ("coreinfer", "predictor", "transformers-eager", "transformers-compiled", "llama.cpp")
+_NEEDS = {
+    "transformers-eager": ("torch",),
+    "transformers-compiled": ("torch",),
+    "llama.cpp": ("llama_cpp", "gguf"),
+}
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run compares.
+
+    Attributes:
+        model: name of a shape, or a config.json.
+        layers: of the model; None for all.
+        contenders: some of `CONTENDERS`; None for all that are installed and know the model.
+        dtypes: of ours and of transformers.
+        keeps: keep ratios of ours; the predictor takes the last.
+        prompt_tokens: per row.
+        new_tokens: per row.
+        rows: batch size.
+        rounds: how often all take their turn.
+    """
+
+    model: str
+    layers: int | None = None
+    contenders: tuple[str, ...] | None = None
+    dtypes: tuple[str, ...] = DTYPES
+    keeps: tuple[float, ...] = KEEPS
+    prompt_tokens: int = 64
+    new_tokens: int = 32
+    rows: int = 1
+    rounds: int = 3
+
+
+def measure(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
+    """One result per contender, in the order of the plan, and what those said that failed.
+
+    Raises:
+        CoreInferError: an unknown model or contender, or sizes that do not fit.
+    """
+    fields = shape_fields(plan.model, plan.layers)
+    _check(plan, fields)
+    with TemporaryDirectory(prefix="coreinfer-benchmark-") as folder:
+        trials = [_prepared(trial, Path(folder)) for trial in trials_of(plan, fields)]
+        measured, failures = _rounds(trials, plan.rounds)
+    made_on = environment()
+    results = [_result(plan, trial, rounds) | made_on for trial, rounds in zip(trials, measured, strict=True) if rounds]
+    return [result | _gains(result, results) for result in results], failures
+
+
+def _check(plan: Plan, fields: Fields) -> None:
+    unknown = [name for name in plan.contenders or () if name not in CONTENDERS]
+    if unknown:
+        raise CoreInferError(f"--contenders {unknown[0]}: give some of {', '.join(CONTENDERS)}")
+    for name in plan.contenders or ():
+        if missing := _missing(name):
+            raise CoreInferError(f"--contenders {name}: {missing} is not installed (pip install {missing})")
+    if min(plan.rounds, plan.rows, plan.prompt_tokens) < 1 or plan.new_tokens < 2:
+        raise CoreInferError("--rounds, --rows and --prompt-tokens are at least 1, --new-tokens at least 2")
+    positions = shape_config(fields).max_positions
+    if plan.prompt_tokens + plan.new_tokens > positions:
+        raise CoreInferError(f"--prompt-tokens and --new-tokens together exceed the model's {positions} positions")
+
+
+def _missing(contender: str) -> str | None:
+    """The first package the contender needs and does not find."""
+    return next((name for name in _NEEDS.get(contender, ()) if find_spec(name) is None), None)
+
+
+def trials_of(plan: Plan, fields: Fields) -> list[Trial]:
+    """Every contender in every type it has."""
+    wanted = plan.contenders or [name for name in CONTENDERS if _missing(name) is None and _knows(name, plan, fields)]
+    base = Trial("", "", None, fields, plan.prompt_tokens, plan.new_tokens, plan.rows)
+    made: list[Trial] = []
+    for name in wanted:
+        dtypes = GGUF_TYPES if name == "llama.cpp" else plan.dtypes
+        keeps = {"coreinfer": (None, *plan.keeps), "predictor": plan.keeps[-1:]}.get(name, (None,))
+        made += [replace(base, contender=name, dtype=dtype, keep=keep) for dtype in dtypes for keep in keeps]
+    return made
+
+
+def _knows(contender: str, plan: Plan, fields: Fields) -> bool:
+    if contender == "llama.cpp":
+        return fields["model_type"] == "llama" and plan.rows == 1
+    return contender != "predictor" or (plan.rows == 1 and shape_config(fields).norm_first)
+
+
+def _prepared(trial: Trial, folder: Path) -> Trial:
+    """`trial` with its own folder for compiled programs, and its weights file where it reads one."""
+    cache = folder / trial.name.replace(" ", "-")
+    cache.mkdir()
+    if trial.contender != "llama.cpp":
+        return replace(trial, cache=str(cache))
+    from benchmarks.gguf_file import write_gguf
+
+    path = folder / f"{trial.dtype}.gguf"
+    write_gguf(path, trial.fields, trial.dtype)
+    return replace(trial, gguf=str(path))
+
+
+def _rounds(trials: Sequence[Trial], rounds: int) -> tuple[list[list[dict[str, Any]]], list[str]]:
+    """What each trial measured in each round, and why those failed whose lists are empty.
+
+    Every round starts with the next trial, so that none is always first. Who fails once has no further turn.
+    """
+    measured: list[list[dict[str, Any]]] = [[] for _ in trials]
+    failures: dict[int, str] = {}
+    turns = [(i + turn) % len(trials) for turn in range(rounds) for i in range(len(trials))]
+    bar = tqdm(turns, unit="run", disable=None)
+    for i in bar:
+        bar.set_description(trials[i].name)
+        if i in failures:
+            continue
+        try:
+            measured[i].append(in_process(trials[i]))
+        except CoreInferError as error:
+            failures[i], measured[i] = str(error), []
+    return measured, list(failures.values())
+
+
+def in_process(trial: Trial) -> dict[str, Any]:
+    """What `benchmarks.worker` measures of `trial`.
+
+    Raises:
+        CoreInferError: it failed, with the reason it gave.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.worker"],
+        input=json.dumps(asdict(trial)),
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | _worker_environment(trial),
+        check=False,
+    )
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        raise CoreInferError(f"{trial.name}: {said[-1] if said else f'ended with status {done.returncode}'}")
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def _worker_environment(trial: Trial) -> dict[str, str]:
+    compiled = {} if trial.cache is None else {"TORCHINDUCTOR_CACHE_DIR": f"{trial.cache}/torch"}
+    # What is allocated is what is used, so that figures of device memory mean something.
+    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **compiled}
+
+
+def _result(plan: Plan, trial: Trial, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON line of a contender."""
+    steps = trial.new_tokens - 1
+    milliseconds = [1000 * seconds / steps for one in rounds for seconds in one["decode_seconds"]]
+    by_round = [median(1000 * seconds / steps for seconds in one["decode_seconds"]) for one in rounds]
+    gb = rounds[0]["bytes_per_token"] / GB
+    # Bytes that one pass over the weights reads serve all rows.
+    speeds = [gb * trial.rows / (ms / 1000) for ms in by_round]
+    shares = [speed * GB / one["bandwidth"] for speed, one in zip(speeds, rounds, strict=True)]
+    compiling = [max(0.0, one["first_call_seconds"] - _generation(one)) for one in rounds]
+    whole = shape_config(shape_fields(plan.model, None)).num_layers
+    return {
+        "benchmark": "decode",
+        "contender": trial.contender,
+        "model": plan.model,
+        "layers": trial.fields["num_hidden_layers"],
+        "model_layers": whole,
+        "dtype": trial.dtype,
+        "keep": trial.keep,
+        "rows": trial.rows,
+        "prompt_tokens": trial.prompt_tokens,
+        "new_tokens": trial.new_tokens,
+        "rounds": plan.rounds,
+        "decode_ms_per_token": spread(milliseconds),
+        "decode_ms_per_token_by_round": by_round,
+        "gb_per_token": gb,
+        "gb_per_second": spread(speeds),
+        "plain_gb_per_second": spread([one["bandwidth"] / GB for one in rounds]),
+        "bandwidth_share": spread(shares),
+        "first_token_seconds": _spread_of(rounds, "first_token_seconds"),
+        "prefill_seconds": _spread_of(rounds, "prefill_seconds"),
+        "selection_seconds": _spread_of(rounds, "selection_seconds"),
+        "compaction_seconds": _spread_of(rounds, "compaction_seconds"),
+        "tokens_per_second": spread([trial.rows * trial.new_tokens / _generation(one) for one in rounds]),
+        "load_seconds": spread([one["load_seconds"] for one in rounds]),
+        "compile_cold_seconds": compiling[0],
+        "compile_warm_seconds": spread(compiling[1:]) if compiling[1:] else None,
+        "anonymous_gb": max(one["anonymous_bytes"] for one in rounds) / GB,
+        "file_gb": max(one["file_bytes"] for one in rounds) / GB,
+        "device_gb": _most(rounds, "device_bytes"),
+        "temporary_gb": _most(rounds, "temporary_bytes"),
+    }
+
+
+def _generation(one: dict[str, Any]) -> float:
+    """Seconds of a whole generation."""
+    return median(a + b for a, b in zip(one["first_token_seconds"], one["decode_seconds"], strict=True))
+
+
+def _spread_of(rounds: list[dict[str, Any]], name: str) -> dict[str, float] | None:
+    values = [seconds for one in rounds for seconds in one[name]]
+    return spread(values) if values else None
+
+
+def _most(rounds: list[dict[str, Any]], name: str) -> float | None:
+    known = [one[name] for one in rounds if one[name] is not None]
+    return max(known) / GB if known else None
+
+
+def _gains(result: dict[str, Any], results: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """For a narrowed contender of ours: new tokens from which it is done sooner than the full model in its dtype."""
+    if result["contender"] != "coreinfer" or result["keep"] is None:
+        return {}
+    dense = [
+        r for r in results if r["contender"] == "coreinfer" and r["keep"] is None and r["dtype"] == result["dtype"]
+    ]
+    return {"pays_from_tokens": _pays_from(result, dense[0])} if dense else {}
+
+
+def _pays_from(narrowed: dict[str, Any], dense: dict[str, Any]) -> int | None:
+    """The fewest new tokens for which narrowing takes less time, None when it never does."""
+    later = 1000 * (narrowed["first_token_seconds"]["median"] - dense["first_token_seconds"]["median"])
+    saved = dense["decode_ms_per_token"]["median"] - narrowed["decode_ms_per_token"]["median"]
+    return None if saved <= 0 else 1 + max(1, int(later / saved) + 1)
+
+
+def ratios(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """How many times faster `one` decodes than `other`, round by round: median, least and most."""
+    pairs = zip(one["decode_ms_per_token_by_round"], other["decode_ms_per_token_by_round"], strict=True)
+    return spread([theirs / ours for ours, theirs in pairs])
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results for a terminal."""
+    rows = [[name for name, _ in _COLUMNS]] + [[cell(result) for _, cell in _COLUMNS] for result in results]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _range(values: dict[str, float] | None, digits: int) -> str:
+    if values is None:
+        return "-"
+    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f}..{values['max']:.{digits}f})"
+
+
+_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("contender", lambda r: r["contender"]),
+    ("dtype", lambda r: r["dtype"]),
+    ("keep", lambda r: "all" if r["keep"] is None else f"{r['keep']:g}"),
+    ("ms per token", lambda r: _range(r["decode_ms_per_token"], 1)),
+    ("GB per token", lambda r: f"{r['gb_per_token']:.2f}"),
+    ("GB/s", lambda r: _range(r["gb_per_second"], 1)),
+    ("of plain reads", lambda r: f"{r['bandwidth_share']['median']:.0%}"),
+    ("first token s", lambda r: f"{r['first_token_seconds']['median']:.2f}"),
+    ("compile s, again", lambda r: f"{r['compile_cold_seconds']:.1f}, {_again(r)}"),
+    ("memory GB, mapped", lambda r: f"{r['anonymous_gb']:.1f}, {r['file_gb']:.1f}"),
+)
+
+
+def _again(result: dict[str, Any]) -> str:
+    warm = result["compile_warm_seconds"]
+    return "-" if warm is None else f"{warm['median']:.1f}"

@@ -1,0 +1,67 @@
+"""One contender in a process of its own: reads a `Trial` as JSON from standard input, prints what it measured."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+
+import jax
+
+from benchmarks.contenders.trial import Report, Trial
+from benchmarks.memory import copy_bandwidth, read_bandwidth, watched
+from coreinfer_jax.errors import CoreInferError
+
+# A module per contender, imported where it runs: none needs what another is made of.
+MODULES = {
+    "coreinfer": "coreinfer",
+    "predictor": "predictor",
+    "transformers-eager": "hugging_face",
+    "transformers-compiled": "hugging_face",
+    "llama.cpp": "llama_cpp",
+}
+STOPPED_EARLY = "made {made} tokens and not the {asked} asked for"
+
+
+def measure(trial: Trial) -> dict[str, object]:
+    """What the contender measured, its peak memory, and the bandwidth that plain reads or copies have here."""
+    if trial.cache is not None:
+        jax.config.update("jax_compilation_cache_dir", trial.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    bandwidth = _bandwidth()
+    run: Callable[[Trial], Report] = import_module(f"benchmarks.contenders.{MODULES[trial.contender]}").run
+    with watched() as peak:
+        report = run(trial)
+    made = min(report.made_tokens)
+    if made != trial.new_tokens:
+        raise CoreInferError(STOPPED_EARLY.format(made=made, asked=trial.new_tokens))
+    return asdict(report) | {
+        "anonymous_bytes": peak.anonymous,
+        "file_bytes": peak.file,
+        "bandwidth": bandwidth,
+    }
+
+
+def _bandwidth() -> float:
+    if jax.devices()[0].platform == "cpu":
+        return read_bandwidth(len(os.sched_getaffinity(0)))
+    return copy_bandwidth()
+
+
+def main() -> int:
+    """Exit status 2, and the reason on standard error, where there is nothing to report."""
+    trial = Trial(**json.load(sys.stdin))
+    try:
+        measured = measure(trial)
+    except (CoreInferError, ImportError, MemoryError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(reason[0], file=sys.stderr)
+        return 2
+    print(json.dumps(measured))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The benchmark harness: what it counts, what it writes, and that it says when something is wrong."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import decode, shapes, worker
+from benchmarks.__main__ import main
+from benchmarks.contenders import predictor
+from benchmarks.contenders.trial import Report, Trial
+from benchmarks.decode import Plan, ratios, trials_of
+from benchmarks.environment import REPOSITORY
+from benchmarks.shapes import SHAPES, shape_config, shape_fields, shape_params
+from coreinfer_jax.cache import KVCache
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.params import abstract_params
+from coreinfer_jax.session import bytes_read_per_token
+from tests.support import random_model
+
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+
+# Weight bytes a dense step reads per token in float32, written out from the published sizes: matrices and biases of
+# attention and MLP, norms, the output projection, and one row of each table that is looked up.
+HAND_COUNTED = {
+    "opt-125m": 4
+    * (12 * (4 * 768 * 768 + 4 * 768 + 2 * 3072 * 768 + 3072 + 768 + 4 * 768) + 50272 * 768 + 768 + 2 * 768),
+    "opt-350m": 4
+    * (
+        24 * (4 * 1024 * 1024 + 4 * 1024 + 2 * 4096 * 1024 + 4096 + 1024 + 4 * 1024)
+        + 50272 * 512
+        + 2 * 512 * 1024
+        + 1024
+    ),
+    "llama-1.1b": 4
+    * (22 * (2 * 2048 * 2048 + 2 * 256 * 2048 + 3 * 5632 * 2048 + 2 * 2048) + 32000 * 2048 + 2048 + 2048),
+}
+
+
+def empty_cache(config, capacity, dtype="float32"):
+    one = jnp.zeros((1, config.num_kv_heads, capacity, config.head_size), dtype)
+    return KVCache(keys=(one,) * config.num_layers, values=(one,) * config.num_layers)
+
+
+@pytest.mark.parametrize("model", HAND_COUNTED)
+def test_bytes_per_token_equal_a_hand_count(model):
+    config = shape_config(shape_fields(model, None))
+    cache = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_size * 64
+    counted = bytes_read_per_token(abstract_params(config, jnp.dtype("float32")), empty_cache(config, 64))
+    assert counted == HAND_COUNTED[model] + cache
+
+
+def test_predictor_bytes_equal_a_hand_count():
+    config = shape_config(TINY)
+    params = random_model(config)
+    trial = Trial("predictor", "float32", 0.5, TINY, 8, 8)
+    attention = 2 * 32 * 32 + 2 * 16 * 32
+    predicted = 1000 * 32 + 64 * 1000 + 3 * 32 * 32
+    weights = 2 * (attention + predicted + 2 * 32) + 32 + 96 * 32 + 32
+    cache = 2 * 2 * 2 * 8 * 64
+    assert predictor.bytes_per_token(params, predictor._predictors(params), 32, trial) == 4 * (weights + cache)
+
+
+def test_shapes_are_the_published_ones():
+    parameters = {
+        "opt-125m": 125_239_296,
+        "opt-1.3b": 1_315_758_080,
+        "opt-6.7b": 6_658_473_984,
+        "llama-2-7b": 6_738_415_616,
+        "llama-2-70b": 68_976_648_192,
+        "llama-3.1-8b": 8_030_261_248,
+    }
+    for model, count in parameters.items():
+        leaves = shapes.named_leaves(abstract_params(shape_config(SHAPES[model]), jnp.dtype("bfloat16")))
+        assert sum(int(np.prod(leaf.shape)) for _, leaf in leaves) == count, model
+
+
+def test_shape_params_are_random_and_of_the_dtype():
+    params = shape_params(shape_config(TINY), "bfloat16")
+    assert params.token_embedding.dtype == jnp.bfloat16
+    up = np.asarray(params.layers[1].mlp.up.weight, np.float32)
+    assert 0.015 < up.std() < 0.025
+    assert (np.asarray(params.layers[0].mlp_norm.scale, np.float32) == 1).all()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shape") / "config.json"
+    path.write_text(json.dumps(TINY), encoding="utf-8")
+    return str(path)
+
+
+def test_a_run_measures_every_contender_alike(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.jsonl"
+    arguments = ["--model", tiny, "--contenders", "coreinfer", "predictor", "--dtypes", "float32", "--keeps", "0.5"]
+    sizes = ["--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "decode", *arguments, *sizes, "--out", str(out)])
+    assert main() == 0
+    results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(r["contender"], r["keep"]) for r in results] == [
+        ("coreinfer", None),
+        ("coreinfer", 0.5),
+        ("predictor", 0.5),
+    ]
+    for result in results:
+        assert {"model", "layers", "dtype", "prompt_tokens", "new_tokens", "date", "hardware", "versions"} <= set(
+            result
+        )
+        assert set(result["decode_ms_per_token"]) == {"median", "min", "max"}
+        assert len(result["decode_ms_per_token_by_round"]) == 2
+        assert result["gb_per_token"] > 0
+        assert result["git_revision"]
+        assert result["anonymous_gb"] > 0
+        assert result["bandwidth_share"]["median"] > 0
+        speed = result["gb_per_token"] / (result["decode_ms_per_token_by_round"][0] / 1000)
+        assert speed == pytest.approx(result["gb_per_second"]["min"]) or speed == pytest.approx(
+            result["gb_per_second"]["max"]
+        )
+    assert "pays_from_tokens" in results[1]
+    assert results[1]["compile_warm_seconds"]["median"] < results[1]["compile_cold_seconds"]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4
+    assert printed[2].split()[:3] == ["coreinfer", "float32", "0.5"]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("fields", [TINY, SHAPES["opt-125m"] | {"num_hidden_layers": 1}], ids=["llama", "opt"])
+def test_transformers_reads_what_the_full_model_reads(fields):
+    pytest.importorskip("torch")
+    from benchmarks.contenders import hugging_face
+
+    report = hugging_face.run(Trial("transformers-eager", "float32", None, fields, 8, 4, generations=1))
+    assert report.made_tokens == [4]
+    config = shape_config(fields)
+    ours = bytes_read_per_token(abstract_params(config, jnp.dtype("float32")), empty_cache(config, 12))
+    # Ours counts the rows of tables that are looked up.
+    tables = 4 * config.hidden_size * (2 if config.tied else 1)
+    looked_up = 4 * config.hidden_size if config.family == "opt" else tables
+    assert report.bytes_per_token == ours - looked_up
+
+
+def test_gguf_files_hold_the_model(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from benchmarks.gguf_file import write_gguf
+
+    for file_type, size in (("F16", 2.0), ("Q8_0", 34 / 32), ("Q4_0", 18 / 32)):
+        path = tmp_path / f"{file_type}.gguf"
+        write_gguf(path, TINY, file_type)
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        assert len(tensors) == 3 + 2 * 9
+        down = tensors["blk.1.ffn_down.weight"]
+        assert list(down.shape) == [64, 32]
+        assert down.n_bytes == 32 * 64 * size
+        values = gguf.quants.dequantize(down.data, down.tensor_type)
+        assert 0.01 < float(values.std()) < 0.03
+
+
+def test_a_contender_that_stops_early_is_refused(monkeypatch):
+    short = Report([1.0], [1.0], [3], 0.0, 1.0, 1.0)
+    monkeypatch.setattr("benchmarks.contenders.coreinfer.run", lambda trial: short)
+    monkeypatch.setattr(worker, "_bandwidth", lambda: 1.0)
+    with pytest.raises(CoreInferError, match="made 3 tokens and not the 4 asked for"):
+        worker.measure(Trial("coreinfer", "float32", None, TINY, 8, 4))
+
+
+def test_a_contender_that_fails_says_why(tiny):
+    with pytest.raises(CoreInferError, match=r"coreinfer float13: .*float13"):
+        decode.in_process(Trial("coreinfer", "float13", None, TINY, 8, 4))
+
+
+def test_a_failure_costs_the_others_nothing(tiny, monkeypatch):
+    trials = [Trial("coreinfer", "float32", None, TINY, 8, 4), Trial("predictor", "float32", 0.5, TINY, 8, 4)]
+    turns = []
+
+    def fake(trial):
+        turns.append(trial.contender)
+        if trial.contender == "predictor":
+            raise CoreInferError("no memory")
+        return {"of": trial.contender}
+
+    monkeypatch.setattr(decode, "in_process", fake)
+    measured, failures = decode._rounds(trials, 3)
+    assert measured == [[{"of": "coreinfer"}] * 3, []]
+    assert failures == ["no memory"]
+    assert turns == ["coreinfer", "predictor", "coreinfer", "coreinfer"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "opt-1t"], "--model 'opt-1t': give a config.json, or one of opt-125m"),
+        (["--model", "opt-125m", "--layers", "13"], "--layers 13: opt-125m has 12; give 1 to 12"),
+        (["--model", "opt-125m", "--contenders", "vllm"], "--contenders vllm: give some of coreinfer"),
+        (["--model", "opt-125m", "--rounds", "0"], "--rounds, --rows and --prompt-tokens are at least 1"),
+        (["--model", "opt-125m", "--prompt-tokens", "2048"], "exceed the model's 2048 positions"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, said):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "decode", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("benchmarks: ")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_every_contender_runs_in_every_type_it_has(monkeypatch):
+    monkeypatch.setattr(decode, "_missing", lambda name: None)
+    fields = shape_fields("llama-1.1b", None)
+    names = [trial.name for trial in trials_of(Plan("llama-1.1b"), fields)]
+    assert names[:3] == ["coreinfer float32", "coreinfer keep 0.4 float32", "coreinfer keep 0.2 float32"]
+    assert "predictor keep 0.2 bfloat16" in names
+    assert names[-3:] == ["llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0"]
+    opt = trials_of(Plan("opt-350m"), shape_fields("opt-350m", None))
+    assert {trial.contender for trial in opt} == {"coreinfer", "transformers-eager", "transformers-compiled"}
+
+
+def test_when_narrowing_pays():
+    first = {"first_token_seconds": {"median": 1.0}, "decode_ms_per_token": {"median": 100.0}}
+    later = {"first_token_seconds": {"median": 1.5}, "decode_ms_per_token": {"median": 60.0}}
+    # 500 ms later, 40 ms less for each token after the first: done sooner from 13 such tokens, 14 new ones.
+    assert decode._pays_from(later, first) == 14
+    assert decode._pays_from(first, later) is None
+
+
+def test_ratios_pair_the_rounds():
+    fast, slow = (
+        {"decode_ms_per_token_by_round": [10.0, 20.0, 10.0]},
+        {"decode_ms_per_token_by_round": [20.0, 80.0, 30.0]},
+    )
+    assert ratios(fast, slow) == {"median": 3.0, "min": 2.0, "max": 4.0}
