@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decode, first_run, group_switch, keep_ratio, prediction, report, static_argument
+from benchmarks import decode, first_run, group_switch, keep_ratio, prediction, report, static_argument, sweeps
 from benchmarks.environment import RESULTS
 from benchmarks.shapes import SHAPES
 from coreinfer_jax.errors import CoreInferError
@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(required=True, metavar="NAME")
     _add(commands, "decode", "decoding side by side with other libraries", _decode, _add_decode_options)
+    _add(commands, "sweep", "cost against one thing that grows", _sweep, _add_sweep_options)
     _add(commands, "static-argument", "core neurons as a static argument", lambda _: [static_argument.measure()])
     _add(commands, "group-switch", "what another group costs", lambda _: [group_switch.measure()])
     _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
@@ -58,8 +59,6 @@ def _add(
 
 def _append(results: list[dict[str, Any]], out: Path) -> None:
     lines = "".join(json.dumps(result) + "\n" for result in results)
-    if len(results) == 1:
-        print(lines, end="")
     with out.open("a", encoding="utf-8") as file:
         file.write(lines)
 
@@ -83,6 +82,19 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=plan.new_tokens, help="(%(default)s)")
     parser.add_argument("--rows", type=int, default=plan.rows, help="batch size (%(default)s)")
     parser.add_argument("--rounds", type=int, default=plan.rounds, help="turns of every contender (%(default)s)")
+
+
+def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--over", nargs="+", choices=sweeps.AXES, default=tuple(sweeps.AXES), help="default: all")
+    parser.add_argument("--model", default="opt-125m", help="as for decode (%(default)s)")
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument("--dtype", default="float32", choices=decode.DTYPES, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every point (%(default)s)")
+
+
+def _sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
+    common = (options.model, options.layers, options.dtype, options.rounds)
+    return [sweeps.measure(over, *common) for over in options.over]
 
 
 def _decode(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from benchmarks.contenders.trial import Trial
 from benchmarks.environment import REPOSITORY, environment, spread
 from benchmarks.shapes import Fields, shape_config, shape_fields
+from coreinfer_jax.config import check_fraction
 from coreinfer_jax.errors import CoreInferError
 
 KEEPS = (0.4, 0.2)
@@ -83,6 +84,8 @@ def _check(plan: Plan, fields: Fields) -> None:
             raise CoreInferError(f"--contenders {name}: {missing} is not installed (pip install {missing})")
     if min(plan.rounds, plan.rows, plan.prompt_tokens) < 1 or plan.new_tokens < 2:
         raise CoreInferError("--rounds, --rows and --prompt-tokens are at least 1, --new-tokens at least 2")
+    for keep in plan.keeps:
+        check_fraction("--keeps", keep)
     positions = shape_config(fields).max_positions
     if plan.prompt_tokens + plan.new_tokens > positions:
         raise CoreInferError(f"--prompt-tokens and --new-tokens together exceed the model's {positions} positions")

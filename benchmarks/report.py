@@ -3,27 +3,38 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import core_neurons, model_card
+from benchmarks import charts, core_neurons, model_card, performance
 from benchmarks.environment import REPOSITORY, RESULTS
 
 README = REPOSITORY / "README.md"
 
 
 def update() -> None:
-    """Rewrite every generated section."""
+    """Rewrite every generated section, and draw the pictures anew."""
+    charts.draw()
     for path, text in current().items():
         path.write_text(text, encoding="utf-8")
 
 
 def current() -> dict[Path, str]:
     """The files with generated sections, as they should read."""
-    readme = {name: (lambda name=name, table=table: table(newest(name))) for name, table in TABLES.items()}
+    readme: dict[str, Callable[[], str]] = {name: partial(_of_newest, name, made) for name, made in TABLES.items()}
     card = {"figures": model_card.figures, "held-out": model_card.held_out}
-    documents = ((README, readme), (model_card.CARD, card), (core_neurons.PAGE, core_neurons.tables()))
+    documents = (
+        (README, {**readme, "speed": performance.summary}),
+        (model_card.CARD, card),
+        (core_neurons.PAGE, core_neurons.tables()),
+        (performance.PAGE, performance.tables()),
+    )
     return {path: _filled(path, sections) for path, sections in documents}
+
+
+def _of_newest(name: str, table: Callable[[dict[str, Any]], str]) -> str:
+    return table(newest(name))
 
 
 def _filled(path: Path, sections: Mapping[str, Callable[[], str]]) -> str:

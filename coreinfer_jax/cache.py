@@ -44,6 +44,11 @@ def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) 
     return KVCache(keys=empty(), values=empty())
 
 
+def cache_bytes(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> int:
+    """Bytes of `init_cache`."""
+    return 2 * config.num_layers * rows * config.num_kv_heads * capacity * config.head_size * dtype.itemsize
+
+
 def with_capacity(cache: KVCache, capacity: int) -> KVCache:
     """`cache` with room for at least `capacity` positions per row."""
     return cache if cache.capacity >= capacity else _grown(cache, capacity)

@@ -12,8 +12,9 @@ from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.params import Params
+from coreinfer_jax.request import Core, Past, check_alive, make_request
 from coreinfer_jax.results import Chunk
-from coreinfer_jax.session import STREAM_CHUNK, Core, Past, check_alive, make_request, run
+from coreinfer_jax.session import STREAM_CHUNK, run
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.decoding import DISPATCH
 from coreinfer_jax.inputs import Tokens, fill_id, make_sampling
 from coreinfer_jax.params import Params
+from coreinfer_jax.request import Core, make_request
 from coreinfer_jax.results import Chunk, Generation
-from coreinfer_jax.session import STREAM_CHUNK, Core, make_request, run
+from coreinfer_jax.session import STREAM_CHUNK, run
 
 
 def generate(

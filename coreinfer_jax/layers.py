@@ -1,5 +1,7 @@
 """Primitives both model families share. Axis letters are listed in `coreinfer_jax.params`; `S` is cache slots."""
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,10 +58,15 @@ _FUSED_INPUTS = 4095
 
 def _fused_row(x: Array, weight: Array) -> Array:
     # Times the transpose, the conversion of the weight becomes part of the product, which then runs at the memory's
-    # speed; unless an addition is fused with it first, which the barrier prevents.
-    if x.shape[2] > _FUSED_INPUTS:
-        return _doubled_row(x, weight)
-    return lax.optimization_barrier(jnp.dot(x[0], weight.T, preferred_element_type=jnp.float32))[None]
+    # speed; unless an addition is fused with it first, which the barrier prevents. Wide weights take several products.
+    # Parts are cut from what is converted: cut before, they would be rounded to 16 bits again, weight by weight.
+    row = lax.optimization_barrier(x.astype(jnp.float32))[0, 0]
+    converted = weight.astype(jnp.float32)
+    size = x.shape[2]
+    width = -(-size // -(-size // _FUSED_INPUTS))
+    starts = range(0, size, width)
+    parts = [jnp.dot(row[i : i + width], converted[:, i : i + width].T)[None, None] for i in starts]
+    return reduce(jnp.add, map(lax.optimization_barrier, parts))
 
 
 def _doubled_row(x: Array, weight: Array) -> Array:

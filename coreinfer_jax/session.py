@@ -5,133 +5,23 @@ runs on narrowed weights, several tokens per dispatch, through one compiled prog
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 
 import jax
 import numpy as np
 
-from coreinfer_jax.cache import KVCache, bucket, init_cache, with_capacity
-from coreinfer_jax.config import CoreConfig
-from coreinfer_jax.core.groups import Groups
+from coreinfer_jax.cache import KVCache, init_cache, with_capacity
 from coreinfer_jax.core.neurons import CoreNeurons
-from coreinfer_jax.core.predict import (
-    ASKED,
-    Choice,
-    Predicted,
-    check_groups,
-    counted_tokens,
-    early_tokens,
-    given_indices,
-    predict,
-    voted_layers,
-)
-from coreinfer_jax.core.select import Votes, Voting, make_voting
+from coreinfer_jax.core.predict import ASKED, Choice, Predicted, given_indices, predict
+from coreinfer_jax.core.select import Votes
 from coreinfer_jax.decoding import DecodeState, decode, no_votes, prefill
-from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.inputs import Prompts, Tokens, check_finite, check_length, pad_prompts
+from coreinfer_jax.inputs import check_finite
 from coreinfer_jax.params import Params, leaf_bytes, weight_bytes_per_step
+from coreinfer_jax.request import Past, Request, check_alive
 from coreinfer_jax.results import Chunk, Stats
-from coreinfer_jax.sampling import Sampling
-
-Core = CoreConfig | CoreNeurons | None
 
 STREAM_CHUNK = 8
-
-
-@dataclass(frozen=True)
-class Past:
-    """What the full model has read of every row, to go on from. Its arrays are donated when a request does.
-
-    Attributes:
-        cache: keys and values in slots 0 .. read - 1; what decode steps wrote after them will be overwritten.
-        votes: of each voted layer, [B, F].
-        read: tokens read, the same number in every row.
-    """
-
-    cache: KVCache
-    votes: list[Votes]
-    read: int
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether its arrays are still there."""
-        return not any(array.is_deleted() for array in jax.tree.leaves((self.cache, self.votes)))
-
-
-@dataclass(frozen=True)
-class Request:
-    """A checked call.
-
-    Attributes:
-        params: dense weights.
-        prompts: what is to be read.
-        core: how core neurons are chosen, or which, or None.
-        groups: groups of texts to choose them by, or None.
-        voted: the layers whose tokens vote; () when nothing is chosen.
-        voting: how they vote; None when nothing is chosen.
-        voters: int [B], how many tokens of the prompts vote.
-        sampling: how tokens are drawn.
-        max_new_tokens: per row.
-        past: what the full model has read of the rows before; None for nothing.
-    """
-
-    params: Params
-    prompts: Prompts
-    core: Core
-    groups: Groups | None
-    voted: tuple[int, ...]
-    voting: Voting | None
-    voters: np.ndarray
-    sampling: Sampling
-    max_new_tokens: int
-    past: Past | None
-
-
-def make_request(
-    params: Params,
-    tokens: Tokens,
-    core: Core,
-    groups: Groups | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    past: Past | None = None,
-) -> Request:
-    """Check everything, so that mistakes surface at the call and not when the first chunk is asked for."""
-    prompts = pad_prompts(tokens, params.config)
-    cached = past.read if past else 0
-    check_length(cached + int(prompts.lengths.max()), max_new_tokens, params.config)
-    if core is not None and not isinstance(core, CoreConfig | CoreNeurons):
-        raise CoreInferError(f"core={shown(core)}: give CoreConfig, CoreNeurons, or None for all neurons")
-    if isinstance(core, CoreNeurons):
-        core.check(params.config)
-        core.check_rows(len(prompts.lengths))
-    if isinstance(core, CoreConfig):
-        check_groups(core, groups, params, len(prompts.lengths))
-    elif groups is not None:
-        raise CoreInferError(f"groups need a CoreConfig that uses them, but core={shown(core)}; leave groups out")
-    voted, voting, voters = _voting(params, prompts, core, groups, cached)
-    return Request(params, prompts, core, groups, voted, voting, voters, sampling, int(max_new_tokens), past)
-
-
-def check_alive(past: Past) -> None:
-    """Refuse a past whose memory another request was given."""
-    if not past.is_alive:
-        raise CoreInferError(
-            "conversation: another turn has gone on from it; give the latest, or None to read all again"
-        )
-
-
-def _voting(
-    params: Params, prompts: Prompts, core: Core, groups: Groups | None, cached: int
-) -> tuple[tuple[int, ...], Voting | None, np.ndarray]:
-    """The layers whose tokens vote, who votes how, and how many do; nothing where nothing is to be chosen."""
-    if not isinstance(core, CoreConfig):
-        return (), None, np.zeros(len(prompts.lengths), np.int64)
-    counted = counted_tokens(core, prompts.tokens, prompts.lengths, cached, params.config)
-    early = early_tokens(counted) if core.method == "auto" else None
-    voting = make_voting(counted, params.config.mlp_size, core.alpha, core.budget, early)
-    return voted_layers(core, params.config, groups), voting, counted.sum(axis=1)
 
 
 def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past]]:
@@ -165,10 +55,8 @@ def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past
 
 def _begin(request: Request) -> tuple[DecodeState, list[Votes], Params, CoreNeurons | None, Stats]:
     """Prefill, select, compact: all there is before the first decode step, and the costs so far."""
-    params, prompts = request.params, request.prompts
-    rows, cached = len(prompts.lengths), request.past.read if request.past else 0
-    lengths = cached + prompts.lengths
-    capacity = bucket(int(lengths.max()) + request.max_new_tokens)
+    params, prompts, cached, capacity = request.params, request.prompts, request.cached, request.capacity
+    rows, lengths = len(prompts.lengths), cached + prompts.lengths
     began = perf_counter()
     if request.past is None:
         cache = init_cache(params.config, rows, capacity, params.token_embedding.dtype)

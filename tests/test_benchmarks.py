@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode, shapes, worker
+from benchmarks import decode, shapes, sweeps, worker
 from benchmarks.__main__ import main
 from benchmarks.contenders import predictor
 from benchmarks.contenders.trial import Report, Trial
@@ -205,6 +205,10 @@ def test_a_failure_costs_the_others_nothing(tiny, monkeypatch):
         (["--model", "opt-1t"], "--model 'opt-1t': give a config.json, or one of opt-125m"),
         (["--model", "opt-125m", "--layers", "13"], "--layers 13: opt-125m has 12; give 1 to 12"),
         (["--model", "opt-125m", "--contenders", "vllm"], "--contenders vllm: give some of coreinfer"),
+        (
+            ["--model", "opt-125m", "--dtypes", "float32", "--keeps", "1.5"],
+            "--keeps=1.5: give a share above 0 and at most 1",
+        ),
         (["--model", "opt-125m", "--rounds", "0"], "--rounds, --rows and --prompt-tokens are at least 1"),
         (["--model", "opt-125m", "--prompt-tokens", "2048"], "exceed the model's 2048 positions"),
     ],
@@ -232,6 +236,27 @@ def test_every_contender_runs_in_every_type_it_has(monkeypatch):
     assert names[-3:] == ["llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0"]
     opt = trials_of(Plan("opt-350m"), shape_fields("opt-350m", None))
     assert {trial.contender for trial in opt} == {"coreinfer", "transformers-eager", "transformers-compiled"}
+
+
+def test_a_sweep_measures_every_point_under_every_setting(tiny, monkeypatch):
+    monkeypatch.setitem(sweeps.AXES, "rows", ("rows", (1, 2), (sweeps.DENSE, sweeps.CORE, sweeps.SHARED)))
+    result = sweeps.measure("rows", tiny, None, "float32", 2)
+    points = {(point["rows"], point["setting"]): point for point in result["points"]}
+    assert len(points) == len(result["points"]) == 6
+    config, K = shape_config(TINY), int(0.4 * 64)
+    attention = 2 * 32 * 32 + 2 * 16 * 32 + 2 * 32
+    fixed, cache = 32 + 96 * 32, 2 * 2 * config.num_kv_heads * config.head_size * 128
+    for (rows, setting), point in points.items():
+        mlps = {sweeps.DENSE: 64, sweeps.CORE: rows * K, sweeps.SHARED: K}[setting] * 3 * 32
+        step = 2 * (attention + mlps) + fixed + rows * 32
+        assert point["bytes_per_token"] == 4 * (step / rows + cache)
+        assert point["decode_ms_per_step"]["min"] > 0
+        assert point["prefill_temporary_bytes"] > 0
+
+
+def test_a_sweep_of_layers_stays_within_the_model(tiny):
+    result = sweeps.measure("layers", tiny, None, "float32", 1)
+    assert [point["layers"] for point in result["points"]] == [1, 1, 2, 2]
 
 
 def test_when_narrowing_pays():

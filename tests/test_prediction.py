@@ -14,7 +14,7 @@ from coreinfer_jax.core.measures import nearest_group
 from coreinfer_jax.core.select import Votes
 from coreinfer_jax.fingerprint import fingerprint
 from coreinfer_jax.models import extend
-from coreinfer_jax.session import Core
+from coreinfer_jax.request import Core
 from tests.support import LLAMA, OPT, random_model
 from tests.test_bad_input import refusal
 from tests.test_compilation import traced

@@ -8,7 +8,7 @@ from jax import Array
 
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.params import Linear, Mlp, Params, check_params
+from coreinfer_jax.params import Linear, Mlp, Params, check_params, leaf_bytes
 
 Indices = tuple[Array | None, ...]
 
@@ -57,6 +57,15 @@ def narrow(params: Params, indices: Indices) -> Params:
     narrowed = dict(zip(chosen, gathered, strict=True))
     layers = tuple(replace(layer, mlp=narrowed[l]) if l in narrowed else layer for l, layer in enumerate(params.layers))
     return replace(params, layers=layers)
+
+
+def narrowed_bytes(params: Params, layers: tuple[int, ...], kept: int, sets: int) -> int:
+    """Bytes of the MLPs of `layers` narrowed to `kept` neurons, `sets` times, that `narrow` adds to dense `params`."""
+    matrices = [
+        m for l in layers for m in (params.layers[l].mlp.gate, params.layers[l].mlp.up, params.layers[l].mlp.down)
+    ]
+    weights = sum(leaf_bytes(m.weight) for m in matrices if m is not None)
+    return weights // params.config.mlp_size * kept * sets
 
 
 @jax.jit

@@ -1,0 +1,114 @@
+"""The pictures of docs/performance.md, drawn from committed results; they can be told apart without colours."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.performance import PICTURES, contender_title, decode_runs, sweeps
+from benchmarks.sweeps import AXES, CORE, DENSE, SHARED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DPI = 120
+HATCHES = {
+    "coreinfer": "",
+    "predictor": "..",
+    "transformers-eager": "//",
+    "transformers-compiled": "xx",
+    "llama.cpp": "--",
+}
+COLOURS = {
+    "coreinfer": "tab:blue",
+    "predictor": "tab:purple",
+    "transformers-eager": "tab:orange",
+    "transformers-compiled": "tab:red",
+    "llama.cpp": "tab:green",
+}
+LINES = {DENSE: ("k", "-", "o"), CORE: ("tab:blue", "--", "s"), SHARED: ("tab:green", "-.", "^")}
+AXIS_TITLES = {
+    "prompt-tokens": "prompt tokens",
+    "new-tokens": "new tokens",
+    "layers": "layers",
+    "keep": "share of neurons kept",
+    "rows": "rows of a batch",
+}
+
+
+def draw() -> None:
+    """Write every picture anew."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for results in decode_runs().values():
+        _draw_decode(results, PICTURES / f"decode-{results[0]['model']}.png")
+    for over, result in sweeps().items():
+        _draw_sweep(result, PICTURES / f"{over}.png")
+
+
+def _draw_decode(results: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.6 + 0.32 * len(results)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, result in enumerate(results):
+        time = result["decode_ms_per_token"]
+        errors = [[time["median"] - time["min"]], [time["max"] - time["median"]]]
+        contender = result["contender"]
+        axes.barh(
+            place,
+            time["median"],
+            xerr=errors,
+            color=COLOURS[contender],
+            hatch=HATCHES[contender],
+            alpha=0.75,
+            edgecolor="white",
+            capsize=2,
+        )
+    axes.set_yticks(range(len(results)), [contender_title(result) for result in results])
+    axes.invert_yaxis()
+    axes.set(xlabel="ms per token: median, and least and most of all generations", title=_decode_title(results[0]))
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=DPI)
+
+
+def _decode_title(result: dict[str, Any]) -> str:
+    whole = result["layers"] == result["model_layers"]
+    return f"{result['model']} shape, {result['layers']} layers{'' if whole else ' of ' + str(result['model_layers'])}"
+
+
+def _draw_sweep(result: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for setting in AXES[result["over"]][2]:
+        points = [point for point in result["points"] if point["setting"] == setting]
+        _curve(left, result["over"], points, setting, "prefill_seconds")
+        _curve(middle, result["over"], points, setting, "decode_ms_per_step")
+        _curve(right, result["over"], points, setting, "total_seconds")
+    for axes, title in ((left, "prefill, s"), (middle, "decode step, ms"), (right, "whole generation, s")):
+        axes.set(xlabel=AXIS_TITLES[result["over"]], title=title, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.suptitle(
+        f"{result['model']} shape, {result['dtype']}: medians, and least and most of {result['rounds']} rounds"
+    )
+    figure.savefig(path, dpi=DPI)
+
+
+def _curve(axes: "Axes", over: str, points: Sequence[dict[str, Any]], setting: str, what: str) -> None:
+    field = AXES[over][0]
+    places = [point[field] for point in points]
+    values = [point[what] for point in points]
+    errors = [[v["median"] - v["min"] for v in values], [v["max"] - v["median"] for v in values]]
+    colour, line, marker = LINES[setting]
+    axes.errorbar(
+        places,
+        [v["median"] for v in values],
+        yerr=errors,
+        color=colour,
+        linestyle=line,
+        marker=marker,
+        markersize=4,
+        capsize=2,
+        label=setting,
+    )

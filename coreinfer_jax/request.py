@@ -1,0 +1,151 @@
+"""A call to generate, checked: what is read, how core neurons are chosen, and whether there is room for it."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from coreinfer_jax.cache import KVCache, bucket, cache_bytes
+from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.core.compact import narrowed_bytes
+from coreinfer_jax.core.groups import Groups
+from coreinfer_jax.core.neurons import CoreNeurons
+from coreinfer_jax.core.predict import check_groups, counted_tokens, early_tokens, voted_layers
+from coreinfer_jax.core.select import Votes, Voting, kept_neurons, make_voting
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.inputs import Prompts, Tokens, check_length, pad_prompts
+from coreinfer_jax.params import Params
+from coreinfer_jax.room import check_room
+from coreinfer_jax.sampling import Sampling
+
+Core = CoreConfig | CoreNeurons | None
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the full model has read of every row, to go on from. Its arrays are donated when a request does.
+
+    Attributes:
+        cache: keys and values in slots 0 .. read - 1; what decode steps wrote after them will be overwritten.
+        votes: of each voted layer, [B, F].
+        read: tokens read, the same number in every row.
+    """
+
+    cache: KVCache
+    votes: list[Votes]
+    read: int
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its arrays are still there."""
+        return not any(array.is_deleted() for array in jax.tree.leaves((self.cache, self.votes)))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked call.
+
+    Attributes:
+        params: dense weights.
+        prompts: what is to be read.
+        core: how core neurons are chosen, or which, or None.
+        groups: groups of texts to choose them by, or None.
+        voted: the layers whose tokens vote; () when nothing is chosen.
+        voting: how they vote; None when nothing is chosen.
+        voters: int [B], how many tokens of the prompts vote.
+        sampling: how tokens are drawn.
+        max_new_tokens: per row.
+        past: what the full model has read of the rows before; None for nothing.
+    """
+
+    params: Params
+    prompts: Prompts
+    core: Core
+    groups: Groups | None
+    voted: tuple[int, ...]
+    voting: Voting | None
+    voters: np.ndarray
+    sampling: Sampling
+    max_new_tokens: int
+    past: Past | None
+
+    @property
+    def cached(self) -> int:
+        """Tokens per row that were read before."""
+        return self.past.read if self.past else 0
+
+    @property
+    def capacity(self) -> int:
+        """Positions per row that the cache has room for."""
+        return bucket(self.cached + int(self.prompts.lengths.max()) + self.max_new_tokens)
+
+    @property
+    def added_bytes(self) -> int:
+        """Bytes of the cache and of narrowed weights that the call makes: at least so many."""
+        rows, config = len(self.prompts.lengths), self.params.config
+        cache = cache_bytes(config, rows, self.capacity, self.params.token_embedding.dtype)
+        had = 0 if self.past is None or self.past.cache.capacity < self.capacity else cache
+        return cache - had + self._narrowed_bytes(rows)
+
+    def _narrowed_bytes(self, rows: int) -> int:
+        core, config = self.core, self.params.config
+        if isinstance(core, CoreNeurons):
+            kept = [0 if indices is None else indices.shape[-1] for indices in core.layers]
+            return sum(narrowed_bytes(self.params, (l,), width, core.rows or 1) for l, width in enumerate(kept))
+        if core is None or self.groups is not None:  # a group's weights may be there already
+            return 0
+        sets = rows if core.per_row else 1
+        layers = core.narrowed_layers(config.num_layers)
+        return narrowed_bytes(self.params, layers, kept_neurons(core.beta, config.mlp_size), sets)
+
+
+def make_request(
+    params: Params,
+    tokens: Tokens,
+    core: Core,
+    groups: Groups | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    past: Past | None = None,
+) -> Request:
+    """Check everything, so that mistakes surface at the call and not when the first chunk is asked for."""
+    prompts = pad_prompts(tokens, params.config)
+    cached = past.read if past else 0
+    check_length(cached + int(prompts.lengths.max()), max_new_tokens, params.config)
+    if core is not None and not isinstance(core, CoreConfig | CoreNeurons):
+        raise CoreInferError(f"core={shown(core)}: give CoreConfig, CoreNeurons, or None for all neurons")
+    if isinstance(core, CoreNeurons):
+        core.check(params.config)
+        core.check_rows(len(prompts.lengths))
+    if isinstance(core, CoreConfig):
+        check_groups(core, groups, params, len(prompts.lengths))
+    elif groups is not None:
+        raise CoreInferError(f"groups need a CoreConfig that uses them, but core={shown(core)}; leave groups out")
+    voted, voting, voters = _voting(params, prompts, core, groups, cached)
+    request = Request(params, prompts, core, groups, voted, voting, voters, sampling, int(max_new_tokens), past)
+    check_room(
+        request.added_bytes,
+        f"a cache of {request.capacity} positions and narrowed weights for {len(prompts.lengths)} rows",
+        "ask for fewer rows or tokens, a smaller beta, or per_row=False",
+    )
+    return request
+
+
+def check_alive(past: Past) -> None:
+    """Refuse a past whose memory another request was given."""
+    if not past.is_alive:
+        raise CoreInferError(
+            "conversation: another turn has gone on from it; give the latest, or None to read all again"
+        )
+
+
+def _voting(
+    params: Params, prompts: Prompts, core: Core, groups: Groups | None, cached: int
+) -> tuple[tuple[int, ...], Voting | None, np.ndarray]:
+    """The layers whose tokens vote, who votes how, and how many do; nothing where nothing is to be chosen."""
+    if not isinstance(core, CoreConfig):
+        return (), None, np.zeros(len(prompts.lengths), np.int64)
+    counted = counted_tokens(core, prompts.tokens, prompts.lengths, cached, params.config)
+    early = early_tokens(counted) if core.method == "auto" else None
+    voting = make_voting(counted, params.config.mlp_size, core.alpha, core.budget, early)
+    return voted_layers(core, params.config, groups), voting, counted.sum(axis=1)

@@ -1,0 +1,41 @@
+"""Room for what a call needs, looked at before any work is done rather than met as a crash in the middle of it."""
+
+from pathlib import Path
+
+import jax
+
+from coreinfer_jax.errors import CoreInferError
+
+_MEMORY = Path("/proc/meminfo")
+
+
+def free_bytes() -> int | None:
+    """Bytes the default device can still give, on a CPU those of memory and swap; None where nobody says."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _free_host_bytes()
+    usage = device.memory_stats()
+    return None if usage is None else int(usage["bytes_limit"]) - int(usage["bytes_in_use"])
+
+
+def _free_host_bytes() -> int | None:
+    if not _MEMORY.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in _MEMORY.read_text(encoding="ascii").splitlines())
+    return 1024 * sum(int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in lines)
+
+
+def check_room(needed: int, what: str, remedy: str) -> None:
+    """Refuse what cannot fit.
+
+    Args:
+        needed: bytes, of arrays that will certainly be made; what programs need besides is not foreseen.
+        what: needs them.
+        remedy: to be read after "free: ".
+
+    Raises:
+        CoreInferError: the device has fewer.
+    """
+    free = free_bytes()
+    if free is not None and needed > free:
+        raise CoreInferError(f"{what}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; {remedy}")

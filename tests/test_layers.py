@@ -1,0 +1,57 @@
+"""Products of narrow rows, which CPU programs write in a form of their own, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coreinfer_jax.decoding import DECODE_OPTIONS
+from coreinfer_jax.layers import linear, matmul
+from coreinfer_jax.params import Linear
+
+# One part, the last width of one part, two parts, three of unequal width.
+SIZES = (7, 4095, 4096, 8193)
+
+
+def drawn(shape, seed, dtype="bfloat16"):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_single_narrow_row_is_exact_but_for_the_order_of_sums(size, dtype):
+    x, weight = drawn((1, 1, size), 0, dtype), drawn((11, size), 1, dtype)
+    expected = np.asarray(x, np.float64)[0] @ np.asarray(weight, np.float64).T
+    for options in ({}, DECODE_OPTIONS):
+        y = jax.jit(matmul, compiler_options=options)(x, weight)
+        assert y.dtype == jnp.float32
+        assert np.abs(np.asarray(y)[0] - expected).max() < 1e-6 * size
+
+
+def test_rows_of_their_own_weights_equal_single_rows():
+    x, weight = drawn((3, 1, 40), 2), drawn((3, 11, 40), 3)
+    together = linear(x, Linear(weight=weight))
+    for b in range(3):
+        alone = linear(x[b : b + 1], Linear(weight=weight[b]))
+        assert np.array_equal(np.asarray(together[b], np.float32), np.asarray(alone[0], np.float32))
+
+
+def test_infinity_and_nan_come_through_a_decode_program():
+    weight = drawn((4, 40), 4)
+    product = jax.jit(matmul, compiler_options=DECODE_OPTIONS)
+    for value in (np.inf, np.nan):
+        x = drawn((1, 1, 40), 5).at[0, 0, 3].set(value)
+        assert not np.isfinite(np.asarray(product(x, weight))).any()
+        assert not bool(jax.jit(lambda y: jnp.isfinite(y).all(), compiler_options=DECODE_OPTIONS)(product(x, weight)))
+
+
+@pytest.mark.parametrize("size", [2048, 5632])
+def test_no_copy_of_a_narrow_weight_is_made(size):
+    """The speed of decoding on CPUs depends on it: a float32 copy would show among the temporaries."""
+    x, weight, bias = drawn((1, 1, size), 0), drawn((size, size), 1), drawn((size,), 2)
+
+    def steps(x, layer):
+        return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(linear(x, layer)), x)
+
+    lowered = jax.jit(steps, compiler_options=DECODE_OPTIONS).lower(x, Linear(weight=weight, bias=bias))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < size * size

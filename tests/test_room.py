@@ -1,0 +1,66 @@
+"""What is too large is refused before any work, with the bytes needed and the bytes there."""
+
+import numpy as np
+import pytest
+
+import coreinfer_jax as ci
+from coreinfer_jax import room
+from coreinfer_jax.cli import main
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.inputs import make_sampling
+from coreinfer_jax.request import make_request
+from tests.support import LLAMA, OPT, random_model
+
+PROMPT = [[5, 6, 7, 8]]
+
+
+def request(params, core, tokens=PROMPT, new=8):
+    return make_request(params, tokens, core, None, new, make_sampling(params.config, 0.0, None, None, (), None))
+
+
+@pytest.mark.parametrize(("config", "per_neuron"), [(OPT, 2 * 32), (LLAMA, 3 * 32)], ids=["opt", "llama"])
+def test_bytes_of_a_call_equal_a_hand_count(config, per_neuron):
+    params = random_model(config)
+    cache = 4 * 2 * 3 * config.num_kv_heads * 8 * 64
+    K = int(0.5 * 96)
+    assert request(params, None).added_bytes == cache
+    assert request(params, ci.CoreConfig(beta=0.5)).added_bytes == cache + 4 * 3 * K * per_neuron
+    assert request(params, ci.CoreConfig(beta=0.5, layers=(0.3, 1.0))).added_bytes == cache + 4 * 2 * K * per_neuron
+    rows = PROMPT * 2
+    assert request(params, ci.CoreConfig(beta=0.5), rows).added_bytes == 2 * (cache + 4 * 3 * K * per_neuron)
+    shared = ci.CoreConfig(beta=0.5, per_row=False)
+    assert request(params, shared, rows).added_bytes == 2 * cache + 4 * 3 * K * per_neuron
+    given = ci.CoreNeurons([np.arange(10), None, np.arange(20)])
+    assert request(params, given).added_bytes == cache + 4 * 30 * per_neuron
+
+
+def test_a_generation_without_room_is_refused_before_it_begins(monkeypatch):
+    params = random_model(OPT)
+    needed = request(params, None).added_bytes
+    monkeypatch.setattr(room, "free_bytes", lambda: needed)
+    ci.generate(params, PROMPT, None, max_new_tokens=8)
+    monkeypatch.setattr(room, "free_bytes", lambda: needed - 1)
+    with pytest.raises(CoreInferError, match=r"0\.00 GB are free; ask for fewer rows or tokens"):
+        ci.stream(params, PROMPT, None, max_new_tokens=8)
+
+
+def test_a_model_without_room_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(room, "free_bytes", lambda: 1_000_000)
+    assert main(["info", "embedded:opt"]) == 0
+    assert main(["generate", "Once", "--model", "embedded:opt"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "as float32: 0.02 GB are needed and 0.00 GB are free; take a 16-bit dtype" in said[0]
+
+
+def test_memory_that_nobody_tells_is_no_obstacle(monkeypatch, tmp_path):
+    monkeypatch.setattr(room, "_MEMORY", tmp_path / "none")
+    assert room.free_bytes() is None
+    room.check_room(1 << 60, "anything", "nothing")
+
+
+def test_free_memory_counts_what_is_available_and_swap(monkeypatch, tmp_path):
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    2000 kB\nSwapFree:  500 kB\n", encoding="ascii")
+    monkeypatch.setattr(room, "_MEMORY", told)
+    assert room.free_bytes() == 2500 * 1024
