@@ -3,22 +3,51 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decode, first_run, group_switch, keep_ratio, prediction, report, static_argument, sweeps
+import jax
+
+from benchmarks import (
+    decode,
+    first_run,
+    group_switch,
+    keep_ratio,
+    prediction,
+    products,
+    report,
+    static_argument,
+    sweeps,
+)
 from benchmarks.environment import RESULTS
 from benchmarks.shapes import SHAPES
 from coreinfer_jax.errors import CoreInferError
+
+# Everything docs/performance.md shows, by the platform that measures it.
+_ON_GPU = ("--dtypes", "bfloat16", "--prompt-tokens", "512", "--new-tokens", "128")
+SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "cpu": (
+        ("decode", "--model", "llama-1.1b"),
+        ("decode", "--model", "opt-1.3b", "--layers", "12"),
+        ("products", "--model", "llama-1.1b"),
+        ("products", "--model", "opt-1.3b", "--layers", "12"),
+        ("sweep",),
+    ),
+    "gpu": (
+        ("decode", "--model", "llama-3.1-8b", *_ON_GPU),
+        ("decode", "--model", "opt-6.7b", *_ON_GPU),
+        ("sweep", "--model", "opt-6.7b", "--layers", "12", "--dtype", "bfloat16"),
+    ),
+}
 
 Measurement = Callable[[argparse.Namespace], list[dict[str, Any]]]
 TEXTS = Path("../shared/data/text")
 
 
-def main() -> int:
-    """Run one measurement or the report; mistakes get one line and exit status 2."""
-    options = _parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one measurement, the suite or the report; mistakes get one line and exit status 2."""
+    options = _parser().parse_args(arguments)
     try:
         options.run(options)
     except CoreInferError as error:
@@ -32,14 +61,25 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="NAME")
     _add(commands, "decode", "decoding side by side with other libraries", _decode, _add_decode_options)
     _add(commands, "sweep", "cost against one thing that grows", _sweep, _add_sweep_options)
+    _add(commands, "products", "where a decode step's time goes", _products, _add_products_options)
     _add(commands, "static-argument", "core neurons as a static argument", lambda _: [static_argument.measure()])
     _add(commands, "group-switch", "what another group costs", lambda _: [group_switch.measure()])
     _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
     _add(commands, "keep-ratio", "perplexity by keep ratio", lambda o: [keep_ratio.measure(o.texts)], _add_texts)
     _add(commands, "first-run", "what the embedded models write", lambda _: [first_run.measure()])
+    suite = commands.add_parser("suite", help="all that docs/performance.md shows, for this machine's device")
+    suite.set_defaults(run=lambda options: _suite())
     filled = commands.add_parser("report", help="fill the tables and draw the charts of the committed results")
     filled.set_defaults(run=lambda options: report.update())
     return parser
+
+
+def _suite() -> None:
+    parser = _parser()
+    for arguments in SUITES[jax.default_backend()]:
+        print(" ".join(arguments))
+        options = parser.parse_args(arguments)
+        options.run(options)
 
 
 def _add(
@@ -95,6 +135,16 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
 def _sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     common = (options.model, options.layers, options.dtype, options.rounds)
     return [sweeps.measure(over, *common) for over in options.over]
+
+
+def _add_products_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="as for decode")
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
+
+
+def _products(options: argparse.Namespace) -> list[dict[str, Any]]:
+    return [products.measure(options.model, options.layers, options.rounds)]
 
 
 def _decode(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,12 @@ _NEEDS = {
     "transformers-eager": ("torch",),
     "transformers-compiled": ("torch",),
     "llama.cpp": ("llama_cpp", "gguf"),
+}
+# Whose versions are recorded besides ours.
+PACKAGES = {
+    "transformers-eager": ("transformers", "torch"),
+    "transformers-compiled": ("transformers", "torch"),
+    "llama.cpp": ("llama_cpp_python",),
 }
 GB = 1e9
 
@@ -70,9 +77,16 @@ def measure(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
     with TemporaryDirectory(prefix="coreinfer-benchmark-") as folder:
         trials = [_prepared(trial, Path(folder)) for trial in trials_of(plan, fields)]
         measured, failures = _rounds(trials, plan.rounds)
-    made_on = environment()
-    results = [_result(plan, trial, rounds) | made_on for trial, rounds in zip(trials, measured, strict=True) if rounds]
+    results = [
+        _result(plan, trial, rounds) | _made_on(trial) for trial, rounds in zip(trials, measured, strict=True) if rounds
+    ]
     return [result | _gains(result, results) for result in results], failures
+
+
+def _made_on(trial: Trial) -> dict[str, Any]:
+    made_on = environment()
+    others = {name: version(name) for name in PACKAGES.get(trial.contender, ())}
+    return made_on | {"versions": made_on["versions"] | others}
 
 
 def _check(plan: Plan, fields: Fields) -> None:

@@ -62,10 +62,8 @@ ELSEWHERE = (
 
 def decode_runs() -> dict[str, list[Result]]:
     """The newest run of each model, by its title."""
-    path = RESULTS / "decode.jsonl"
     runs: dict[str, list[Result]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        result = json.loads(line)
+    for result in _lines("decode"):
         title = _title(result)
         earlier = runs.get(title, [])
         known = {contender_title(r) for r in earlier}
@@ -222,7 +220,7 @@ def _sweep(result: Result, phases: Sequence[str]) -> str:
     for value in dict.fromkeys(point[name] for point in result["points"]):
         own = {point["setting"]: point for point in result["points"] if point[name] == value}
         rows.append([f"{value:g}", *(_cell(own[setting], phase) for setting, phase in columns)])
-    return f"{_markdown(rows)}\n\n{_sweep_conditions(result)}"
+    return f"{_markdown(rows)}\n\nMedian (least .. most); {result['dtype']}. {_made_on(result)}"
 
 
 # What the table of a sweep shows: the field of its points, the factor to the unit, and digits.
@@ -244,12 +242,6 @@ def _cell(point: Mapping[str, Any], phase: str) -> str:
     return _range({name: value * factor for name, value in point[field].items()}, digits)
 
 
-def _sweep_conditions(result: Result) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    what = f"{result['model']} shape, {result['dtype']}, median (least .. most) of {result['rounds']} rounds"
-    return f"{what}; {result['hardware']}; {versions}; revision {result['git_revision']}, {result['date']}."
-
-
 SWEEP_COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt-tokens": ("prefill, ms", "prefill memory, MB", "step, ms"),
     "new-tokens": ("step, ms", "whole, s"),
@@ -259,16 +251,42 @@ SWEEP_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _products(result: Result) -> str:
+    rows = [["weights", "matrices", "GB/s", "of plain reads", "ms per step"]]
+    plain = result["plain_gb_per_second"]
+    for dtype, measured in result["dtypes"].items():
+        for product in measured["products"]:
+            speed = product["gb_per_second"]
+            name = f"{dtype} [{product['out']}, {product['in']}]"
+            share = f"{speed['median'] / plain:.0%}"
+            rows.append([name, str(product["number"]), _range(speed, 1), share, _range(product["ms"], 1)])
+        rest = measured["step_ms"]["median"] - sum(product["ms"]["median"] for product in measured["products"])
+        rows.append([f"{dtype}, all else", "", "", "", f"{rest:.1f}"])
+        rows.append([f"{dtype}, whole step", "", "", "", _range(measured["step_ms"], 1)])
+    plain_reads = f"Plain reads: {plain:.1f} GB/s. "
+    return f"{_markdown(rows)}\n\n{plain_reads}{_made_on(result)}"
+
+
+def _made_on(result: Result) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    what = f"{result['model']} shape, {result['layers']} layers, {result['rounds']} rounds"
+    return f"{what}; {result['hardware']}; {versions}; revision {result['git_revision']}, {result['date']}."
+
+
+def _lines(name: str) -> list[Result]:
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def sweeps() -> dict[str, Result]:
     """The newest result of each sweep."""
-    lines = (RESULTS / "sweep.jsonl").read_text(encoding="utf-8").splitlines()
-    return {result["over"]: result for result in map(json.loads, lines)}
+    return {result["over"]: result for result in _lines("sweep")}
 
 
 def tables() -> dict[str, Callable[[], str]]:
     """What makes each of the page's tables, by its name."""
     made: dict[str, Callable[[], str]] = {"targets": _targets}
     made |= {f"sweep {over}": partial(_sweep, result, SWEEP_COLUMNS[over]) for over, result in sweeps().items()}
+    made |= {f"products {result['model']}": partial(_products, result) for result in _lines("products")}
     for results in decode_runs().values():
         model = results[0]["model"]
         made |= {f"speed {model}": partial(_speed, results), f"phases {model}": partial(_phases, results)}

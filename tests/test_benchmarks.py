@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode, shapes, sweeps, worker
-from benchmarks.__main__ import main
+from benchmarks import decode, products, shapes, sweeps, worker
+from benchmarks.__main__ import SUITES, _parser, main
 from benchmarks.contenders import predictor
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.decode import Plan, ratios, trials_of
@@ -104,12 +104,11 @@ def tiny(tmp_path_factory):
     return str(path)
 
 
-def test_a_run_measures_every_contender_alike(tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_measures_every_contender_alike(tiny, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     arguments = ["--model", tiny, "--contenders", "coreinfer", "predictor", "--dtypes", "float32", "--keeps", "0.5"]
     sizes = ["--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "decode", *arguments, *sizes, "--out", str(out)])
-    assert main() == 0
+    assert main(["decode", *arguments, *sizes, "--out", str(out)]) == 0
     results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [(r["contender"], r["keep"]) for r in results] == [
         ("coreinfer", None),
@@ -257,6 +256,26 @@ def test_a_sweep_measures_every_point_under_every_setting(tiny, monkeypatch):
 def test_a_sweep_of_layers_stays_within_the_model(tiny):
     result = sweeps.measure("layers", tiny, None, "float32", 1)
     assert [point["layers"] for point in result["points"]] == [1, 1, 2, 2]
+
+
+def test_products_account_for_every_matrix_of_a_step(tiny, monkeypatch):
+    monkeypatch.setattr(products, "SPAN", 10_000)
+    result = products.measure(tiny, None, 2)
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        measured = result["dtypes"][dtype]
+        numbers = {(p["out"], p["in"]): p["number"] for p in measured["products"]}
+        assert numbers == {(96, 32): 1, (32, 32): 4, (16, 32): 4, (64, 32): 4, (32, 64): 2}
+        up = next(p for p in measured["products"] if p["out"] == 64)
+        assert up["ms"]["max"] == pytest.approx(4 * 64 * 32 * size / 1e6 / up["gb_per_second"]["min"])
+        assert measured["step_ms"]["min"] > 0
+
+
+def test_suites_name_measurements_that_there_are():
+    for suite in SUITES.values():
+        for arguments in suite:
+            options = _parser().parse_args(arguments)
+            assert callable(options.run)
+            shape_fields(options.model, options.layers)
 
 
 def test_when_narrowing_pays():

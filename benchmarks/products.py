@@ -1,0 +1,102 @@
+"""Where a decode step's time goes: the speed of each of its products alone, and what is left for everything else."""
+
+import os
+from collections import Counter
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from tqdm import tqdm
+
+import coreinfer_jax as ci
+from benchmarks.environment import environment, spread
+from benchmarks.memory import read_bandwidth
+from benchmarks.shapes import shape_config, shape_fields, shape_params
+from coreinfer_jax.decoding import DECODE_OPTIONS
+from coreinfer_jax.layers import matmul
+from coreinfer_jax.params import Params, leaf_bytes, named_leaves
+
+PROMPT_TOKENS, NEW_TOKENS = 64, 32
+# Bytes of different matrices a product is timed over, more than caches hold.
+SPAN = 400_000_000
+STEPS = 4
+
+
+def measure(model: str, layers: int | None, rounds: int) -> dict[str, Any]:
+    """Per dtype: speed of every shape of product, seconds of a whole dense step, and the part that is no product."""
+    config = shape_config(shape_fields(model, layers))
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return environment() | {
+        "benchmark": "products",
+        "model": model,
+        "layers": config.num_layers,
+        "rounds": rounds,
+        "plain_gb_per_second": read_bandwidth(threads) / 1e9,
+        "dtypes": {dtype: _of_dtype(shape_params(config, dtype), rounds, dtype) for dtype in ("float32", "bfloat16")},
+    }
+
+
+def _of_dtype(params: Params, rounds: int, dtype: str) -> dict[str, Any]:
+    matrices = Counter(_decoded_matrices(params))
+    prompt = np.random.default_rng(0).integers(10, params.config.vocab_size - 10, (1, PROMPT_TOKENS)).astype(np.int32)
+    ci.generate(params, prompt, None, max_new_tokens=NEW_TOKENS)
+    whole: list[float] = []
+    speeds: dict[tuple[int, ...], list[float]] = {shape: [] for shape in matrices}
+    for _ in tqdm(range(rounds), desc=dtype, unit="round", disable=None):
+        stats = ci.generate(params, prompt, None, max_new_tokens=NEW_TOKENS).stats
+        whole.append(stats.decode_seconds / stats.decode_steps)
+        for shape in matrices:
+            speeds[shape].append(_speed(shape, jnp.dtype(dtype)))
+    return {
+        "step_ms": spread([1000 * seconds for seconds in whole]),
+        "products": [
+            {
+                "out": shape[0],
+                "in": shape[1],
+                "number": number,
+                "gb_per_second": spread(speeds[shape]),
+                "ms": spread([number * _bytes(shape, dtype) / 1e6 / speed for speed in speeds[shape]]),
+            }
+            for shape, number in matrices.items()
+        ],
+    }
+
+
+def _decoded_matrices(params: Params) -> list[tuple[int, ...]]:
+    """Shapes of all matrices a step multiplies with."""
+    tables = ["position_embedding"] + ([] if params.unembedding is None else ["token_embedding"])
+    return [leaf.shape for name, leaf in named_leaves(params) if leaf.ndim == 2 and name not in tables]
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return leaf_bytes(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))  # type: ignore[arg-type]
+
+
+def _speed(shape: tuple[int, ...], dtype: jnp.dtype) -> float:
+    """GB/s of products of one row with matrices of `shape`, as a decode program has them."""
+    number = max(2, SPAN // _bytes(shape, str(dtype)))
+    weights = [_filled(shape, dtype, i) for i in range(number)]
+    row = jnp.ones((1, 1, shape[1]), dtype)
+    jax.block_until_ready(_products(row, weights))
+    began = perf_counter()
+    jax.block_until_ready(_products(row, weights))
+    return STEPS * number * _bytes(shape, str(dtype)) / (perf_counter() - began) / 1e9
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _filled(shape: tuple[int, ...], dtype: jnp.dtype, i: Array) -> Array:
+    return jnp.full(shape, 0.01, dtype) * (1 + i).astype(dtype)
+
+
+@partial(jax.jit, compiler_options=DECODE_OPTIONS)
+def _products(row: Array, weights: list[Array]) -> Array:
+    def step(i: Array, total: Array) -> Array:
+        # Each step's row depends on the last one's result, so that no step can be left out.
+        own = row * (1 + total[0, 0, 0] * 0).astype(row.dtype)
+        return total + sum(matmul(own, weight).sum() for weight in weights)
+
+    return lax.fori_loop(0, STEPS, step, jnp.zeros((1, 1, 1), jnp.float32))
