@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from benchmarks.environment import RESULTS
 from benchmarks.shapes import SHAPES
 from coreinfer_jax.errors import CoreInferError
 
-# Everything docs/performance.md shows, by the platform that measures it.
 _ON_GPU = ("--dtypes", "bfloat16", "--prompt-tokens", "512", "--new-tokens", "128")
+# Everything docs/performance.md shows, by the platform that measures it.
 SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
     "cpu": (
         ("decode", "--model", "llama-1.1b"),
@@ -41,7 +41,7 @@ SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 
-Measurement = Callable[[argparse.Namespace], list[dict[str, Any]]]
+Measurement = Callable[[argparse.Namespace], Iterable[dict[str, Any]]]
 TEXTS = Path("../shared/data/text")
 
 
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _suite() -> None:
     parser = _parser()
-    for arguments in SUITES[jax.default_backend()]:
+    for arguments in SUITES["cpu" if jax.default_backend() == "cpu" else "gpu"]:
         print(" ".join(arguments))
         options = parser.parse_args(arguments)
         options.run(options)
@@ -94,13 +94,19 @@ def _add(
         "--out", type=Path, default=RESULTS / f"{name}.jsonl", help="file to append JSON lines to (%(default)s)"
     )
     add_options(parser)
-    parser.set_defaults(run=lambda options: _append(measurement(options), options.out))
+    parser.set_defaults(run=lambda options: _append(measurement, options))
 
 
-def _append(results: list[dict[str, Any]], out: Path) -> None:
-    lines = "".join(json.dumps(result) + "\n" for result in results)
-    with out.open("a", encoding="utf-8") as file:
-        file.write(lines)
+def _append(measurement: Measurement, options: argparse.Namespace) -> None:
+    """Measure, and write each result as soon as it is there."""
+    try:
+        file = options.out.open("a", encoding="utf-8")
+    except OSError as error:
+        raise CoreInferError(f"--out {options.out}: {error.strerror}; name a file that can be written") from error
+    with file:
+        for result in measurement(options):
+            file.write(json.dumps(result) + "\n")
+            file.flush()
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
@@ -132,9 +138,9 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every point (%(default)s)")
 
 
-def _sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _sweep(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     common = (options.model, options.layers, options.dtype, options.rounds)
-    return [sweeps.measure(over, *common) for over in options.over]
+    return (sweeps.measure(over, *common) for over in options.over)
 
 
 def _add_products_options(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +153,7 @@ def _products(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [products.measure(options.model, options.layers, options.rounds)]
 
 
-def _decode(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     plan = decode.Plan(
         model=options.model,
         layers=options.layers,
@@ -161,9 +167,9 @@ def _decode(options: argparse.Namespace) -> list[dict[str, Any]]:
     )
     results, failures = decode.measure(plan)
     print(decode.table(results))
-    for failure in failures:
-        print(f"benchmarks: left out: {failure}", file=sys.stderr)
-    return results
+    yield from results
+    if failures:
+        raise CoreInferError(f"left out: {'; '.join(failures)}")
 
 
 if __name__ == "__main__":

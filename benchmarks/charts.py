@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.performance import PICTURES, contender_title, decode_runs, sweeps
+from benchmarks.performance import PICTURES, contender_title, decode_runs, file_name, newest, sweep_picture
 from benchmarks.sweeps import AXES, CORE, DENSE, SHARED
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ AXIS_TITLES = {
 def draw() -> None:
     """Write every picture anew."""
     PICTURES.mkdir(parents=True, exist_ok=True)
-    for results in decode_runs().values():
-        _draw_decode(results, PICTURES / f"decode-{results[0]['model']}.png")
-    for over, result in sweeps().items():
-        _draw_sweep(result, PICTURES / f"{over}.png")
+    for title, results in decode_runs().items():
+        _draw_decode(title, results, PICTURES / file_name(title))
+    for result in newest("sweep").values():
+        _draw_sweep(result, PICTURES / sweep_picture(result))
 
 
-def _draw_decode(results: Sequence[dict[str, Any]], path: Path) -> None:
+def _draw_decode(title: str, results: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.6 + 0.32 * len(results)), layout="constrained")
@@ -65,14 +65,9 @@ def _draw_decode(results: Sequence[dict[str, Any]], path: Path) -> None:
         )
     axes.set_yticks(range(len(results)), [contender_title(result) for result in results])
     axes.invert_yaxis()
-    axes.set(xlabel="ms per token: median, and least and most of all generations", title=_decode_title(results[0]))
+    axes.set(xlabel="ms per token: median, and least and most of all generations", title=title)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=DPI)
-
-
-def _decode_title(result: dict[str, Any]) -> str:
-    whole = result["layers"] == result["model_layers"]
-    return f"{result['model']} shape, {result['layers']} layers{'' if whole else ' of ' + str(result['model_layers'])}"
 
 
 def _draw_sweep(result: dict[str, Any], path: Path) -> None:

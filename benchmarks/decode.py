@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from benchmarks.contenders.trial import Trial
 from benchmarks.environment import REPOSITORY, environment, spread
 from benchmarks.shapes import Fields, shape_config, shape_fields
+from benchmarks.tables import shown_range
 from coreinfer_jax.config import check_fraction
 from coreinfer_jax.errors import CoreInferError
 
@@ -36,6 +38,13 @@ PACKAGES = {
     "transformers-compiled": ("transformers", "torch"),
     "llama.cpp": ("llama_cpp_python",),
 }
+EXTRAS = {"transformers-eager": "torch", "transformers-compiled": "torch", "llama.cpp": "llama-cpp"}
+_KNOWN = {
+    "predictor": "is measured for one row, of models that normalise before each block",
+    "llama.cpp": "is measured for one row, of LLaMA models without biases",
+}
+# Who compiles programs; others' first generation costs more for other reasons.
+COMPILING = ("coreinfer", "predictor", "transformers-compiled")
 GB = 1e9
 
 
@@ -74,19 +83,19 @@ def measure(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
     """
     fields = shape_fields(plan.model, plan.layers)
     _check(plan, fields)
+    made_on = environment() | {"run": datetime.now(UTC).isoformat(timespec="seconds")}
     with TemporaryDirectory(prefix="coreinfer-benchmark-") as folder:
-        trials = [_prepared(trial, Path(folder)) for trial in trials_of(plan, fields)]
-        measured, failures = _rounds(trials, plan.rounds)
-    results = [
-        _result(plan, trial, rounds) | _made_on(trial) for trial, rounds in zip(trials, measured, strict=True) if rounds
-    ]
+        trials = trials_of(plan, fields)
+        measured, failures = _rounds(trials, plan.rounds, Path(folder))
+    done = [(trial, rounds) for trial, rounds in zip(trials, measured, strict=True) if rounds]
+    results = [_result(plan, trial, rounds) | made_on | _versions(trial, made_on) for trial, rounds in done]
     return [result | _gains(result, results) for result in results], failures
 
 
-def _made_on(trial: Trial) -> dict[str, Any]:
-    made_on = environment()
+def _versions(trial: Trial, made_on: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The versions of `made_on`, and of what else the contender is made of."""
     others = {name: version(name) for name in PACKAGES.get(trial.contender, ())}
-    return made_on | {"versions": made_on["versions"] | others}
+    return {"versions": made_on["versions"] | others}
 
 
 def _check(plan: Plan, fields: Fields) -> None:
@@ -95,7 +104,10 @@ def _check(plan: Plan, fields: Fields) -> None:
         raise CoreInferError(f"--contenders {unknown[0]}: give some of {', '.join(CONTENDERS)}")
     for name in plan.contenders or ():
         if missing := _missing(name):
-            raise CoreInferError(f"--contenders {name}: {missing} is not installed (pip install {missing})")
+            remedy = f"pip install '.[{EXTRAS[name]}]'"
+            raise CoreInferError(f"--contenders {name}: {missing} is not installed; {remedy}")
+        if not _knows(name, plan, fields):
+            raise CoreInferError(f"--contenders {name} {_KNOWN[name]}; leave it out")
     if min(plan.rounds, plan.rows, plan.prompt_tokens) < 1 or plan.new_tokens < 2:
         raise CoreInferError("--rounds, --rows and --prompt-tokens are at least 1, --new-tokens at least 2")
     for keep in plan.keeps:
@@ -112,36 +124,25 @@ def _missing(contender: str) -> str | None:
 
 def trials_of(plan: Plan, fields: Fields) -> list[Trial]:
     """Every contender in every type it has."""
-    wanted = plan.contenders or [name for name in CONTENDERS if _missing(name) is None and _knows(name, plan, fields)]
+    able = [name for name in CONTENDERS if _missing(name) is None and _knows(name, plan, fields)]
+    wanted = dict.fromkeys(plan.contenders or able)
     base = Trial("", "", None, fields, plan.prompt_tokens, plan.new_tokens, plan.rows)
     made: list[Trial] = []
     for name in wanted:
-        dtypes = GGUF_TYPES if name == "llama.cpp" else plan.dtypes
-        keeps = {"coreinfer": (None, *plan.keeps), "predictor": plan.keeps[-1:]}.get(name, (None,))
+        dtypes = dict.fromkeys(GGUF_TYPES if name == "llama.cpp" else plan.dtypes)
+        keeps = dict.fromkeys({"coreinfer": (None, *plan.keeps), "predictor": plan.keeps[-1:]}.get(name, (None,)))
         made += [replace(base, contender=name, dtype=dtype, keep=keep) for dtype in dtypes for keep in keeps]
     return made
 
 
 def _knows(contender: str, plan: Plan, fields: Fields) -> bool:
     if contender == "llama.cpp":
-        return fields["model_type"] == "llama" and plan.rows == 1
+        biased = fields.get("attention_bias") or fields.get("mlp_bias")
+        return fields["model_type"] == "llama" and not biased and plan.rows == 1
     return contender != "predictor" or (plan.rows == 1 and shape_config(fields).norm_first)
 
 
-def _prepared(trial: Trial, folder: Path) -> Trial:
-    """`trial` with its own folder for compiled programs, and its weights file where it reads one."""
-    cache = folder / trial.name.replace(" ", "-")
-    cache.mkdir()
-    if trial.contender != "llama.cpp":
-        return replace(trial, cache=str(cache))
-    from benchmarks.gguf_file import write_gguf
-
-    path = folder / f"{trial.dtype}.gguf"
-    write_gguf(path, trial.fields, trial.dtype)
-    return replace(trial, gguf=str(path))
-
-
-def _rounds(trials: Sequence[Trial], rounds: int) -> tuple[list[list[dict[str, Any]]], list[str]]:
+def _rounds(trials: Sequence[Trial], rounds: int, folder: Path) -> tuple[list[list[dict[str, Any]]], list[str]]:
     """What each trial measured in each round, and why those failed whose lists are empty.
 
     Every round starts with the next trial, so that none is always first. Who fails once has no further turn.
@@ -155,10 +156,22 @@ def _rounds(trials: Sequence[Trial], rounds: int) -> tuple[list[list[dict[str, A
         if i in failures:
             continue
         try:
-            measured[i].append(in_process(trials[i]))
-        except CoreInferError as error:
-            failures[i], measured[i] = str(error), []
+            measured[i].append(in_process(_prepared(trials[i], folder)))
+        except (CoreInferError, OSError, ValueError) as error:
+            failures[i], measured[i] = f"{trials[i].name}: {error}", []
     return measured, list(failures.values())
+
+
+def _prepared(trial: Trial, folder: Path) -> Trial:
+    """`trial` with its own folder for compiled programs, or its weights file; both stay for the next round."""
+    if trial.contender != "llama.cpp":
+        return replace(trial, cache=str(folder / trial.name.replace(" ", "-")))
+    from benchmarks.gguf_file import write_gguf
+
+    path = folder / f"{trial.dtype}.gguf"
+    if not path.exists():
+        write_gguf(path, trial.fields, trial.dtype)
+    return replace(trial, gguf=str(path))
 
 
 def in_process(trial: Trial) -> dict[str, Any]:
@@ -176,9 +189,10 @@ def in_process(trial: Trial) -> dict[str, Any]:
         env=os.environ | _worker_environment(trial),
         check=False,
     )
+    if done.returncode < 0:
+        raise CoreInferError(f"killed by signal {-done.returncode}; memory may have run out")
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        raise CoreInferError(f"{trial.name}: {said[-1] if said else f'ended with status {done.returncode}'}")
+        raise CoreInferError(done.stderr.strip().splitlines()[-1])
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
@@ -198,7 +212,8 @@ def _result(plan: Plan, trial: Trial, rounds: list[dict[str, Any]]) -> dict[str,
     # Bytes that one pass over the weights reads serve all rows.
     speeds = [gb * trial.rows / (ms / 1000) for ms in by_round]
     shares = [speed * GB / one["bandwidth"] for speed, one in zip(speeds, rounds, strict=True)]
-    compiling = [max(0.0, one["first_call_seconds"] - _generation(one)) for one in rounds]
+    compiles = trial.contender in COMPILING
+    compiling = [max(0.0, one["first_call_seconds"] - _generation(one)) for one in rounds if compiles]
     whole = shape_config(shape_fields(plan.model, None)).num_layers
     return {
         "benchmark": "decode",
@@ -224,7 +239,7 @@ def _result(plan: Plan, trial: Trial, rounds: list[dict[str, Any]]) -> dict[str,
         "compaction_seconds": _spread_of(rounds, "compaction_seconds"),
         "tokens_per_second": spread([trial.rows * trial.new_tokens / _generation(one) for one in rounds]),
         "load_seconds": spread([one["load_seconds"] for one in rounds]),
-        "compile_cold_seconds": compiling[0],
+        "compile_cold_seconds": compiling[0] if compiles else None,
         "compile_warm_seconds": spread(compiling[1:]) if compiling[1:] else None,
         "anonymous_gb": max(one["anonymous_bytes"] for one in rounds) / GB,
         "file_gb": max(one["file_bytes"] for one in rounds) / GB,
@@ -278,26 +293,21 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def _range(values: dict[str, float] | None, digits: int) -> str:
-    if values is None:
-        return "-"
-    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f}..{values['max']:.{digits}f})"
-
-
 _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("contender", lambda r: r["contender"]),
     ("dtype", lambda r: r["dtype"]),
     ("keep", lambda r: "all" if r["keep"] is None else f"{r['keep']:g}"),
-    ("ms per token", lambda r: _range(r["decode_ms_per_token"], 1)),
+    ("ms per token", lambda r: shown_range(r["decode_ms_per_token"], 1)),
     ("GB per token", lambda r: f"{r['gb_per_token']:.2f}"),
-    ("GB/s", lambda r: _range(r["gb_per_second"], 1)),
+    ("GB/s", lambda r: shown_range(r["gb_per_second"], 1)),
     ("of plain reads", lambda r: f"{r['bandwidth_share']['median']:.0%}"),
     ("first token s", lambda r: f"{r['first_token_seconds']['median']:.2f}"),
-    ("compile s, again", lambda r: f"{r['compile_cold_seconds']:.1f}, {_again(r)}"),
+    ("compile s, again", lambda r: compiling(r)),
     ("memory GB, mapped", lambda r: f"{r['anonymous_gb']:.1f}, {r['file_gb']:.1f}"),
 )
 
 
-def _again(result: dict[str, Any]) -> str:
-    warm = result["compile_warm_seconds"]
-    return "-" if warm is None else f"{warm['median']:.1f}"
+def compiling(result: dict[str, Any]) -> str:
+    """Seconds of compiling, at first and with kept programs, in words."""
+    cold, warm = result["compile_cold_seconds"], result["compile_warm_seconds"]
+    return "-" if cold is None else f"{cold:.1f}, {'-' if warm is None else format(warm['median'], '.1f')}"

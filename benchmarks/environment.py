@@ -20,7 +20,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": hardware(),
         "versions": {name: version(name) for name in ("coreinfer_jax", "jax", "jaxlib")} | {"python": _python()},
-        "git_revision": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "git_revision": _revision(),
     }
 
 
@@ -31,6 +31,15 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def _python() -> str:
     return platform.python_version()
+
+
+def _revision() -> str:
+    """The commit, marked where anything but results has changed since; `unknown` outside a repository."""
+    try:
+        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return _git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _git(*arguments: str) -> str:

@@ -14,7 +14,7 @@ FILE_TYPES = {
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
-# Random values repeat after this many: a multiple of every quantised block, and of the rows that are written at once.
+# Random values repeat after this many, a multiple of every quantised block.
 _BLOCK = 1 << 20
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coreinfer_jax.hardware import usable_cores
+
 READ_BYTES = 1 << 30
 COPY_BYTES = 1 << 31
 _STATUS = Path("/proc/self/status")
@@ -52,6 +54,13 @@ def watched(seconds: float = 0.02) -> Iterator[Peak]:
         stop.set()
         watcher.join()
         peak.look()
+
+
+def bandwidth() -> float:
+    """Bytes per second that JAX's device gives: plain reads of a CPU's memory, copies on an accelerator."""
+    if jax.default_backend() == "cpu":
+        return read_bandwidth(usable_cores())
+    return copy_bandwidth()
 
 
 def read_bandwidth(threads: int, repeats: int = 5) -> float:

@@ -1,6 +1,5 @@
 """Where a decode step's time goes: the speed of each of its products alone, and what is left for everything else."""
 
-import os
 from collections import Counter
 from functools import partial
 from time import perf_counter
@@ -8,15 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from tqdm import tqdm
 
 import coreinfer_jax as ci
 from benchmarks.environment import environment, spread
-from benchmarks.memory import read_bandwidth
-from benchmarks.shapes import shape_config, shape_fields, shape_params
+from benchmarks.memory import bandwidth
+from benchmarks.shapes import random_prompts, shape_config, shape_fields, shape_params
 from coreinfer_jax.decoding import DECODE_OPTIONS
+from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.layers import matmul
 from coreinfer_jax.params import Params, leaf_bytes, named_leaves
 
@@ -27,31 +26,41 @@ STEPS = 4
 
 
 def measure(model: str, layers: int | None, rounds: int) -> dict[str, Any]:
-    """Per dtype: speed of every shape of product, seconds of a whole dense step, and the part that is no product."""
+    """Per dtype: the speed of every shape of product alone, of plain reads, and of a whole dense step.
+
+    Products that do not depend on each other are timed together; those of a step wait for one another.
+
+    Raises:
+        CoreInferError: an unknown model, more than fits, or fewer than one round.
+    """
     config = shape_config(shape_fields(model, layers))
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return environment() | {
+    if rounds < 1:
+        raise CoreInferError(f"--rounds {rounds}: give at least 1")
+    made_on = environment()
+    return made_on | {
         "benchmark": "products",
         "model": model,
         "layers": config.num_layers,
         "rounds": rounds,
-        "plain_gb_per_second": read_bandwidth(threads) / 1e9,
         "dtypes": {dtype: _of_dtype(shape_params(config, dtype), rounds, dtype) for dtype in ("float32", "bfloat16")},
     }
 
 
 def _of_dtype(params: Params, rounds: int, dtype: str) -> dict[str, Any]:
     matrices = Counter(_decoded_matrices(params))
-    prompt = np.random.default_rng(0).integers(10, params.config.vocab_size - 10, (1, PROMPT_TOKENS)).astype(np.int32)
+    prompt = random_prompts(params.config, 1, PROMPT_TOKENS)
     ci.generate(params, prompt, None, max_new_tokens=NEW_TOKENS)
     whole: list[float] = []
+    plain: list[float] = []
     speeds: dict[tuple[int, ...], list[float]] = {shape: [] for shape in matrices}
     for _ in tqdm(range(rounds), desc=dtype, unit="round", disable=None):
         stats = ci.generate(params, prompt, None, max_new_tokens=NEW_TOKENS).stats
+        plain.append(bandwidth() / 1e9)
         whole.append(stats.decode_seconds / stats.decode_steps)
         for shape in matrices:
             speeds[shape].append(_speed(shape, jnp.dtype(dtype)))
     return {
+        "plain_gb_per_second": spread(plain),
         "step_ms": spread([1000 * seconds for seconds in whole]),
         "products": [
             {

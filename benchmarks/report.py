@@ -1,22 +1,28 @@
-"""Committed results -> the generated sections of README.md, the embedded models' card and docs/core-neurons.md."""
+"""Committed results -> the generated sections of README.md, the embedded models' card and the pages in docs/."""
 
 import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks import charts, core_neurons, model_card, performance
 from benchmarks.environment import REPOSITORY, RESULTS
+from benchmarks.tables import made_on, shown_range
+from coreinfer_jax.errors import CoreInferError
 
 README = REPOSITORY / "README.md"
 
 
 def update() -> None:
     """Rewrite every generated section, and draw the pictures anew."""
+    if find_spec("matplotlib") is None:
+        raise CoreInferError("report draws: pip install '.[bench]'")
+    documents = current()
     charts.draw()
-    for path, text in current().items():
+    for path, text in documents.items():
         path.write_text(text, encoding="utf-8")
 
 
@@ -25,10 +31,10 @@ def current() -> dict[Path, str]:
     readme: dict[str, Callable[[], str]] = {name: partial(_of_newest, name, made) for name, made in TABLES.items()}
     card = {"figures": model_card.figures, "held-out": model_card.held_out}
     documents = (
-        (README, {**readme, "speed": performance.summary}),
+        (README, {**readme, "speed": performance.speed_summary}),
         (model_card.CARD, card),
         (core_neurons.PAGE, core_neurons.tables()),
-        (performance.PAGE, performance.tables()),
+        (performance.PAGE, performance.sections()),
     )
     return {path: _filled(path, sections) for path, sections in documents}
 
@@ -63,10 +69,10 @@ def _static_argument(result: dict[str, Any]) -> str:
         "| one decode step | for the first prompt | for each further prompt | per step, ms: median (min .. max) |",
         "|---|---|---|---|",
         f"| static argument | {first['static'][0]:.2f} s, compiling | {_mean(first['static'][1:]):.2f} s, compiling "
-        f"| {_range(step['static'], 1)} |",
+        f"| {shown_range(step['static'], 1)} |",
         f"| compacted weights | {first['compact'][0] + first['compacted'][0]:.2f} s, compiling and gathering "
-        f"| {_mean(first['compact'][1:]):.3f} s, gathering | {_range(step['compacted'], 1)} |",
-        f"| dense | | | {_range(step['dense'], 1)} |",
+        f"| {_mean(first['compact'][1:]):.3f} s, gathering | {shown_range(step['compacted'], 1)} |",
+        f"| dense | | | {shown_range(step['dense'], 1)} |",
     ]
     return "\n".join([*rows, "", _provenance(result)])
 
@@ -85,7 +91,7 @@ def _group_switch(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     rows += [
-        f"| {what} | {ready} | {_range(step[name], 1)} | {_range(ratio[name], 2)} |"
+        f"| {what} | {ready} | {shown_range(step[name], 1)} | {shown_range(ratio[name], 2)} |"
         for name, (what, ready) in forms.items()
     ]
     return "\n".join([*rows, "", _provenance(result)])
@@ -98,18 +104,14 @@ def _prediction(result: dict[str, Any]) -> str:
     rows = [f"| model, prompt tokens | stability, ms | {head} |", "|---" * (len(methods) + 2) + "|"]
     for name, lengths in models.items():
         for length, measured in lengths.items():
-            ratios = " | ".join(_range(measured[method]["ratio"], 2) for method in methods)
-            rows.append(f"| {name}, {length} | {_range(measured['stability']['milliseconds'], 1)} | {ratios} |")
+            ratios = " | ".join(shown_range(measured[method]["ratio"], 2) for method in methods)
+            rows.append(f"| {name}, {length} | {shown_range(measured['stability']['milliseconds'], 1)} | {ratios} |")
     what = (
         "Time before the first decode step (prefill, selection, compaction), median (min .. max) of "
         f"{result['rounds']} rounds in which the methods take turns, and ratios to stability in the same round; "
         f"{result['groups']} groups with their weights kept, keep {result['keep']}. "
     )
-    return "\n".join([*rows, "", what + _made_on(result)])
-
-
-def _range(values: dict[str, float], digits: int) -> str:
-    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} .. {values['max']:.{digits}f})"
+    return "\n".join([*rows, "", what + made_on(result)])
 
 
 def _keep_ratio(result: dict[str, Any]) -> str:
@@ -129,7 +131,7 @@ def _keep_ratio(result: dict[str, Any]) -> str:
         f"Perplexity of {result['continuation_tokens']} true next tokens: that of the full model, then how many times "
         f"larger it is on core neurons chosen from a prompt of 16, 64 or 256 tokens; held-out texts: {texts}. "
     )
-    return "\n".join([*rows, "", what + _made_on(result)])
+    return "\n".join([*rows, "", what + made_on(result)])
 
 
 def _ratio(perplexity: dict[str, float], keep: str) -> str:
@@ -142,7 +144,7 @@ def _first_run(result: dict[str, Any]) -> str:
         f"| embedded:{name} | {_in_a_cell(texts['dense'])} | {_in_a_cell(texts['core'])} |"
         for name, texts in result["models"].items()
     ]
-    return "\n".join([*rows, "", _made_on(result)])
+    return "\n".join([*rows, "", made_on(result)])
 
 
 def _in_a_cell(text: str) -> str:
@@ -156,12 +158,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _provenance(result: dict[str, Any]) -> str:
-    return f"{result['model']}, {result['layers']} layers, {result['dtype']}, keep {result['keep']}; {_made_on(result)}"
-
-
-def _made_on(result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return f"{result['hardware']}; {versions}; revision {result['git_revision']}, {result['date']}."
+    return f"{result['model']}, {result['layers']} layers, {result['dtype']}, keep {result['keep']}; {made_on(result)}"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

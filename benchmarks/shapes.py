@@ -6,13 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from coreinfer_jax.checkpoint.files import read_json
 from coreinfer_jax.checkpoint.hf_config import model_config
 from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.params import Params, abstract_params, named_leaves, with_leaves
+from coreinfer_jax.params import Params, abstract_params, leaf_bytes, named_leaves, with_leaves
+from coreinfer_jax.room import check_room
 
 Fields = dict[str, Any]
 
@@ -86,9 +88,20 @@ def shape_config(fields: Fields) -> ModelConfig:
     return model_config(fields, "the shape")
 
 
+def random_prompts(config: ModelConfig, rows: int, tokens: int) -> np.ndarray:
+    """Random tokens int32 [B, T], the same in every process."""
+    return np.random.default_rng(0).integers(10, config.vocab_size - 10, (rows, tokens)).astype(np.int32)
+
+
 def shape_params(config: ModelConfig, dtype: str) -> Params:
-    """Random weights of standard deviation 0.02, norm scales 1, made on the device."""
+    """Random weights of standard deviation 0.02, norm scales 1, made on the device.
+
+    Raises:
+        CoreInferError: the device has no room for them.
+    """
     shapes = abstract_params(config, jnp.dtype(dtype))
+    size = sum(leaf_bytes(leaf) for _, leaf in named_leaves(shapes))
+    check_room(size, f"weights of the model, as {dtype}", "take fewer --layers, a 16-bit dtype or a smaller model")
     leaves = dict(named_leaves(shapes))
     return with_leaves(shapes, lambda name: _leaf(leaves[name].shape, leaves[name].dtype, name.endswith("norm.scale")))
 

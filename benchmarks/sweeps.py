@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 import coreinfer_jax as ci
 from benchmarks.environment import environment, spread
-from benchmarks.shapes import shape_config, shape_fields, shape_params
+from benchmarks.shapes import random_prompts, shape_config, shape_fields, shape_params
 from coreinfer_jax.cache import bucket, init_cache
+from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.core.predict import counted_tokens, voted_layers
 from coreinfer_jax.core.select import make_voting
 from coreinfer_jax.decoding import no_votes, prefill
@@ -63,14 +64,15 @@ def measure(over: str, model: str, layers: int | None, dtype: str, rounds: int) 
     params = shape_params(config, dtype)
     name, values, settings = AXES[over]
     whole = Point(layers=config.num_layers)
-    points = [replace(whole, **{name: value}) for value in values if name != "layers" or value <= config.num_layers]
+    points = [point for value in values if _fits(point := replace(whole, **{name: value}), config)]
+    made_on = environment()
     turns = [(point, setting) for point in points for setting in settings]
     for point, setting in tqdm(turns, desc=f"{over}: compiling", disable=None):
         _generation(params, point, setting)
     measured: dict[tuple[Point, str], list[ci.Stats]] = {turn: [] for turn in turns}
     for point, setting in tqdm(turns * rounds, desc=over, disable=None):
         measured[point, setting].append(_generation(params, point, setting))
-    return environment() | {
+    return made_on | {
         "benchmark": "sweep",
         "over": over,
         "model": model,
@@ -81,19 +83,19 @@ def measure(over: str, model: str, layers: int | None, dtype: str, rounds: int) 
     }
 
 
+def _fits(point: Point, config: ModelConfig) -> bool:
+    return point.layers <= config.num_layers and point.prompt_tokens + point.new_tokens <= config.max_positions
+
+
 def _generation(params: Params, point: Point, setting: str) -> ci.Stats:
     core = None if setting == DENSE else ci.CoreConfig(beta=point.keep, per_row=setting != SHARED)
-    return ci.generate(_cut(params, point.layers), _prompts(params, point), core, max_new_tokens=point.new_tokens).stats
+    prompts = random_prompts(params.config, point.rows, point.prompt_tokens)
+    return ci.generate(_cut(params, point.layers), prompts, core, max_new_tokens=point.new_tokens).stats
 
 
 def _cut(params: Params, layers: int) -> Params:
     """The first `layers` layers of a model, which share its memory."""
     return replace(params, layers=params.layers[:layers], config=replace(params.config, num_layers=layers))
-
-
-def _prompts(params: Params, point: Point) -> np.ndarray:
-    shape = (point.rows, point.prompt_tokens)
-    return np.random.default_rng(0).integers(10, params.config.vocab_size - 10, shape).astype(np.int32)
 
 
 def _result(params: Params, point: Point, setting: str, stats: Sequence[ci.Stats]) -> dict[str, Any]:

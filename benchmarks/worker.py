@@ -1,7 +1,6 @@
 """One contender in a process of its own: reads a `Trial` as JSON from standard input, prints what it measured."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from importlib import import_module
 import jax
 
 from benchmarks.contenders.trial import Report, Trial
-from benchmarks.memory import copy_bandwidth, read_bandwidth, watched
+from benchmarks.memory import bandwidth, watched
 from coreinfer_jax.errors import CoreInferError
 
 # A module per contender, imported where it runs: none needs what another is made of.
@@ -30,7 +29,6 @@ def measure(trial: Trial) -> dict[str, object]:
         jax.config.update("jax_compilation_cache_dir", trial.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    bandwidth = _bandwidth()
     run: Callable[[Trial], Report] = import_module(f"benchmarks.contenders.{MODULES[trial.contender]}").run
     with watched() as peak:
         report = run(trial)
@@ -40,14 +38,9 @@ def measure(trial: Trial) -> dict[str, object]:
     return asdict(report) | {
         "anonymous_bytes": peak.anonymous,
         "file_bytes": peak.file,
-        "bandwidth": bandwidth,
+        # After the peak was read: what is copied here must not count.
+        "bandwidth": bandwidth(),
     }
-
-
-def _bandwidth() -> float:
-    if jax.devices()[0].platform == "cpu":
-        return read_bandwidth(len(os.sched_getaffinity(0)))
-    return copy_bandwidth()
 
 
 def main() -> int:

@@ -7,9 +7,14 @@ from pathlib import Path
 import jax
 
 
+def usable_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware() -> str:
     """The processor, the cores this process may use, and the kind of JAX's device."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     return f"{_processor()}, {cores} core{'' if cores == 1 else 's'}, {jax.devices()[0].device_kind}"
 
 

@@ -126,7 +126,7 @@ def make_request(
     check_room(
         request.added_bytes,
         f"a cache of {request.capacity} positions and narrowed weights for {len(prompts.lengths)} rows",
-        "ask for fewer rows or tokens, a smaller beta, or per_row=False",
+        f"ask for fewer rows or tokens{'' if core is None else ', or fewer core neurons'}",
     )
     return request
 

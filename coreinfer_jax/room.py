@@ -7,6 +7,7 @@ import jax
 from coreinfer_jax.errors import CoreInferError
 
 _MEMORY = Path("/proc/meminfo")
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int | None:
@@ -22,7 +23,16 @@ def _free_host_bytes() -> int | None:
     if not _MEMORY.is_file():
         return None
     lines = dict(line.split(":", 1) for line in _MEMORY.read_text(encoding="ascii").splitlines())
-    return 1024 * sum(int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in lines)
+    free = 1024 * sum(int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in lines)
+    return min(free, _free_in_container(free))
+
+
+def _free_in_container(free: int) -> int:
+    """Bytes left of a container's limit, `free` where there is none."""
+    limit, used = _CONTAINER / "memory.max", _CONTAINER / "memory.current"
+    if not limit.is_file() or not used.is_file() or not (most := limit.read_text(encoding="ascii").strip()).isdigit():
+        return free
+    return int(most) - int(used.read_text(encoding="ascii"))
 
 
 def check_room(needed: int, what: str, remedy: str) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode, products, shapes, sweeps, worker
+from benchmarks import decode, memory, performance, products, shapes, sweeps, worker
 from benchmarks.__main__ import SUITES, _parser, main
 from benchmarks.contenders import predictor
 from benchmarks.contenders.trial import Report, Trial
@@ -125,12 +125,9 @@ def test_a_run_measures_every_contender_alike(tiny, tmp_path, capsys):
         assert result["git_revision"]
         assert result["anonymous_gb"] > 0
         assert result["bandwidth_share"]["median"] > 0
-        speed = result["gb_per_token"] / (result["decode_ms_per_token_by_round"][0] / 1000)
-        assert speed == pytest.approx(result["gb_per_second"]["min"]) or speed == pytest.approx(
-            result["gb_per_second"]["max"]
-        )
     assert "pays_from_tokens" in results[1]
-    assert results[1]["compile_warm_seconds"]["median"] < results[1]["compile_cold_seconds"]
+    assert results[1]["compile_cold_seconds"] > 0
+    assert {r["run"] for r in results} == {results[0]["run"]}
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4
     assert printed[2].split()[:3] == ["coreinfer", "float32", "0.5"]
@@ -146,10 +143,8 @@ def test_transformers_reads_what_the_full_model_reads(fields):
     assert report.made_tokens == [4]
     config = shape_config(fields)
     ours = bytes_read_per_token(abstract_params(config, jnp.dtype("float32")), empty_cache(config, 12))
-    # Ours counts the rows of tables that are looked up.
-    tables = 4 * config.hidden_size * (2 if config.tied else 1)
-    looked_up = 4 * config.hidden_size if config.family == "opt" else tables
-    assert report.bytes_per_token == ours - looked_up
+    one_row_of_a_table = 4 * config.hidden_size  # OPT's position, LLaMA's token, which ours counts
+    assert report.bytes_per_token == ours - one_row_of_a_table
 
 
 def test_gguf_files_hold_the_model(tmp_path):
@@ -171,17 +166,17 @@ def test_gguf_files_hold_the_model(tmp_path):
 def test_a_contender_that_stops_early_is_refused(monkeypatch):
     short = Report([1.0], [1.0], [3], 0.0, 1.0, 1.0)
     monkeypatch.setattr("benchmarks.contenders.coreinfer.run", lambda trial: short)
-    monkeypatch.setattr(worker, "_bandwidth", lambda: 1.0)
+    monkeypatch.setattr(worker, "bandwidth", lambda: 1.0)
     with pytest.raises(CoreInferError, match="made 3 tokens and not the 4 asked for"):
         worker.measure(Trial("coreinfer", "float32", None, TINY, 8, 4))
 
 
 def test_a_contender_that_fails_says_why(tiny):
-    with pytest.raises(CoreInferError, match=r"coreinfer float13: .*float13"):
+    with pytest.raises(CoreInferError, match="float13"):
         decode.in_process(Trial("coreinfer", "float13", None, TINY, 8, 4))
 
 
-def test_a_failure_costs_the_others_nothing(tiny, monkeypatch):
+def test_a_failure_costs_the_others_nothing(monkeypatch, tmp_path):
     trials = [Trial("coreinfer", "float32", None, TINY, 8, 4), Trial("predictor", "float32", 0.5, TINY, 8, 4)]
     turns = []
 
@@ -192,9 +187,9 @@ def test_a_failure_costs_the_others_nothing(tiny, monkeypatch):
         return {"of": trial.contender}
 
     monkeypatch.setattr(decode, "in_process", fake)
-    measured, failures = decode._rounds(trials, 3)
+    measured, failures = decode._rounds(trials, 3, tmp_path)
     assert measured == [[{"of": "coreinfer"}] * 3, []]
-    assert failures == ["no memory"]
+    assert failures == ["predictor keep 0.5 float32: no memory"]
     assert turns == ["coreinfer", "predictor", "coreinfer", "coreinfer"]
 
 
@@ -207,6 +202,14 @@ def test_a_failure_costs_the_others_nothing(tiny, monkeypatch):
         (
             ["--model", "opt-125m", "--dtypes", "float32", "--keeps", "1.5"],
             "--keeps=1.5: give a share above 0 and at most 1",
+        ),
+        (
+            ["--model", "opt-350m", "--contenders", "predictor"],
+            "--contenders predictor is measured for one row, of models",
+        ),
+        (
+            ["--model", "opt-125m", "--out", "no/such/place.jsonl"],
+            "--out no/such/place.jsonl: No such file or directory",
         ),
         (["--model", "opt-125m", "--rounds", "0"], "--rounds, --rows and --prompt-tokens are at least 1"),
         (["--model", "opt-125m", "--prompt-tokens", "2048"], "exceed the model's 2048 positions"),
@@ -274,8 +277,7 @@ def test_suites_name_measurements_that_there_are():
     for suite in SUITES.values():
         for arguments in suite:
             options = _parser().parse_args(arguments)
-            assert callable(options.run)
-            shape_fields(options.model, options.layers)
+            assert 1 <= shape_fields(options.model, options.layers)["num_hidden_layers"] <= 32
 
 
 def test_when_narrowing_pays():
@@ -292,3 +294,56 @@ def test_ratios_pair_the_rounds():
         {"decode_ms_per_token_by_round": [20.0, 80.0, 30.0]},
     )
     assert ratios(fast, slow) == {"median": 3.0, "min": 2.0, "max": 4.0}
+
+
+def decode_result(contender, run, dtype="float32", keep=None, ms=(100.0, 110.0)):
+    return {
+        "contender": contender,
+        "run": run,
+        "dtype": dtype,
+        "keep": keep,
+        "model": "llama-1.1b",
+        "layers": 2,
+        "model_layers": 22,
+        "rows": 1,
+        "hardware": "a cpu",
+        "decode_ms_per_token": {"median": min(ms), "min": min(ms), "max": max(ms)},
+        "decode_ms_per_token_by_round": list(ms),
+        "bandwidth_share": {"median": 0.7, "min": 0.6, "max": 0.8},
+    }
+
+
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+    def write(results):
+        (tmp_path / "decode.jsonl").write_text(
+            "".join(json.dumps(result) + "\n" for result in results), encoding="utf-8"
+        )
+
+    monkeypatch.setattr(performance, "RESULTS", tmp_path)
+    return write
+
+
+def test_only_results_of_one_run_stand_beside_each_other(committed):
+    committed([decode_result("coreinfer", "first"), decode_result("llama.cpp", "second"), decode_result("x", "second")])
+    runs = performance.decode_runs()
+    assert {title: [r["contender"] for r in run] for title, run in runs.items()} == {
+        "llama-1.1b shape, 2 of 22 layers; a cpu": ["llama.cpp", "x"]
+    }
+
+
+def test_aims_are_met_or_missed_by_the_median_of_rounds(committed):
+    theirs = [decode_result("transformers-eager", "r", ms=(200.0, 190.0, 171.0))]
+    theirs.append(decode_result("transformers-compiled", "r", ms=(300.0, 300.0, 300.0)))
+    committed([decode_result("coreinfer", "r", ms=(100.0, 100.0, 100.0)), *theirs])
+    rows = performance._targets().splitlines()
+    assert rows[2].endswith("| met: x 1.90 (1.71 .. 2.00), float32 to float32 |")
+    assert rows[7].endswith("| missed: 70% (60% .. 80%) |")
+
+
+def test_memory_is_told_apart():
+    with memory.watched() as peak:
+        block = np.ones(50_000_000, np.uint8)
+    assert peak.anonymous > block.nbytes
+    assert peak.file > 0
+    assert memory.read_bandwidth(1, repeats=1) > 0

@@ -8,7 +8,7 @@ import numpy as np
 
 import coreinfer_jax as ci
 from benchmarks.contenders.trial import Report, Trial
-from benchmarks.shapes import shape_config, shape_params
+from benchmarks.shapes import random_prompts, shape_config, shape_params
 from coreinfer_jax.cache import bucket, init_cache
 from coreinfer_jax.decoding import DecodeState, decode
 from coreinfer_jax.inputs import make_sampling
@@ -20,15 +20,19 @@ def run(trial: Trial) -> Report:
     params = jax.block_until_ready(shape_params(shape_config(trial.fields), trial.dtype))
     loaded = perf_counter()
     core = None if trial.keep is None else ci.CoreConfig(beta=trial.keep, per_row=trial.per_row)
-    prompts = prompt_ids(trial)
+    prompts = random_prompts(params.config, trial.rows, trial.prompt_tokens)
     ci.generate(params, prompts, core, max_new_tokens=trial.new_tokens)
     first_call = perf_counter() - loaded
-    outs = [ci.generate(params, prompts, core, max_new_tokens=trial.new_tokens) for _ in range(trial.generations)]
+    outs, seconds = [], []
+    for _ in range(trial.generations):
+        called = perf_counter()
+        outs.append(ci.generate(params, prompts, core, max_new_tokens=trial.new_tokens))
+        seconds.append(perf_counter() - called)
     stats = [out.stats for out in outs]
-    before = [s.prefill_seconds + s.selection_seconds + s.compaction_seconds for s in stats]
     return Report(
         decode_seconds=[s.decode_seconds for s in stats],
-        first_token_seconds=before,
+        # Checks of the call and everything between the phases count as well.
+        first_token_seconds=[whole - s.decode_seconds for whole, s in zip(seconds, stats, strict=True)],
         made_tokens=[int(out.lengths.min()) for out in outs],
         load_seconds=loaded - began,
         first_call_seconds=first_call,
@@ -39,12 +43,6 @@ def run(trial: Trial) -> Report:
         temporary_bytes=_temporary_bytes(params if outs[-1].core is None else ci.compact(params, outs[-1].core), trial),
         device_bytes=device_bytes(),
     )
-
-
-def prompt_ids(trial: Trial) -> np.ndarray:
-    """Random tokens [B, T], the same for every contender."""
-    ids = np.random.default_rng(0).integers(10, trial.fields["vocab_size"] - 10, (trial.rows, trial.prompt_tokens))
-    return ids.astype(np.int32)
 
 
 def device_bytes() -> int | None:

@@ -3,12 +3,13 @@
 from time import perf_counter
 from typing import Any
 
+import jax
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from benchmarks.contenders.coreinfer import prompt_ids
 from benchmarks.contenders.trial import Report, Trial
+from benchmarks.shapes import random_prompts, shape_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,7 +30,7 @@ class _Clock(StoppingCriteria):
 def run(trial: Trial) -> Report:
     """Load, generate once, then measure."""
     began = perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"  # all contenders on one device
     fields = dict(trial.fields)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device(device):
@@ -40,7 +41,8 @@ def run(trial: Trial) -> Report:
         # CUDA graphs are what "reduce-overhead" adds; on a CPU there are none.
         model.forward = torch.compile(model.forward, mode="reduce-overhead" if device == "cuda" else None)
     loaded = perf_counter()
-    ids = torch.from_numpy(prompt_ids(trial)).long().to(device)
+    prompts = random_prompts(shape_config(trial.fields), trial.rows, trial.prompt_tokens)
+    ids = torch.from_numpy(prompts).long().to(device)
     options: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
     runs = [_generate(model, ids, trial.new_tokens, options) for _ in range(trial.generations + 1)]
     times, counts = zip(*runs[1:], strict=True)
@@ -81,7 +83,7 @@ def _bytes_per_token(model: Any, trial: Trial) -> float:
         looked_up.append(model.model.decoder.embed_positions.weight)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     size -= sum(table.numel() * table.element_size() for table in looked_up)
-    head = config.hidden_size // config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     length = trial.prompt_tokens + trial.new_tokens
     cache = 2 * config.num_hidden_layers * heads * head * length * model.dtype.itemsize

@@ -1,16 +1,16 @@
 """llama.cpp through llama-cpp-python, on GGUF files of random weights."""
 
-import os
 from pathlib import Path
 from time import perf_counter
 
+import jax
 import llama_cpp
 import numpy as np
 
-from benchmarks.contenders.coreinfer import prompt_ids
 from benchmarks.contenders.trial import Report, Trial
-from benchmarks.shapes import shape_config
+from benchmarks.shapes import random_prompts, shape_config
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.hardware import usable_cores
 
 
 def run(trial: Trial) -> Report:
@@ -20,12 +20,20 @@ def run(trial: Trial) -> Report:
     assert trial.gguf is not None, "llama.cpp reads its weights from a file"
     began = perf_counter()
     size = trial.prompt_tokens + trial.new_tokens
-    threads = len(os.sched_getaffinity(0))
+    threads, on_gpu = usable_cores(), jax.default_backend() == "gpu"
+    if on_gpu and not llama_cpp.llama_supports_gpu_offload():
+        raise CoreInferError("this llama-cpp-python is built for CPUs only")
     model = llama_cpp.Llama(
-        trial.gguf, n_ctx=size, n_batch=size, n_threads=threads, n_threads_batch=threads, n_gpu_layers=-1, verbose=False
+        trial.gguf,
+        n_ctx=size,
+        n_batch=size,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_gpu_layers=-1 if on_gpu else 0,
+        verbose=False,
     )
     loaded = perf_counter()
-    prompt = [int(token) for token in prompt_ids(trial)[0]]
+    prompt = [int(token) for token in random_prompts(shape_config(trial.fields), 1, trial.prompt_tokens)[0]]
     runs = [_generate(model, prompt, trial.new_tokens) for _ in range(trial.generations + 1)]
     return Report(
         decode_seconds=[decoding for _, decoding, _ in runs[1:]],

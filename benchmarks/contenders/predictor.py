@@ -15,9 +15,9 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-from benchmarks.contenders.coreinfer import device_bytes, prompt_ids
+from benchmarks.contenders.coreinfer import device_bytes
 from benchmarks.contenders.trial import Report, Trial
-from benchmarks.shapes import shape_config, shape_params
+from benchmarks.shapes import random_prompts, shape_config, shape_params
 from coreinfer_jax.cache import KVCache, bucket, init_cache
 from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.core.select import kept_neurons
@@ -53,25 +53,25 @@ def run(trial: Trial) -> Report:
     by_neuron = jax.block_until_ready(_by_neuron(params))
     loaded = perf_counter()
     kept = kept_neurons(trial.keep, config.mlp_size)
-    timings = [_generate(params, by_neuron, predictors, kept, trial) for _ in range(trial.generations + 1)]
+    runs = [_generate(params, by_neuron, predictors, kept, trial) for _ in range(trial.generations + 1)]
     # The unmeasured generation is the first.
-    first_call, measured = sum(timings[0]), timings[1:]
+    first_call, measured = runs[0][0] + runs[0][1], runs[1:]
     return Report(
-        decode_seconds=[decoding for _, decoding in measured],
-        first_token_seconds=[first for first, _ in measured],
-        made_tokens=[trial.new_tokens] * len(measured),
+        decode_seconds=[decoding for _, decoding, _ in measured],
+        first_token_seconds=[first for first, _, _ in measured],
+        made_tokens=[made for _, _, made in measured],
         load_seconds=loaded - began,
         first_call_seconds=first_call,
         bytes_per_token=bytes_per_token(params, predictors, kept, trial),
-        prefill_seconds=[first for first, _ in measured],
+        prefill_seconds=[first for first, _, _ in measured],
         device_bytes=device_bytes(),
     )
 
 
 def _generate(
     params: Params, by_neuron: Params, predictors: list[Predictor], kept: int, trial: Trial
-) -> tuple[float, float]:
-    """Seconds to the first token, and of all others."""
+) -> tuple[float, float, int]:
+    """Seconds to the first token, of all others, and how many there were."""
     began = perf_counter()
     config = params.config
     cache = init_cache(config, 1, bucket(trial.prompt_tokens + trial.new_tokens), jnp.dtype(trial.dtype))
@@ -79,7 +79,7 @@ def _generate(
     sampling = make_sampling(config, 0.0, None, None, (), None)
     state, _ = prefill(
         params,
-        prompt_ids(trial),
+        random_prompts(config, 1, trial.prompt_tokens),
         length,
         np.zeros(1, np.int32),
         cache,
@@ -90,20 +90,23 @@ def _generate(
     )
     jax.block_until_ready(state)
     first = perf_counter()
-    made = _decode(by_neuron, predictors, state.cache, state.token, jnp.asarray(length), trial.new_tokens - 1, kept)
-    jax.block_until_ready(made)
-    return first - began, perf_counter() - first
+    tokens = jnp.full(trial.new_tokens, -1, jnp.int32).at[0].set(state.token[0])
+    drawn = jax.block_until_ready(_decode(by_neuron, predictors, state.cache, tokens, jnp.asarray(length), kept))
+    return first - began, perf_counter() - first, int((drawn >= 0).sum())
 
 
 @partial(jax.jit, static_argnames="kept", donate_argnames="cache", compiler_options=DECODE_OPTIONS)
 def _decode(
-    params: Params, predictors: list[Predictor], cache: KVCache, token: Array, position: Array, steps: int, kept: int
-) -> tuple[KVCache, Array]:
-    def step(i: Array, state: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
-        cache, token = state
-        return _step(params, predictors, cache, token, position + i, kept)
+    params: Params, predictors: list[Predictor], cache: KVCache, tokens: Array, position: Array, kept: int
+) -> Array:
+    """`tokens` [n], of which the first is there, with the others filled in."""
 
-    return lax.fori_loop(0, steps, step, (cache, token))
+    def step(i: Array, state: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
+        cache, tokens = state
+        cache, token = _step(params, predictors, cache, tokens[i][None], position + i, kept)
+        return cache, tokens.at[i + 1].set(token[0])
+
+    return lax.fori_loop(0, tokens.shape[0] - 1, step, (cache, tokens))[1]
 
 
 def _step(

@@ -60,7 +60,7 @@ def narrow(params: Params, indices: Indices) -> Params:
 
 
 def narrowed_bytes(params: Params, layers: tuple[int, ...], kept: int, sets: int) -> int:
-    """Bytes of the MLPs of `layers` narrowed to `kept` neurons, `sets` times, that `narrow` adds to dense `params`."""
+    """Bytes of matrices that `narrow` adds to dense `params`: `layers` cut to `kept` neurons, `sets` times."""
     matrices = [
         m for l in layers for m in (params.layers[l].mlp.gate, params.layers[l].mlp.up, params.layers[l].mlp.down)
     ]

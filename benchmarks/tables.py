@@ -1,0 +1,25 @@
+"""How measured values and what they were measured on are written, on a terminal and in documents."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def shown_range(values: Mapping[str, float] | None, digits: int) -> str:
+    """A median with the least and the most, a dash for none."""
+    if values is None:
+        return "-"
+    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} .. {values['max']:.{digits}f})"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, the first row its head."""
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
+
+
+def made_on(*results: Mapping[str, Any]) -> str:
+    """Hardware, versions (of all results), revision and date."""
+    versions = {name: number for result in results for name, number in result["versions"].items()}
+    listed = ", ".join(f"{name} {number}" for name, number in versions.items())
+    first = results[0]
+    return f"{first['hardware']}; {listed}; revision {first['git_revision']}, {first['date']}."
