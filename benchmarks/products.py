@@ -22,6 +22,8 @@ from coreinfer_jax.params import Params, leaf_bytes, named_leaves
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 # Bytes of different matrices a product is timed over, more than caches hold.
 SPAN = 400_000_000
+# Matrices of one program: hundreds take minutes to compile.
+MOST = 64
 STEPS = 4
 
 
@@ -87,7 +89,7 @@ def _bytes(shape: tuple[int, ...], dtype: str) -> int:
 
 def _speed(shape: tuple[int, ...], dtype: jnp.dtype) -> float:
     """GB/s of products of one row with matrices of `shape`, as a decode program has them."""
-    number = max(2, SPAN // _bytes(shape, str(dtype)))
+    number = min(MOST, max(2, SPAN // _bytes(shape, str(dtype))))
     weights = [_filled(shape, dtype, i) for i in range(number)]
     row = jnp.ones((1, 1, shape[1]), dtype)
     jax.block_until_ready(_products(row, weights))
