@@ -20,6 +20,7 @@ from benchmarks import (
     static_argument,
     sweeps,
 )
+from benchmarks.contenders import CONTENDERS
 from benchmarks.environment import RESULTS
 from benchmarks.shapes import SHAPES
 from coreinfer_jax.errors import CoreInferError
@@ -117,9 +118,7 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
     plan = decode.Plan("")
     parser.add_argument("--model", required=True, help=f"{', '.join(SHAPES)}, or a config.json")
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
-    parser.add_argument(
-        "--contenders", nargs="+", help=f"some of {', '.join(decode.CONTENDERS)}; default: all there are"
-    )
+    parser.add_argument("--contenders", nargs="+", help=f"some of {', '.join(CONTENDERS)}; default: all there are")
     parser.add_argument(
         "--dtypes", nargs="+", default=plan.dtypes, choices=plan.dtypes, help="of ours and transformers"
     )

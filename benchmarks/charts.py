@@ -11,28 +11,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DPI = 120
-HATCHES = {
-    "coreinfer": "",
-    "predictor": "..",
-    "transformers-eager": "//",
-    "transformers-compiled": "xx",
-    "llama.cpp": "--",
-}
-COLOURS = {
-    "coreinfer": "tab:blue",
-    "predictor": "tab:purple",
-    "transformers-eager": "tab:orange",
-    "transformers-compiled": "tab:red",
-    "llama.cpp": "tab:green",
+# Colour and hatch of each contender.
+LOOKS = {
+    "coreinfer": ("tab:blue", ""),
+    "predictor": ("tab:purple", ".."),
+    "transformers-eager": ("tab:orange", "//"),
+    "transformers-compiled": ("tab:red", "xx"),
+    "llama.cpp": ("tab:green", "--"),
 }
 LINES = {DENSE: ("k", "-", "o"), CORE: ("tab:blue", "--", "s"), SHARED: ("tab:green", "-.", "^")}
-AXIS_TITLES = {
-    "prompt-tokens": "prompt tokens",
-    "new-tokens": "new tokens",
-    "layers": "layers",
-    "keep": "share of neurons kept",
-    "rows": "rows of a batch",
-}
 
 
 def draw() -> None:
@@ -52,13 +39,13 @@ def _draw_decode(title: str, results: Sequence[dict[str, Any]], path: Path) -> N
     for place, result in enumerate(results):
         time = result["decode_ms_per_token"]
         errors = [[time["median"] - time["min"]], [time["max"] - time["median"]]]
-        contender = result["contender"]
+        colour, hatch = LOOKS[result["contender"]]
         axes.barh(
             place,
             time["median"],
             xerr=errors,
-            color=COLOURS[contender],
-            hatch=HATCHES[contender],
+            color=colour,
+            hatch=hatch,
             alpha=0.75,
             edgecolor="white",
             capsize=2,
@@ -81,7 +68,7 @@ def _draw_sweep(result: dict[str, Any], path: Path) -> None:
         _curve(middle, result["over"], points, setting, "decode_ms_per_step")
         _curve(right, result["over"], points, setting, "total_seconds")
     for axes, title in ((left, "prefill, s"), (middle, "decode step, ms"), (right, "whole generation, s")):
-        axes.set(xlabel=AXIS_TITLES[result["over"]], title=title, ylim=(0, None))
+        axes.set(xlabel=AXES[result["over"]][0].replace("_", " "), title=title, ylim=(0, None))
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
     figure.suptitle(

@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.contenders import CONTENDERS
 from benchmarks.contenders.trial import Trial
 from benchmarks.environment import REPOSITORY, environment, spread
 from benchmarks.shapes import Fields, shape_config, shape_fields
@@ -26,25 +27,11 @@ from coreinfer_jax.errors import CoreInferError
 KEEPS = (0.4, 0.2)
 DTYPES = ("float32", "bfloat16")
 GGUF_TYPES = ("F16", "Q8_0", "Q4_0")
-CONTENDERS = ("coreinfer", "predictor", "transformers-eager", "transformers-compiled", "llama.cpp")
-_NEEDS = {
-    "transformers-eager": ("torch",),
-    "transformers-compiled": ("torch",),
-    "llama.cpp": ("llama_cpp", "gguf"),
-}
-# Whose versions are recorded besides ours.
-PACKAGES = {
-    "transformers-eager": ("transformers", "torch"),
-    "transformers-compiled": ("transformers", "torch"),
-    "llama.cpp": ("llama_cpp_python",),
-}
-EXTRAS = {"transformers-eager": "torch", "transformers-compiled": "torch", "llama.cpp": "llama-cpp"}
-_KNOWN = {
+# What those measure that cannot take every model or batch.
+_LIMITS = {
     "predictor": "is measured for one row, of models that normalise before each block",
     "llama.cpp": "is measured for one row, of LLaMA models without biases",
 }
-# Who compiles programs; others' first generation costs more for other reasons.
-COMPILING = ("coreinfer", "predictor", "transformers-compiled")
 GB = 1e9
 
 
@@ -94,7 +81,7 @@ def measure(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _versions(trial: Trial, made_on: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """The versions of `made_on`, and of what else the contender is made of."""
-    others = {name: version(name) for name in PACKAGES.get(trial.contender, ())}
+    others = {name: version(name) for name in CONTENDERS[trial.contender].packages}
     return {"versions": made_on["versions"] | others}
 
 
@@ -104,10 +91,10 @@ def _check(plan: Plan, fields: Fields) -> None:
         raise CoreInferError(f"--contenders {unknown[0]}: give some of {', '.join(CONTENDERS)}")
     for name in plan.contenders or ():
         if missing := _missing(name):
-            remedy = f"pip install '.[{EXTRAS[name]}]'"
+            remedy = f"pip install '.[{CONTENDERS[name].extra}]'"
             raise CoreInferError(f"--contenders {name}: {missing} is not installed; {remedy}")
         if not _knows(name, plan, fields):
-            raise CoreInferError(f"--contenders {name} {_KNOWN[name]}; leave it out")
+            raise CoreInferError(f"--contenders {name} {_LIMITS[name]}; leave it out")
     if min(plan.rounds, plan.rows, plan.prompt_tokens) < 1 or plan.new_tokens < 2:
         raise CoreInferError("--rounds, --rows and --prompt-tokens are at least 1, --new-tokens at least 2")
     for keep in plan.keeps:
@@ -119,7 +106,7 @@ def _check(plan: Plan, fields: Fields) -> None:
 
 def _missing(contender: str) -> str | None:
     """The first package the contender needs and does not find."""
-    return next((name for name in _NEEDS.get(contender, ()) if find_spec(name) is None), None)
+    return next((name for name in CONTENDERS[contender].imports if find_spec(name) is None), None)
 
 
 def trials_of(plan: Plan, fields: Fields) -> list[Trial]:
@@ -212,7 +199,7 @@ def _result(plan: Plan, trial: Trial, rounds: list[dict[str, Any]]) -> dict[str,
     # Bytes that one pass over the weights reads serve all rows.
     speeds = [gb * trial.rows / (ms / 1000) for ms in by_round]
     shares = [speed * GB / one["bandwidth"] for speed, one in zip(speeds, rounds, strict=True)]
-    compiles = trial.contender in COMPILING
+    compiles = CONTENDERS[trial.contender].compiles
     compiling = [max(0.0, one["first_call_seconds"] - _generation(one)) for one in rounds if compiles]
     whole = shape_config(shape_fields(plan.model, None)).num_layers
     return {
@@ -293,6 +280,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
+def compiling(result: dict[str, Any]) -> str:
+    """Seconds of compiling, at first and with kept programs, in words."""
+    cold, warm = result["compile_cold_seconds"], result["compile_warm_seconds"]
+    return "-" if cold is None else f"{cold:.1f}, {'-' if warm is None else format(warm['median'], '.1f')}"
+
+
 _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("contender", lambda r: r["contender"]),
     ("dtype", lambda r: r["dtype"]),
@@ -302,12 +295,6 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("GB/s", lambda r: shown_range(r["gb_per_second"], 1)),
     ("of plain reads", lambda r: f"{r['bandwidth_share']['median']:.0%}"),
     ("first token s", lambda r: f"{r['first_token_seconds']['median']:.2f}"),
-    ("compile s, again", lambda r: compiling(r)),
+    ("compile s, again", compiling),
     ("memory GB, mapped", lambda r: f"{r['anonymous_gb']:.1f}, {r['file_gb']:.1f}"),
 )
-
-
-def compiling(result: dict[str, Any]) -> str:
-    """Seconds of compiling, at first and with kept programs, in words."""
-    cold, warm = result["compile_cold_seconds"], result["compile_warm_seconds"]
-    return "-" if cold is None else f"{cold:.1f}, {'-' if warm is None else format(warm['median'], '.1f')}"

@@ -1,5 +1,6 @@
 """What a measurement was made on, recorded with it."""
 
+import json
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -15,13 +16,19 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
 def environment() -> dict[str, Any]:
-    """Date, hardware, versions and git revision (marked when the tree holds uncommitted changes)."""
+    """Date, hardware, versions and git revision (marked when anything but results is changed and not committed)."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": hardware(),
         "versions": {name: version(name) for name in ("coreinfer_jax", "jax", "jaxlib")} | {"python": _python()},
         "git_revision": _revision(),
     }
+
+
+def read_results(name: str) -> list[dict[str, Any]]:
+    """All committed results of a measurement, oldest first."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def spread(values: list[float]) -> dict[str, float]:

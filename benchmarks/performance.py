@@ -1,13 +1,13 @@
 """The generated parts of docs/performance.md and of the README's section on speed, from committed results."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.decode import compiling, ratios
-from benchmarks.environment import REPOSITORY, RESULTS
+from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.sweeps import AXES
 from benchmarks.tables import made_on, markdown, shown_range
 
@@ -72,7 +72,7 @@ ELSEWHERE: dict[str, Side] = {
 def decode_runs() -> dict[str, list[Result]]:
     """The newest run of each model and machine, by its title; results of one run only stand beside each other."""
     runs: dict[str, list[Result]] = {}
-    for result in lines("decode"):
+    for result in read_results("decode"):
         run = runs.setdefault(_title(result), [])
         if run and run[0]["run"] != result["run"]:
             run.clear()
@@ -80,15 +80,9 @@ def decode_runs() -> dict[str, list[Result]]:
     return runs
 
 
-def lines(name: str) -> list[Result]:
-    """All results of a measurement, oldest first."""
-    path = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
 def newest(name: str) -> dict[str, Result]:
     """The newest result of each model, machine and, for a sweep, axis."""
-    return {f"{result.get('over', '')} {_title(result)}": result for result in lines(name)}
+    return {f"{result.get('over', '')} {_title(result)}": result for result in read_results(name)}
 
 
 def _title(result: Result) -> str:
@@ -284,9 +278,5 @@ def _cell(point: Mapping[str, Any], phase: str) -> str:
 
 def sections() -> dict[str, Callable[[], str]]:
     """What makes each of the page's generated sections, by its name."""
-
-    def of_sweep(over: str) -> Callable[[], str]:
-        return lambda: _sweeps(over)
-
-    swept = {f"sweep {over}": of_sweep(over) for over in AXES}
+    swept = {f"sweep {over}": partial(_sweeps, over) for over in AXES}
     return {"targets": _targets, "decode": _decode, "products": _products, **swept}

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from functools import partial
+from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.shapes import random_prompts, shape_config, shape_fields, shape_
 from coreinfer_jax.decoding import DECODE_OPTIONS
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.layers import matmul
-from coreinfer_jax.params import Params, leaf_bytes, named_leaves
+from coreinfer_jax.params import Params, named_leaves
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 # Bytes of different matrices a product is timed over, more than caches hold.
@@ -29,8 +30,6 @@ STEPS = 4
 
 def measure(model: str, layers: int | None, rounds: int) -> dict[str, Any]:
     """Per dtype: the speed of every shape of product alone, of plain reads, and of a whole dense step.
-
-    Products that do not depend on each other are timed together; those of a step wait for one another.
 
     Raises:
         CoreInferError: an unknown model, more than fits, or fewer than one round.
@@ -52,6 +51,7 @@ def _of_dtype(params: Params, rounds: int, dtype: str) -> dict[str, Any]:
     matrices = Counter(_decoded_matrices(params))
     prompt = random_prompts(params.config, 1, PROMPT_TOKENS)
     ci.generate(params, prompt, None, max_new_tokens=NEW_TOKENS)
+    megabytes = {shape: prod(shape) * jnp.dtype(dtype).itemsize / 1e6 for shape in matrices}
     whole: list[float] = []
     plain: list[float] = []
     speeds: dict[tuple[int, ...], list[float]] = {shape: [] for shape in matrices}
@@ -70,7 +70,7 @@ def _of_dtype(params: Params, rounds: int, dtype: str) -> dict[str, Any]:
                 "in": shape[1],
                 "number": number,
                 "gb_per_second": spread(speeds[shape]),
-                "ms": spread([number * _bytes(shape, dtype) / 1e6 / speed for speed in speeds[shape]]),
+                "ms": spread([number * megabytes[shape] / speed for speed in speeds[shape]]),
             }
             for shape, number in matrices.items()
         ],
@@ -83,19 +83,16 @@ def _decoded_matrices(params: Params) -> list[tuple[int, ...]]:
     return [leaf.shape for name, leaf in named_leaves(params) if leaf.ndim == 2 and name not in tables]
 
 
-def _bytes(shape: tuple[int, ...], dtype: str) -> int:
-    return leaf_bytes(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))  # type: ignore[arg-type]
-
-
 def _speed(shape: tuple[int, ...], dtype: jnp.dtype) -> float:
     """GB/s of products of one row with matrices of `shape`, as a decode program has them."""
-    number = min(MOST, max(2, SPAN // _bytes(shape, str(dtype))))
+    size = prod(shape) * dtype.itemsize
+    number = min(MOST, max(2, SPAN // size))
     weights = [_filled(shape, dtype, i) for i in range(number)]
     row = jnp.ones((1, 1, shape[1]), dtype)
     jax.block_until_ready(_products(row, weights))
     began = perf_counter()
     jax.block_until_ready(_products(row, weights))
-    return STEPS * number * _bytes(shape, str(dtype)) / (perf_counter() - began) / 1e9
+    return STEPS * number * size / (perf_counter() - began) / 1e9
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -105,9 +102,10 @@ def _filled(shape: tuple[int, ...], dtype: jnp.dtype, i: Array) -> Array:
 
 @partial(jax.jit, compiler_options=DECODE_OPTIONS)
 def _products(row: Array, weights: list[Array]) -> Array:
-    def step(i: Array, total: Array) -> Array:
-        # Each step's row depends on the last one's result, so that no step can be left out.
-        own = row * (1 + total[0, 0, 0] * 0).astype(row.dtype)
-        return total + sum(matmul(own, weight).sum() for weight in weights)
+    def step(i: Array, row: Array) -> Array:
+        for weight in weights:
+            # Each row depends on the last product, so that they follow one another as those of a step do.
+            row = row * (1 + 0 * matmul(row, weight).sum()).astype(row.dtype)
+        return row
 
-    return lax.fori_loop(0, STEPS, step, jnp.zeros((1, 1, 1), jnp.float32))
+    return lax.fori_loop(0, STEPS, step, row)

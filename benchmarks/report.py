@@ -1,6 +1,5 @@
 """Committed results -> the generated sections of README.md, the embedded models' card and the pages in docs/."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts, core_neurons, model_card, performance
-from benchmarks.environment import REPOSITORY, RESULTS
+from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.tables import made_on, shown_range
 from coreinfer_jax.errors import CoreInferError
 
@@ -57,9 +56,7 @@ def _filled(path: Path, sections: Mapping[str, Callable[[], str]]) -> str:
 
 def newest(name: str) -> dict[str, Any]:
     """The last result of a benchmark."""
-    path: Path = RESULTS / f"{name}.jsonl"
-    last: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    return last
+    return read_results(name)[-1]
 
 
 def _static_argument(result: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from coreinfer_jax.checkpoint.files import read_json
 from coreinfer_jax.checkpoint.hf_config import model_config
 from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.params import Params, abstract_params, leaf_bytes, named_leaves, with_leaves
+from coreinfer_jax.params import Params, abstract_params, named_leaves, params_bytes, with_leaves
 from coreinfer_jax.room import check_room
 
 Fields = dict[str, Any]
@@ -100,8 +100,8 @@ def shape_params(config: ModelConfig, dtype: str) -> Params:
         CoreInferError: the device has no room for them.
     """
     shapes = abstract_params(config, jnp.dtype(dtype))
-    size = sum(leaf_bytes(leaf) for _, leaf in named_leaves(shapes))
-    check_room(size, f"weights of the model, as {dtype}", "take fewer --layers, a 16-bit dtype or a smaller model")
+    remedy = "take fewer --layers, a 16-bit dtype or a smaller model"
+    check_room(params_bytes(shapes), f"weights of the model, as {dtype}", remedy)
     leaves = dict(named_leaves(shapes))
     return with_leaves(shapes, lambda name: _leaf(leaves[name].shape, leaves[name].dtype, name.endswith("norm.scale")))
 

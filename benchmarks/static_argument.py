@@ -16,21 +16,12 @@ from jax import Array
 from tqdm import tqdm
 
 from benchmarks.environment import environment, spread
+from benchmarks.shapes import SHAPES, shape_config, shape_params
 from coreinfer_jax import CoreNeurons, Params, compact
 from coreinfer_jax.cache import KVCache, init_cache
-from coreinfer_jax.checkpoint.hf_config import model_config
 from coreinfer_jax.core.select import kept_neurons
 from coreinfer_jax.models import extend, observe_nothing, unembed
-from coreinfer_jax.params import random_params
 
-OPT_125M = {
-    "model_type": "opt",
-    "vocab_size": 50272,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "ffn_dim": 3072,
-    "num_attention_heads": 12,
-}
 KEEP = 0.4
 SETS = 3
 STEPS = 20
@@ -55,7 +46,7 @@ def static_step(params: Params, token: Array, cache: KVCache, core: CoreNeurons)
 
 def opt_125m() -> Params:
     """Random float32 weights."""
-    return random_params(model_config(OPT_125M), jax.random.key(0), jnp.dtype("float32"))
+    return shape_params(shape_config(SHAPES["opt-125m"]), "float32")
 
 
 def random_sets(params: Params, number: int) -> list[CoreNeurons]:

@@ -8,19 +8,10 @@ from importlib import import_module
 
 import jax
 
+from benchmarks.contenders import CONTENDERS
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.memory import bandwidth, watched
 from coreinfer_jax.errors import CoreInferError
-
-# A module per contender, imported where it runs: none needs what another is made of.
-MODULES = {
-    "coreinfer": "coreinfer",
-    "predictor": "predictor",
-    "transformers-eager": "hugging_face",
-    "transformers-compiled": "hugging_face",
-    "llama.cpp": "llama_cpp",
-}
-STOPPED_EARLY = "made {made} tokens and not the {asked} asked for"
 
 
 def measure(trial: Trial) -> dict[str, object]:
@@ -29,12 +20,12 @@ def measure(trial: Trial) -> dict[str, object]:
         jax.config.update("jax_compilation_cache_dir", trial.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    run: Callable[[Trial], Report] = import_module(f"benchmarks.contenders.{MODULES[trial.contender]}").run
+    run: Callable[[Trial], Report] = import_module(f"benchmarks.contenders.{CONTENDERS[trial.contender].module}").run
     with watched() as peak:
         report = run(trial)
     made = min(report.made_tokens)
     if made != trial.new_tokens:
-        raise CoreInferError(STOPPED_EARLY.format(made=made, asked=trial.new_tokens))
+        raise CoreInferError(f"made {made} tokens and not the {trial.new_tokens} asked for")
     return asdict(report) | {
         "anonymous_bytes": peak.anonymous,
         "file_bytes": peak.file,

@@ -188,6 +188,11 @@ def leaf_bytes(leaf: Array) -> int:
     return prod(leaf.shape) * leaf.dtype.itemsize
 
 
+def params_bytes(params: Params) -> int:
+    """Bytes of all weights, also of shapes without data."""
+    return sum(leaf_bytes(leaf) for _, leaf in named_leaves(params))
+
+
 def weight_bytes_per_step(params: Params, rows: int) -> int:
     """Weight bytes one decode step reads for a batch of `rows` rows.
 
@@ -196,5 +201,6 @@ def weight_bytes_per_step(params: Params, rows: int) -> int:
     """
     tables = [params.position_embedding] + ([] if params.unembedding is None else [params.token_embedding])
     looked_up = [table for table in tables if table is not None]
-    total = sum(leaf_bytes(leaf) for _, leaf in named_leaves(params))
-    return total + sum(rows * leaf_bytes(table) // table.shape[0] - leaf_bytes(table) for table in looked_up)
+    return params_bytes(params) + sum(
+        rows * leaf_bytes(table) // table.shape[0] - leaf_bytes(table) for table in looked_up
+    )

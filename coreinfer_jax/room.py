@@ -28,11 +28,13 @@ def _free_host_bytes() -> int | None:
 
 
 def _free_in_container(free: int) -> int:
-    """Bytes left of a container's limit, `free` where there is none."""
-    limit, used = _CONTAINER / "memory.max", _CONTAINER / "memory.current"
-    if not limit.is_file() or not used.is_file() or not (most := limit.read_text(encoding="ascii").strip()).isdigit():
+    """Bytes left of a container's limit, cached files counted as free; `free` where there is no limit."""
+    paths = [_CONTAINER / name for name in ("memory.max", "memory.current", "memory.stat")]
+    if not all(path.is_file() for path in paths):
         return free
-    return int(most) - int(used.read_text(encoding="ascii"))
+    most, used, stat = (path.read_text(encoding="ascii") for path in paths)
+    files = sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith(("active_file", "inactive_file")))
+    return int(most) - int(used) + files if most.strip().isdigit() else free
 
 
 def check_room(needed: int, what: str, remedy: str) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode, memory, performance, products, shapes, sweeps, worker
+from benchmarks import decode, environment, memory, performance, products, shapes, sweeps, worker
 from benchmarks.__main__ import SUITES, _parser, main
 from benchmarks.contenders import predictor
 from benchmarks.contenders.trial import Report, Trial
@@ -320,7 +320,7 @@ def committed(tmp_path, monkeypatch):
             "".join(json.dumps(result) + "\n" for result in results), encoding="utf-8"
         )
 
-    monkeypatch.setattr(performance, "RESULTS", tmp_path)
+    monkeypatch.setattr(environment, "RESULTS", tmp_path)
     return write
 
 

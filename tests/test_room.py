@@ -63,4 +63,11 @@ def test_free_memory_counts_what_is_available_and_swap(monkeypatch, tmp_path):
     told = tmp_path / "meminfo"
     told.write_text("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    2000 kB\nSwapFree:  500 kB\n", encoding="ascii")
     monkeypatch.setattr(room, "_MEMORY", told)
+    monkeypatch.setattr(room, "_CONTAINER", tmp_path)
+    assert room.free_bytes() == 2500 * 1024
+    limits = {"memory.current": "900000\n", "memory.stat": "anon 7\nactive_file 1000\ninactive_file 500\n"}
+    for name, text in {**limits, "memory.max": "1000000\n"}.items():
+        (tmp_path / name).write_text(text, encoding="ascii")
+    assert room.free_bytes() == 101_500
+    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
     assert room.free_bytes() == 2500 * 1024

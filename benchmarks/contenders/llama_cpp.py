@@ -9,14 +9,13 @@ import numpy as np
 
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.shapes import random_prompts, shape_config
+from coreinfer_jax.cache import cache_bytes
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.hardware import usable_cores
 
 
 def run(trial: Trial) -> Report:
     """Load, generate once, then measure."""
-    if trial.rows != 1:
-        raise CoreInferError("llama.cpp is measured for one row")
     assert trial.gguf is not None, "llama.cpp reads its weights from a file"
     began = perf_counter()
     size = trial.prompt_tokens + trial.new_tokens
@@ -68,4 +67,4 @@ def _bytes_per_token(path: Path, trial: Trial) -> float:
     config = shape_config(trial.fields)
     table = config.vocab_size * config.hidden_size * {"F16": 2.0, "Q8_0": 34 / 32, "Q4_0": 18 / 32}[trial.dtype]
     length = trial.prompt_tokens + trial.new_tokens
-    return path.stat().st_size - table + 4 * config.num_layers * config.num_kv_heads * config.head_size * length
+    return path.stat().st_size - table + cache_bytes(config, 1, length, np.dtype(np.float16))

@@ -18,11 +18,10 @@ from jax import Array, lax
 from benchmarks.contenders.coreinfer import device_bytes
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.shapes import random_prompts, shape_config, shape_params
-from coreinfer_jax.cache import KVCache, bucket, init_cache
+from coreinfer_jax.cache import KVCache, bucket, cache_bytes, init_cache
 from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.core.select import kept_neurons
 from coreinfer_jax.decoding import DECODE_OPTIONS, no_votes, prefill
-from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.layers import attention, layer_norm, linear, matmul, mlp_activations, rms_norm
 from coreinfer_jax.models import llama, opt, unembed
@@ -42,12 +41,9 @@ class Predictor:
 
 def run(trial: Trial) -> Report:
     """Load, generate once, then measure: the prompt with the full model, every token after the first predicted."""
-    if trial.rows != 1 or trial.keep is None:
-        raise CoreInferError("the predictor is measured for one row and a keep ratio")
+    assert trial.keep is not None, "a predictor chooses some of the neurons"
     began = perf_counter()
     config = shape_config(trial.fields)
-    if not config.norm_first:
-        raise CoreInferError("the predictor is not measured for models that normalise after the sum (opt-350m)")
     params = jax.block_until_ready(shape_params(config, trial.dtype))
     predictors = jax.block_until_ready(_predictors(params))
     by_neuron = jax.block_until_ready(_by_neuron(params))
@@ -176,7 +172,7 @@ def bytes_per_token(params: Params, predictors: list[Predictor], kept: int, tria
     """Bytes a step needs: predictors, the chosen neurons, everything else of the model, and the cache."""
     config = params.config
     mlps = sum(leaf_bytes(leaf) for layer in params.layers for leaf in jax.tree.leaves(layer.mlp))
-    S = bucket(trial.prompt_tokens + trial.new_tokens)
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_size * S * params.token_embedding.dtype.itemsize
+    capacity = bucket(trial.prompt_tokens + trial.new_tokens)
+    cache = cache_bytes(config, 1, capacity, params.token_embedding.dtype)
     predicted = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(predictors))
     return weight_bytes_per_step(params, 1) - mlps + mlps * kept / config.mlp_size + predicted + cache

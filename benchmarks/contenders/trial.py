@@ -9,14 +9,13 @@ class Trial:
     """One contender in one process.
 
     Attributes:
-        contender: `coreinfer`, `transformers-eager`, `transformers-compiled`, `llama.cpp` or `predictor`.
+        contender: its name in `CONTENDERS`.
         dtype: of the weights; for llama.cpp the GGUF type.
         keep: share of the MLP neurons decoded with; None for all.
         fields: config.json of the model.
         prompt_tokens: prompt length of every row.
         new_tokens: tokens to make per row, the first of them from the prefill.
         rows: batch size.
-        per_row: `coreinfer`: whether each row has core neurons of its own.
         generations: how many are measured, after one that is not.
         gguf: weights file of llama.cpp.
         cache: folder of compiled programs, empty at first; None keeps none.
@@ -29,7 +28,6 @@ class Trial:
     prompt_tokens: int
     new_tokens: int
     rows: int = 1
-    per_row: bool = True
     generations: int = 2
     gguf: str | None = None
     cache: str | None = None

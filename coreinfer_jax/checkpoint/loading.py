@@ -17,7 +17,7 @@ from coreinfer_jax.checkpoint.native import MANIFEST, is_native, open_native
 from coreinfer_jax.checkpoint.tensors import StoredTensor, open_checkpoint
 from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.params import Params, abstract_params, leaf_bytes, named_leaves, with_leaves
+from coreinfer_jax.params import Params, abstract_params, named_leaves, params_bytes, with_leaves
 from coreinfer_jax.room import check_room
 from coreinfer_jax.text import Tokenizer, load_tokenizer
 
@@ -41,8 +41,7 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
     wanted = default_dtype() if dtype is None else parse_dtype(dtype)
     config, tensors = open_model(path)
     shapes = abstract_params(config, jnp.dtype(wanted))
-    size = sum(leaf_bytes(leaf) for _, leaf in named_leaves(shapes))
-    check_room(size, f"{path}, as {wanted}", "take a 16-bit dtype or a smaller model")
+    check_room(params_bytes(shapes), f"{path}, as {wanted}", "take a 16-bit dtype or a smaller model")
     names = tqdm([name for name, _ in named_leaves(shapes)], desc="loading", unit="tensor", disable=None, leave=False)
     arrays = {name: jax.device_put(read_as(tensors[name], name, wanted, str(path))) for name in names}
     return with_leaves(shapes, arrays.__getitem__), load_tokenizer(path)
