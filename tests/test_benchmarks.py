@@ -273,6 +273,18 @@ def test_products_account_for_every_matrix_of_a_step(tiny, monkeypatch):
         assert measured["step_ms"]["min"] > 0
 
 
+def test_timed_products_are_made_one_after_the_other():
+    rng = np.random.default_rng(0)
+    row, weights = rng.standard_normal(8), [0.1 * rng.standard_normal((5, 8)) for _ in range(3)]
+    made = products._products(
+        jnp.asarray(row[None, None], "float32"), [jnp.asarray(w, "float32") for w in weights], jnp.float32(0.1)
+    )
+    for _ in range(products.STEPS):
+        for weight in weights:
+            row = row + 0.1 * (weight @ row).sum()
+    assert np.abs(np.asarray(made)[0, 0] - row).max() < 1e-5
+
+
 def test_suites_name_measurements_that_there_are():
     for suite in SUITES.values():
         for arguments in suite:
