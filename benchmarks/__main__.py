@@ -15,7 +15,6 @@ from benchmarks import (
     group_switch,
     keep_ratio,
     prediction,
-    products,
     report,
     static_argument,
     sweeps,
@@ -31,8 +30,6 @@ SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
     "cpu": (
         ("decode", "--model", "llama-1.1b"),
         ("decode", "--model", "opt-1.3b", "--layers", "12"),
-        ("products", "--model", "llama-1.1b"),
-        ("products", "--model", "opt-1.3b", "--layers", "12"),
         ("sweep",),
     ),
     "gpu": (
@@ -62,7 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="NAME")
     _add(commands, "decode", "decoding side by side with other libraries", _decode, _add_decode_options)
     _add(commands, "sweep", "cost against one thing that grows", _sweep, _add_sweep_options)
-    _add(commands, "products", "where a decode step's time goes", _products, _add_products_options)
     _add(commands, "static-argument", "core neurons as a static argument", lambda _: [static_argument.measure()])
     _add(commands, "group-switch", "what another group costs", lambda _: [group_switch.measure()])
     _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
@@ -140,16 +136,6 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
 def _sweep(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     common = (options.model, options.layers, options.dtype, options.rounds)
     return (sweeps.measure(over, *common) for over in options.over)
-
-
-def _add_products_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="as for decode")
-    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
-    parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
-
-
-def _products(options: argparse.Namespace) -> list[dict[str, Any]]:
-    return [products.measure(options.model, options.layers, options.rounds)]
 
 
 def _decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.performance import PICTURES, contender_title, decode_runs, file_name, newest, sweep_picture
+from benchmarks.performance import PICTURES, contender_title, decode_runs, file_name, newest_sweeps, sweep_picture
 from benchmarks.sweeps import AXES, CORE, DENSE, SHARED
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def draw() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     for title, results in decode_runs().items():
         _draw_decode(title, results, PICTURES / file_name(title))
-    for result in newest("sweep").values():
+    for result in newest_sweeps():
         _draw_sweep(result, PICTURES / sweep_picture(result))
 
 

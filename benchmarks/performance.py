@@ -80,13 +80,13 @@ def decode_runs() -> dict[str, list[Result]]:
     return runs
 
 
-def newest(name: str) -> dict[str, Result]:
-    """The newest result of each model, machine and, for a sweep, axis."""
-    return {f"{result.get('over', '')} {_title(result)}": result for result in read_results(name)}
+def newest_sweeps() -> list[Result]:
+    """The newest result of each axis, model and machine."""
+    return list({(result["over"], _title(result)): result for result in read_results("sweep")}.values())
 
 
 def _title(result: Result) -> str:
-    whole = result.get("model_layers", result["layers"])
+    whole = result["model_layers"]
     cut = "" if result["layers"] == whole else f", {result['layers']} of {whole} layers"
     rows = "" if result.get("rows", 1) == 1 else f", {result['rows']} rows"
     return f"{result['model']} shape{cut}{rows}; {result['hardware']}"
@@ -209,25 +209,6 @@ def _conditions(results: Sequence[Result]) -> str:
     return f"{sizes}; {made_on(*results)}"
 
 
-def _products() -> str:
-    return "\n\n".join(_of_products(result) for result in newest("products").values())
-
-
-def _of_products(result: Result) -> str:
-    rows = [["weights", "matrices", "GB/s", "of plain reads", "ms per step"]]
-    for dtype, measured in result["dtypes"].items():
-        plain = measured["plain_gb_per_second"]["median"]
-        for product in measured["products"]:
-            speed = product["gb_per_second"]
-            name, share = f"{dtype} [{product['out']}, {product['in']}]", f"{speed['median'] / plain:.0%}"
-            rows.append([name, str(product["number"]), shown_range(speed, 1), share, shown_range(product["ms"], 1)])
-        rest = measured["step_ms"]["median"] - sum(product["ms"]["median"] for product in measured["products"])
-        rows.append([f"{dtype}, all else", "", "", "", f"{rest:.1f}"])
-        rows.append([f"{dtype}, whole step", "", "", "", shown_range(measured["step_ms"], 1)])
-    heading = f"### {_title(result).partition(';')[0]}"
-    return f"{heading}\n\n{markdown(rows)}\n\n{result['rounds']} rounds; {made_on(result)}"
-
-
 # What the table of a sweep shows: the field of its points, the factor to the unit, and digits.
 PHASES: dict[str, tuple[str, float, int]] = {
     "prefill, ms": ("prefill_seconds", 1e3, 0),
@@ -245,8 +226,7 @@ SWEEP_COLUMNS: dict[str, tuple[str, ...]] = {
 
 
 def _sweeps(over: str) -> str:
-    found = [result for result in newest("sweep").values() if result["over"] == over]
-    return "\n\n".join(_of_sweep(result) for result in found)
+    return "\n\n".join(_of_sweep(result) for result in newest_sweeps() if result["over"] == over)
 
 
 def sweep_picture(result: Result) -> str:
@@ -262,7 +242,7 @@ def _of_sweep(result: Result) -> str:
         own = {point["setting"]: point for point in result["points"] if point[name] == value}
         rows.append([f"{value:g}", *(_cell(own[setting], phase) for setting, phase in columns)])
     picture = f"![Cost by {result['over']}](performance/{sweep_picture(result)})"
-    what = f"{result['model']} shape, {result['dtype']}, {result['rounds']} rounds; {made_on(result)}"
+    what = f"{_title(result).partition(';')[0]}, {result['dtype']}, {result['rounds']} rounds; {made_on(result)}"
     return f"{picture}\n\n{markdown(rows)}\n\n{what}"
 
 
@@ -279,4 +259,4 @@ def _cell(point: Mapping[str, Any], phase: str) -> str:
 def sections() -> dict[str, Callable[[], str]]:
     """What makes each of the page's generated sections, by its name."""
     swept = {f"sweep {over}": partial(_sweeps, over) for over in AXES}
-    return {"targets": _targets, "decode": _decode, "products": _products, **swept}
+    return {"targets": _targets, "decode": _decode, **swept}

@@ -77,6 +77,7 @@ def measure(over: str, model: str, layers: int | None, dtype: str, rounds: int) 
         "over": over,
         "model": model,
         "layers": config.num_layers,
+        "model_layers": shape_config(shape_fields(model, None)).num_layers,
         "dtype": dtype,
         "rounds": rounds,
         "points": [_result(params, point, setting, stats) for (point, setting), stats in measured.items()],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode, environment, memory, performance, products, shapes, sweeps, worker
+from benchmarks import decode, environment, memory, performance, shapes, sweeps, worker
 from benchmarks.__main__ import SUITES, _parser, main
 from benchmarks.contenders import predictor
 from benchmarks.contenders.trial import Report, Trial
@@ -259,30 +259,6 @@ def test_a_sweep_measures_every_point_under_every_setting(tiny, monkeypatch):
 def test_a_sweep_of_layers_stays_within_the_model(tiny):
     result = sweeps.measure("layers", tiny, None, "float32", 1)
     assert [point["layers"] for point in result["points"]] == [1, 1, 2, 2]
-
-
-def test_products_account_for_every_matrix_of_a_step(tiny, monkeypatch):
-    monkeypatch.setattr(products, "SPAN", 10_000)
-    result = products.measure(tiny, None, 2)
-    for dtype, size in (("float32", 4), ("bfloat16", 2)):
-        measured = result["dtypes"][dtype]
-        numbers = {(p["out"], p["in"]): p["number"] for p in measured["products"]}
-        assert numbers == {(96, 32): 1, (32, 32): 4, (16, 32): 4, (64, 32): 4, (32, 64): 2}
-        up = next(p for p in measured["products"] if p["out"] == 64)
-        assert up["ms"]["max"] == pytest.approx(4 * 64 * 32 * size / 1e6 / up["gb_per_second"]["min"])
-        assert measured["step_ms"]["min"] > 0
-
-
-def test_timed_products_are_made_one_after_the_other():
-    rng = np.random.default_rng(0)
-    row, weights = rng.standard_normal(8), [0.1 * rng.standard_normal((5, 8)) for _ in range(3)]
-    made = products._products(
-        jnp.asarray(row[None, None], "float32"), [jnp.asarray(w, "float32") for w in weights], jnp.float32(0.1)
-    )
-    for _ in range(products.STEPS):
-        for weight in weights:
-            row = row + 0.1 * (weight @ row).sum()
-    assert np.abs(np.asarray(made)[0, 0] - row).max() < 1e-5
 
 
 def test_suites_name_measurements_that_there_are():
