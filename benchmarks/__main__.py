@@ -15,6 +15,7 @@ from benchmarks import (
     group_switch,
     keep_ratio,
     prediction,
+    profile,
     report,
     static_argument,
     sweeps,
@@ -31,6 +32,11 @@ SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("decode", "--model", "llama-1.1b"),
         ("decode", "--model", "opt-1.3b", "--layers", "12"),
         ("sweep",),
+        ("profile", "--model", "llama-1.1b", "--dtype", "bfloat16"),
+        ("profile", "--model", "llama-1.1b", "--dtype", "bfloat16", "--keep", "0.2"),
+        ("profile", "--model", "opt-1.3b", "--layers", "12"),
+        ("profile", "--model", "opt-1.3b", "--layers", "12", "--dtype", "bfloat16"),
+        ("profile", "--model", "opt-1.3b", "--layers", "12", "--dtype", "bfloat16", "--keep", "0.2"),
     ),
     "gpu": (
         ("decode", "--model", "llama-3.1-8b", *_ON_GPU),
@@ -59,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="NAME")
     _add(commands, "decode", "decoding side by side with other libraries", _decode, _add_decode_options)
     _add(commands, "sweep", "cost against one thing that grows", _sweep, _add_sweep_options)
+    _add(commands, "profile", "where the time of a decode step goes", _profile, _add_profile_options)
     _add(commands, "static-argument", "core neurons as a static argument", lambda _: [static_argument.measure()])
     _add(commands, "group-switch", "what another group costs", lambda _: [group_switch.measure()])
     _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
@@ -131,6 +138,17 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--dtype", default="float32", choices=decode.DTYPES, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every point (%(default)s)")
+
+
+def _add_profile_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="as for decode")
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument("--dtype", default="float32", choices=decode.DTYPES, help="(%(default)s)")
+    parser.add_argument("--keep", type=float, help="keep ratio; all neurons without")
+
+
+def _profile(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    return [profile.measure(options.model, options.layers, options.dtype, options.keep)]
 
 
 def _sweep(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ DPI = 120
 LOOKS = {
     "coreinfer": ("tab:blue", ""),
     "predictor": ("tab:purple", ".."),
+    "gather": ("tab:pink", "oo"),
     "transformers-eager": ("tab:orange", "//"),
     "transformers-compiled": ("tab:red", "xx"),
     "llama.cpp": ("tab:green", "--"),

@@ -26,10 +26,11 @@ from coreinfer_jax.errors import CoreInferError
 
 KEEPS = (0.4, 0.2)
 DTYPES = ("float32", "bfloat16")
+BY_TOKEN = ("predictor", "gather")  # those that change the neurons for every token
 GGUF_TYPES = ("F16", "Q8_0", "Q4_0")
 # What those measure that cannot take every model or batch.
 _LIMITS = {
-    "predictor": "is measured for one row, of models that normalise before each block",
+    **dict.fromkeys(BY_TOKEN, "is measured for one row, of models that normalise before each block"),
     "llama.cpp": "is measured for one row, of LLaMA models without biases",
 }
 GB = 1e9
@@ -44,7 +45,7 @@ class Plan:
         layers: of the model; None for all.
         contenders: some of `CONTENDERS`; None for all that are installed and know the model.
         dtypes: of ours and of transformers.
-        keeps: keep ratios of ours; the predictor takes the last.
+        keeps: keep ratios of ours; those that change the neurons for every token take the last.
         prompt_tokens: per row.
         new_tokens: per row.
         rows: batch size.
@@ -117,16 +118,22 @@ def trials_of(plan: Plan, fields: Fields) -> list[Trial]:
     made: list[Trial] = []
     for name in wanted:
         dtypes = dict.fromkeys(GGUF_TYPES if name == "llama.cpp" else plan.dtypes)
-        keeps = dict.fromkeys({"coreinfer": (None, *plan.keeps), "predictor": plan.keeps[-1:]}.get(name, (None,)))
+        keeps = dict.fromkeys(_keeps_of(name, plan))
         made += [replace(base, contender=name, dtype=dtype, keep=keep) for dtype in dtypes for keep in keeps]
     return made
+
+
+def _keeps_of(contender: str, plan: Plan) -> tuple[float | None, ...]:
+    if contender == "coreinfer":
+        return (None, *plan.keeps)
+    return plan.keeps[-1:] if contender in BY_TOKEN else (None,)
 
 
 def _knows(contender: str, plan: Plan, fields: Fields) -> bool:
     if contender == "llama.cpp":
         biased = fields.get("attention_bias") or fields.get("mlp_bias")
         return fields["model_type"] == "llama" and not biased and plan.rows == 1
-    return contender != "predictor" or (plan.rows == 1 and shape_config(fields).norm_first)
+    return contender not in BY_TOKEN or (plan.rows == 1 and shape_config(fields).norm_first)
 
 
 def _rounds(trials: Sequence[Trial], rounds: int, folder: Path) -> tuple[list[list[dict[str, Any]]], list[str]]:
@@ -232,12 +239,14 @@ def _result(plan: Plan, trial: Trial, rounds: list[dict[str, Any]]) -> dict[str,
         "file_gb": max(one["file_bytes"] for one in rounds) / GB,
         "device_gb": _most(rounds, "device_bytes"),
         "temporary_gb": _most(rounds, "temporary_bytes"),
+        "predictor_gb": _most(rounds, "predictor_bytes"),
     }
 
 
 def _generation(one: dict[str, Any]) -> float:
-    """Seconds of a whole generation."""
-    return median(a + b for a, b in zip(one["first_token_seconds"], one["decode_seconds"], strict=True))
+    """Seconds of a whole generation: the first token, the gather where there is one, all other tokens."""
+    gathers = one["compaction_seconds"] or [0.0] * len(one["decode_seconds"])
+    return median(map(sum, zip(one["first_token_seconds"], gathers, one["decode_seconds"], strict=True)))
 
 
 def _spread_of(rounds: list[dict[str, Any]], name: str) -> dict[str, float] | None:
@@ -262,9 +271,14 @@ def _gains(result: dict[str, Any], results: Iterable[dict[str, Any]]) -> dict[st
 
 def _pays_from(narrowed: dict[str, Any], dense: dict[str, Any]) -> int | None:
     """The fewest new tokens for which narrowing takes less time, None when it never does."""
-    later = 1000 * (narrowed["first_token_seconds"]["median"] - dense["first_token_seconds"]["median"])
+    later = 1000 * (_before_decode(narrowed) - _before_decode(dense))
     saved = dense["decode_ms_per_token"]["median"] - narrowed["decode_ms_per_token"]["median"]
     return None if saved <= 0 else 1 + max(1, int(later / saved) + 1)
+
+
+def _before_decode(result: dict[str, Any]) -> float:
+    """Seconds before the first decode step."""
+    return result["first_token_seconds"]["median"] + result["compaction_seconds"]["median"]
 
 
 def ratios(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.decode import compiling, ratios
-from benchmarks.environment import REPOSITORY, read_results
+from benchmarks.environment import REPOSITORY, read_results, spread
 from benchmarks.sweeps import AXES
 from benchmarks.tables import made_on, markdown, shown_range
 
@@ -203,10 +203,52 @@ def _phases(results: Sequence[Result]) -> str:
     return markdown(rows)
 
 
+def _by_token() -> str:
+    """What predicting neurons for every token costs beside core neurons, per model and type."""
+    rows = [["", "core neurons, ms", "changed, ms", "and predicted, ms", "changing", "predicting", "predictors"]]
+    for title, results in decode_runs().items():
+        for dtype in dict.fromkeys(r["dtype"] for r in results if r["contender"] == "gather"):
+            changed = Side(("gather",), 0.2, dtype).fastest(results)
+            core, predicted = (Side((name,), 0.2, dtype).fastest(results) for name in ("coreinfer", "predictor"))
+            if core and changed and predicted:
+                rows.append([f"{title.partition(';')[0]}, {dtype}", *_steps(core, changed, predicted)])
+    return markdown(rows)
+
+
+def _steps(core: Result, changed: Result, predicted: Result) -> list[str]:
+    """The times of three steps, their differences round by round, and the memory of the predictors."""
+    times = [result["decode_ms_per_token_by_round"] for result in (core, changed, predicted)]
+    differences = [
+        spread([b - a for a, b in zip(*pair, strict=True)]) for pair in ((times[0], times[1]), (times[1], times[2]))
+    ]
+    shown = [shown_range(value, 1) for value in (*map(spread, times), *differences)]
+    return [*shown, f"{predicted['predictor_gb']:.2f} GB"]
+
+
 def _conditions(results: Sequence[Result]) -> str:
     first = results[0]
     sizes = f"Prompt of {first['prompt_tokens']} tokens, {first['new_tokens']} new ones, {first['rounds']} rounds"
     return f"{sizes}; {made_on(*results)}"
+
+
+def _profiles() -> str:
+    """The newest profile of each model, type, keep ratio and machine, one table each."""
+    newest = {(_title(r), r["dtype"], r["keep"]): r for r in read_results("profile")}
+    return "\n\n".join(_of_profile(result) for result in newest.values())
+
+
+def _of_profile(result: Result) -> str:
+    kept = "all neurons" if result["keep"] is None else f"keep {result['keep']:g}"
+    plain = result["plain_gb_per_second"]
+    rows = [["weights, out x in", "how many", "GB", "ms per step", "GB/s"]]
+    for p in result["products"]:
+        rows.append(
+            [p["shape"], str(p["matrices"]), f"{p['gb']:.3f}", f"{p['ms']:.1f}", f"{1000 * p['gb'] / p['ms']:.1f}"]
+        )
+    rest = result["step_ms"] - sum(p["ms"] for p in result["products"])
+    rows += [["all else", "", "", f"{rest:.1f}", ""], ["a step", "", "", f"{result['step_ms']:.1f}", ""]]
+    what = f"{_title(result).partition(';')[0]}, {result['dtype']}, {kept}; plain reads {plain:.1f} GB/s"
+    return f"{markdown(rows)}\n\n{what}; {made_on(result)}"
 
 
 # What the table of a sweep shows: the field of its points, the factor to the unit, and digits.
@@ -259,4 +301,4 @@ def _cell(point: Mapping[str, Any], phase: str) -> str:
 def sections() -> dict[str, Callable[[], str]]:
     """What makes each of the page's generated sections, by its name."""
     swept = {f"sweep {over}": partial(_sweeps, over) for over in AXES}
-    return {"targets": _targets, "decode": _decode, **swept}
+    return {"targets": _targets, "decode": _decode, "predictor": _by_token, "profile": _profiles, **swept}

@@ -27,7 +27,7 @@ class Stats:
         cached_tokens: per row, how many of these were in the KV cache already; above 0 only in `converse`.
         prefill_seconds: the full model over the prompt, with vote counting, and the first token.
         selection_seconds: votes to indices.
-        compaction_seconds: the gather of the narrowed weights.
+        compaction_seconds: the gather of the narrowed weights, after the first token; 0 before it.
         decode_seconds: all decode steps so far.
         decode_steps: passes of the narrowed model so far; each makes one token per unfinished row.
         bytes_read_per_token: weights and KV cache one decode step reads, divided by the rows it serves.

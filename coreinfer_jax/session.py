@@ -29,14 +29,20 @@ def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past
 
     A `Past` dies when the next chunk is asked for: its cache is donated.
     """
-    state, votes, narrowed, used, stats = _begin(request)
-    read = stats.prompt_tokens[0]
+    state, votes, predicted, stats = _begin(request)
+    used, read = predicted.core, stats.prompt_tokens[0]
     # Copies: on a CPU asarray would share the memory that the next dispatch is given to overwrite.
     lengths = np.array(state.length)
     first = Chunk(tokens=np.array(state.token)[:, None], lengths=lengths, core=used, stats=stats)
     yield first, Past(state.cache, votes, read)
     made = 1
-    while made < request.max_new_tokens and not np.array(state.done).all():
+    if _is_complete(request, state, made):
+        return
+    # Only now: the first token, which is the full model's, does not wait for the gather.
+    began = perf_counter()
+    narrowed = jax.block_until_ready(predicted.weights(request.params))
+    stats = replace(stats, compaction_seconds=perf_counter() - began)
+    while not _is_complete(request, state, made):
         began = perf_counter()
         steps = min(steps_per_dispatch, request.max_new_tokens - made)
         state, drawn = decode(narrowed, state, request.sampling, np.int32(steps))
@@ -53,8 +59,12 @@ def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past
         lengths, made = new_lengths, made + steps_run
 
 
-def _begin(request: Request) -> tuple[DecodeState, list[Votes], Params, CoreNeurons | None, Stats]:
-    """Prefill, select, compact: all there is before the first decode step, and the costs so far."""
+def _is_complete(request: Request, state: DecodeState, made: int) -> bool:
+    return made >= request.max_new_tokens or bool(np.array(state.done).all())
+
+
+def _begin(request: Request) -> tuple[DecodeState, list[Votes], Predicted, Stats]:
+    """Prefill and select: all there is before the first token, and the costs so far."""
     params, prompts, cached, capacity = request.params, request.prompts, request.cached, request.capacity
     rows, lengths = len(prompts.lengths), cached + prompts.lengths
     began = perf_counter()
@@ -82,9 +92,7 @@ def _begin(request: Request) -> tuple[DecodeState, list[Votes], Params, CoreNeur
     prefilled = perf_counter()
     predicted = _predicted(request, votes)
     selected = perf_counter()
-    narrowed = predicted.weights(params)
-    compacted = perf_counter()
-
+    narrowed = predicted.shapes(params)
     methods = {choice.method for choice in predicted.choices}
     stats = Stats(
         method=methods.pop() if len(methods) == 1 else "mixed",
@@ -95,12 +103,12 @@ def _begin(request: Request) -> tuple[DecodeState, list[Votes], Params, CoreNeur
         cached_tokens=(cached,) * rows,
         prefill_seconds=prefilled - began,
         selection_seconds=selected - prefilled,
-        compaction_seconds=compacted - selected,
+        compaction_seconds=0.0,
         decode_seconds=0.0,
         decode_steps=0,
         bytes_read_per_token=bytes_read_per_token(narrowed, state.cache),
     )
-    return state, votes, narrowed, predicted.core, stats
+    return state, votes, predicted, stats
 
 
 def _predicted(request: Request, votes: list[Votes]) -> Predicted:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode, environment, memory, performance, shapes, sweeps, worker
+from benchmarks import decode, environment, memory, performance, profile, shapes, sweeps, worker
 from benchmarks.__main__ import SUITES, _parser, main
 from benchmarks.contenders import predictor
 from benchmarks.contenders.trial import Report, Trial
@@ -73,6 +73,9 @@ def test_predictor_bytes_equal_a_hand_count():
     weights = 2 * (attention + predicted + 2 * 32) + 32 + 96 * 32 + 32
     cache = 2 * 2 * 2 * 8 * 64
     assert predictor.bytes_per_token(params, predictor._predictors(params), 32, trial) == 4 * (weights + cache)
+    given = predictor._given(config, 32)
+    without = weights - 2 * (1000 * 32 + 64 * 1000) + 2 * 32  # the indices are read instead
+    assert predictor.bytes_per_token(params, given, 32, trial) == 4 * (without + cache)
 
 
 def test_shapes_are_the_published_ones():
@@ -106,7 +109,8 @@ def tiny(tmp_path_factory):
 
 def test_a_run_measures_every_contender_alike(tiny, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
-    arguments = ["--model", tiny, "--contenders", "coreinfer", "predictor", "--dtypes", "float32", "--keeps", "0.5"]
+    contenders = ["coreinfer", "predictor", "gather"]
+    arguments = ["--model", tiny, "--contenders", *contenders, "--dtypes", "float32", "--keeps", "0.5"]
     sizes = ["--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2"]
     assert main(["decode", *arguments, *sizes, "--out", str(out)]) == 0
     results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -114,6 +118,7 @@ def test_a_run_measures_every_contender_alike(tiny, tmp_path, capsys):
         ("coreinfer", None),
         ("coreinfer", 0.5),
         ("predictor", 0.5),
+        ("gather", 0.5),
     ]
     for result in results:
         assert {"model", "layers", "dtype", "prompt_tokens", "new_tokens", "date", "hardware", "versions"} <= set(
@@ -129,7 +134,7 @@ def test_a_run_measures_every_contender_alike(tiny, tmp_path, capsys):
     assert results[1]["compile_cold_seconds"] > 0
     assert {r["run"] for r in results} == {results[0]["run"]}
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 4
+    assert len(printed) == 5
     assert printed[2].split()[:3] == ["coreinfer", "float32", "0.5"]
 
 
@@ -240,6 +245,29 @@ def test_every_contender_runs_in_every_type_it_has(monkeypatch):
     assert {trial.contender for trial in opt} == {"coreinfer", "transformers-eager", "transformers-compiled"}
 
 
+def test_a_profile_accounts_for_every_matrix_of_a_step(tiny, monkeypatch):
+    monkeypatch.setattr(profile, "bandwidth", lambda: 1e9)
+    config = shape_config(TINY)
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        result = profile.measure(tiny, None, dtype, 0.5)
+        read = {p["shape"]: p for p in result["products"]}
+        assert set(read) == {"96 x 32", "32 x 32", "16 x 32"}
+        assert {name: p["matrices"] for name, p in read.items()} == {"96 x 32": 1, "32 x 32": 10, "16 x 32": 4}
+        assert read["32 x 32"]["gb"] == 10 * 32 * 32 * size / 1e9
+        assert all(p["ms"] > 0 for p in read.values())
+        assert sum(p["ms"] for p in read.values()) < result["step_ms"]
+        assert result["layers"] == config.num_layers
+
+
+def test_the_weights_an_operation_reads_are_its_largest_matrix():
+    program = """
+  %w = bf16[8,32]{1,0} parameter(0)
+  %row = f32[1,32]{1,0} fusion(%w), kind=kLoop
+  ROOT %fused.1 = f32[8]{0} fusion(%row, %w), kind=kLoop, calls=%c
+"""
+    assert profile._weights_read(program) == {"row": "bf16[8,32]", "fused.1": "bf16[8,32]"}
+
+
 def test_a_sweep_measures_every_point_under_every_setting(tiny, monkeypatch):
     monkeypatch.setitem(sweeps.AXES, "rows", ("rows", (1, 2), (sweeps.DENSE, sweeps.CORE, sweeps.SHARED)))
     result = sweeps.measure("rows", tiny, None, "float32", 2)
@@ -269,8 +297,11 @@ def test_suites_name_measurements_that_there_are():
 
 
 def test_when_narrowing_pays():
-    first = {"first_token_seconds": {"median": 1.0}, "decode_ms_per_token": {"median": 100.0}}
-    later = {"first_token_seconds": {"median": 1.5}, "decode_ms_per_token": {"median": 60.0}}
+    first, later = (
+        {name: {"median": value} for name, value in zip(names, values, strict=True)}
+        for names in [("first_token_seconds", "compaction_seconds", "decode_ms_per_token")]
+        for values in [(1.0, 0.0, 100.0), (1.1, 0.4, 60.0)]
+    )
     # 500 ms later, 40 ms less for each token after the first: done sooner from 13 such tokens, 14 new ones.
     assert decode._pays_from(later, first) == 14
     assert decode._pays_from(first, later) is None

@@ -25,6 +25,7 @@ class Contender:
 CONTENDERS: dict[str, Contender] = {
     "coreinfer": Contender("coreinfer"),
     "predictor": Contender("predictor"),
+    "gather": Contender("predictor"),
     "transformers-eager": Contender("hugging_face", False, ("torch",), ("transformers", "torch"), "torch"),
     "transformers-compiled": Contender("hugging_face", True, ("torch",), ("transformers", "torch"), "torch"),
     "llama.cpp": Contender("llama_cpp", False, ("llama_cpp", "gguf"), ("llama_cpp_python",), "llama-cpp"),

@@ -3,11 +3,16 @@
 Per layer a low-rank predictor scores the MLP's neurons from its input, and the weights of the K best are gathered for
 this one token. Random predictors serve: what is measured is their time and memory, and that of changing the neurons.
 Down projections are stored neuron by neuron, so that all three gathers take whole rows.
+
+`gather` does without the predictors and gathers given neurons for every token: what it takes longer than core neurons
+is the cost of changing neurons, what `predictor` takes longer than it is the predictors' latency.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +36,10 @@ RANK = 1000
 _FAMILIES = {"opt": (opt, layer_norm), "llama": (llama, rms_norm)}
 
 
+# What chooses a layer's neurons: a predictor, or the neurons themselves, int32 [K].
+Chooser: TypeAlias = "Predictor | Array"
+
+
 @struct.dataclass
 class Predictor:
     """Scores of a layer's neurons, expand (compress x): compress [R, D], expand [F, R]."""
@@ -45,11 +54,12 @@ def run(trial: Trial) -> Report:
     began = perf_counter()
     config = shape_config(trial.fields)
     params = jax.block_until_ready(shape_params(config, trial.dtype))
-    predictors = jax.block_until_ready(_predictors(params))
+    kept = kept_neurons(trial.keep, config.mlp_size)
+    predicting = trial.contender == "predictor"
+    choosers = jax.block_until_ready(_predictors(params) if predicting else _given(config, kept))
     by_neuron = jax.block_until_ready(_by_neuron(params))
     loaded = perf_counter()
-    kept = kept_neurons(trial.keep, config.mlp_size)
-    runs = [_generate(params, by_neuron, predictors, kept, trial) for _ in range(trial.generations + 1)]
+    runs = [_generate(params, by_neuron, choosers, kept, trial) for _ in range(trial.generations + 1)]
     # The unmeasured generation is the first.
     first_call, measured = runs[0][0] + runs[0][1], runs[1:]
     return Report(
@@ -58,14 +68,15 @@ def run(trial: Trial) -> Report:
         made_tokens=[made for _, _, made in measured],
         load_seconds=loaded - began,
         first_call_seconds=first_call,
-        bytes_per_token=bytes_per_token(params, predictors, kept, trial),
+        bytes_per_token=bytes_per_token(params, choosers, kept, trial),
+        predictor_bytes=_bytes(choosers) if predicting else None,
         prefill_seconds=[first for first, _, _ in measured],
         device_bytes=device_bytes(),
     )
 
 
 def _generate(
-    params: Params, by_neuron: Params, predictors: list[Predictor], kept: int, trial: Trial
+    params: Params, by_neuron: Params, choosers: Sequence[Chooser], kept: int, trial: Trial
 ) -> tuple[float, float, int]:
     """Seconds to the first token, of all others, and how many there were."""
     began = perf_counter()
@@ -87,55 +98,58 @@ def _generate(
     jax.block_until_ready(state)
     first = perf_counter()
     tokens = jnp.full(trial.new_tokens, -1, jnp.int32).at[0].set(state.token[0])
-    drawn = jax.block_until_ready(_decode(by_neuron, predictors, state.cache, tokens, jnp.asarray(length), kept))
+    drawn = jax.block_until_ready(_decode(by_neuron, choosers, state.cache, tokens, jnp.asarray(length), kept))
     return first - began, perf_counter() - first, int((drawn >= 0).sum())
 
 
 @partial(jax.jit, static_argnames="kept", donate_argnames="cache", compiler_options=DECODE_OPTIONS)
 def _decode(
-    params: Params, predictors: list[Predictor], cache: KVCache, tokens: Array, position: Array, kept: int
+    params: Params, choosers: Sequence[Chooser], cache: KVCache, tokens: Array, position: Array, kept: int
 ) -> Array:
     """`tokens` [n], of which the first is there, with the others filled in."""
 
     def step(i: Array, state: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
         cache, tokens = state
-        cache, token = _step(params, predictors, cache, tokens[i][None], position + i, kept)
+        cache, token = _step(params, choosers, cache, tokens[i][None], position + i, kept)
         return cache, tokens.at[i + 1].set(token[0])
 
     return lax.fori_loop(0, tokens.shape[0] - 1, step, (cache, tokens))[1]
 
 
 def _step(
-    params: Params, predictors: list[Predictor], cache: KVCache, token: Array, position: Array, kept: int
+    params: Params, choosers: Sequence[Chooser], cache: KVCache, token: Array, position: Array, kept: int
 ) -> tuple[KVCache, Array]:
     """The cache after `token` [1] at `position` [1], and the next token."""
     config, positions = params.config, position[:, None]
     family, normed = _FAMILIES[config.family]
     x, context = family.embed(params, token[:, None], positions)
     written = []
-    for layer, predictor, past in zip(
-        params.layers, predictors, zip(cache.keys, cache.values, strict=True), strict=True
-    ):
+    for layer, chooser, past in zip(params.layers, choosers, zip(cache.keys, cache.values, strict=True), strict=True):
         attended, past = attention(
             normed(x, layer.attention_norm, config.norm_eps), layer.attention, past, positions, context, config
         )
         x = x + attended
-        x = x + _predicted_mlp(normed(x, layer.mlp_norm, config.norm_eps), layer.mlp, predictor, kept, config)
+        x = x + _narrow_mlp(normed(x, layer.mlp_norm, config.norm_eps), layer.mlp, chooser, kept, config)
         written.append(past)
     keys, values = zip(*written, strict=True)
     logits = unembed(params, family.finish(params, x))
     return KVCache(keys=keys, values=values), jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
 
 
-def _predicted_mlp(x: Array, mlp: Mlp, predictor: Predictor, kept: int, config: ModelConfig) -> Array:
-    """The MLP's output for x [1, 1, D], by the `kept` neurons with the highest scores."""
-    scores = linear(linear(x, predictor.compress), predictor.expand)
-    chosen = lax.top_k(scores[0, 0], kept)[1]
+def _narrow_mlp(x: Array, mlp: Mlp, chooser: Chooser, kept: int, config: ModelConfig) -> Array:
+    """The MLP's output for x [1, 1, D], by the `kept` neurons that are chosen for it."""
+    chosen = chooser if isinstance(chooser, Array) else _best(x, chooser, kept)
     narrow = replace(mlp, gate=None if mlp.gate is None else _rows(mlp.gate, chosen), up=_rows(mlp.up, chosen))
     activations = mlp_activations(x, narrow, config)
     down = jnp.take(mlp.down.weight, chosen, axis=0, mode="clip")
     y = matmul(activations, down.T)
     return (y if mlp.down.bias is None else y + mlp.down.bias[None, None].astype(y.dtype)).astype(x.dtype)
+
+
+def _best(x: Array, predictor: Predictor, kept: int) -> Array:
+    """Indices [K] of the `kept` neurons with the highest scores for x [1, 1, D]."""
+    scores = linear(linear(x, predictor.compress), predictor.expand)
+    return lax.top_k(scores[0, 0], kept)[1]
 
 
 def _rows(layer: Linear, chosen: Array) -> Linear:
@@ -153,6 +167,15 @@ def _predictors(params: Params) -> list[Predictor]:
     return [Predictor(compress=weight(RANK, D), expand=weight(F, RANK)) for _ in params.layers]
 
 
+def _given(config: ModelConfig, kept: int) -> list[Array]:
+    """`kept` neurons of every layer, anywhere in it."""
+    generator = np.random.default_rng(0)
+    return [
+        jnp.asarray(np.sort(generator.choice(config.mlp_size, kept, replace=False)).astype(np.int32))
+        for _ in range(config.num_layers)
+    ]
+
+
 @jax.jit
 def _down_by_neuron(down: list[Array]) -> list[Array]:
     return [weight.T for weight in down]
@@ -168,11 +191,14 @@ def _by_neuron(params: Params) -> Params:
     return replace(params, layers=layers)
 
 
-def bytes_per_token(params: Params, predictors: list[Predictor], kept: int, trial: Trial) -> float:
+def _bytes(choosers: Sequence[Chooser]) -> int:
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(choosers))
+
+
+def bytes_per_token(params: Params, choosers: Sequence[Chooser], kept: int, trial: Trial) -> float:
     """Bytes a step needs: predictors, the chosen neurons, everything else of the model, and the cache."""
     config = params.config
     mlps = sum(leaf_bytes(leaf) for layer in params.layers for leaf in jax.tree.leaves(layer.mlp))
     capacity = bucket(trial.prompt_tokens + trial.new_tokens)
     cache = cache_bytes(config, 1, capacity, params.token_embedding.dtype)
-    predicted = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(predictors))
-    return weight_bytes_per_step(params, 1) - mlps + mlps * kept / config.mlp_size + predicted + cache
+    return weight_bytes_per_step(params, 1) - mlps + mlps * kept / config.mlp_size + _bytes(choosers) + cache

@@ -55,6 +55,7 @@ class Report:
         compaction_seconds: per generation.
         temporary_bytes: of the compiled decode program.
         device_bytes: most memory in use on the accelerator.
+        predictor_bytes: weights of the predictors.
     """
 
     decode_seconds: list[float]
@@ -68,3 +69,4 @@ class Report:
     compaction_seconds: list[float] = field(default_factory=list)
     temporary_bytes: int | None = None
     device_bytes: int | None = None
+    predictor_bytes: int | None = None

@@ -1,5 +1,6 @@
 """Narrowed weights: the MLPs of a model cut down to core neurons, by one gather per prompt."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -51,9 +52,19 @@ def check_core(core: object) -> None:
 
 def narrow(params: Params, indices: Indices) -> Params:
     """`compact` with one index array per layer on the device, [K] or [B, K], or None for a dense layer."""
-    chosen = [l for l, layer_indices in enumerate(indices) if layer_indices is not None]
+    return _with_mlps(params, indices, _gather)
+
+
+def narrowed_shapes(params: Params, indices: Indices) -> Params:
+    """The shapes and types of what `narrow` returns, in place of its narrowed arrays."""
+    return _with_mlps(params, indices, _gather.eval_shape)
+
+
+def _with_mlps(params: Params, indices: Indices, gather: Callable[[list[Mlp], list[Array]], list[Mlp]]) -> Params:
+    """`params` with the MLPs of all layers that `indices` narrow replaced by what `gather` makes of them."""
+    chosen = {l: layer_indices for l, layer_indices in enumerate(indices) if layer_indices is not None}
     # Only the MLPs pass through the compiled gather: whatever a jit returns untouched it copies.
-    gathered = _gather([params.layers[l].mlp for l in chosen], [indices[l] for l in chosen])
+    gathered = gather([params.layers[l].mlp for l in chosen], list(chosen.values()))
     narrowed = dict(zip(chosen, gathered, strict=True))
     layers = tuple(replace(layer, mlp=narrowed[l]) if l in narrowed else layer for l, layer in enumerate(params.layers))
     return replace(params, layers=layers)

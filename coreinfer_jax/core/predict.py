@@ -3,7 +3,7 @@
 Everything a prediction needs comes out of the one ordinary prefill.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.config import CoreConfig, ModelConfig
-from coreinfer_jax.core.compact import Indices, narrow
+from coreinfer_jax.core.compact import Indices, narrow, narrowed_shapes
 from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.core.measures import fused, nearest_group, stability_figure
 from coreinfer_jax.core.neurons import CoreNeurons
@@ -60,11 +60,18 @@ class Predicted:
     choices: tuple[Choice, ...]
 
     def weights(self, params: Params) -> Params:
-        """The weights to decode with, from dense `params`."""
+        """The weights to decode with, from dense `params`; the gather is started, not awaited."""
+        return self._made(params, narrow)
+
+    def shapes(self, params: Params) -> Params:
+        """What `weights` returns, of narrowed arrays only shapes and types."""
+        return self._made(params, narrowed_shapes)
+
+    def _made(self, params: Params, make: Callable[[Params, Indices], Params]) -> Params:
         if self.narrowed is not None:
             return self.narrowed
         assert self.indices is not None, "there is something to gather where nothing is ready"
-        return jax.block_until_ready(narrow(params, self.indices))
+        return make(params, self.indices)
 
 
 def voted_layers(core: CoreConfig, config: ModelConfig, groups: Groups | None) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ Everything streams: votes are counted layer by layer inside the prefill, from on
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import floor
 
@@ -19,6 +20,8 @@ from coreinfer_jax.errors import CoreInferError
 # float32 error that must not cost a token a neuron under the `mean` rule: alpha * mean is evaluated to about 3e-7, so
 # a product that truly lies less than this below a whole number counts as that number.
 MEAN_TOLERANCE = 1e-6
+# The activations of a block stay in a core's cache while the bits of its cuts are found.
+TOKENS_PER_BLOCK = 64
 
 
 @struct.dataclass
@@ -79,17 +82,54 @@ def make_voting(
 @jax.named_scope("votes")
 def count_votes(activations: Array, voting: Voting) -> Votes:
     """Votes f(n) of activations [B, T, F]: in how many counted tokens neuron n is a token-wise core neuron."""
-    chosen = token_core_neurons(activations, voting)
-    early = None if voting.early is None else _tally(chosen, activations, voting.early, None)
-    return _tally(chosen, activations, voting.counted, early)
+    budgets = _budgets(activations, voting)
+    # A CPU counts in its cache, block by block; an accelerator would start as many programs per block as for all.
+    return lax.platform_dependent(activations, budgets, voting, cpu=_count_by_blocks, default=_count_block)
 
 
 def token_core_neurons(activations: Array, voting: Voting) -> Array:
     """The token-wise core neurons of activations [B, T, F]: bool [B, T, F], those of uncounted tokens included."""
-    patterns = _positive_patterns(activations)
-    positives = _count(patterns > 0)
+    return _chosen(activations, _budgets(activations, voting))
+
+
+def _budgets(activations: Array, voting: Voting) -> Array:
+    """How many neurons each token of activations [B, T, F] votes for, int32 [B, T]: never more than are positive."""
+    positives = _count(_positive_patterns(activations) > 0)
     budgets = voting.budgets[positives] if voting.rule == "per_token" else _mean_budgets(positives, voting)
-    return _largest(patterns, jnp.minimum(budgets, positives), _unused_bits(activations.dtype))
+    return jnp.minimum(budgets, positives)
+
+
+def _chosen(activations: Array, budgets: Array) -> Array:
+    """Mask [B, T, F] of the `budgets` [B, T] largest positive activations of each token."""
+    return _largest(_positive_patterns(activations), budgets, _unused_bits(activations.dtype))
+
+
+def _count_by_blocks(activations: Array, budgets: Array, voting: Voting) -> Votes:
+    """Votes of activations [B, T, F] with `budgets` [B, T], one block of tokens after the other."""
+
+    def votes_of(start: Array | int, size: int) -> Votes:
+        def cut(array: Array) -> Array:
+            return lax.dynamic_slice_in_dim(array, start, size, axis=1)
+
+        early = None if voting.early is None else cut(voting.early)
+        return _count_block(cut(activations), cut(budgets), replace(voting, counted=cut(voting.counted), early=early))
+
+    tokens = activations.shape[1]
+    size = min(tokens, TOKENS_PER_BLOCK)
+    blocks, rest = divmod(tokens, size)
+    last = votes_of(blocks * size, rest)
+
+    def add(i: Array, votes: Votes) -> Votes:
+        return jax.tree.map(jnp.add, votes, votes_of(i * size, size))
+
+    return lax.fori_loop(0, blocks, add, last)
+
+
+def _count_block(activations: Array, budgets: Array, voting: Voting) -> Votes:
+    """Votes of activations [B, T, F] with `budgets` [B, T], all tokens at once."""
+    chosen = _chosen(activations, budgets)
+    early = None if voting.early is None else _tally(chosen, activations, voting.early, None)
+    return _tally(chosen, activations, voting.counted, early)
 
 
 def _tally(chosen: Array, activations: Array, counted: Array, early: Votes | None) -> Votes:
@@ -147,9 +187,17 @@ def _largest(patterns: Array, budgets: Array, unused_bits: int) -> Array:
     cut = _largest_passing(budgets.shape, 30, unused_bits, lambda cut: _count(patterns >= cut[:, :, None]) >= budgets)
     above, level = patterns > cut[:, :, None], patterns == cut[:, :, None]
     fitting = budgets - _count(above)
+    size = patterns.shape[-1]
     index = lax.broadcasted_iota(jnp.int32, patterns.shape, 2)
-    high_bit = patterns.shape[-1].bit_length() - 1
-    end = _largest_passing(budgets.shape, high_bit, 0, lambda end: _count(level & (index < end[:, :, None])) <= fitting)
+
+    def fits(end: Array) -> Array:
+        return _count(level & (index < end[:, :, None])) <= fitting
+
+    def search() -> Array:
+        return _largest_passing(budgets.shape, size.bit_length() - 1, 0, fits)
+
+    # Few values are equal, so that mostly all of those at the cut fit.
+    end = lax.cond((_count(level) > fitting).any(), search, lambda: jnp.full(budgets.shape, size, jnp.int32))
     return above | (level & (index < end[:, :, None]))
 
 
