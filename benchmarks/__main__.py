@@ -16,6 +16,7 @@ from benchmarks import (
     keep_ratio,
     prediction,
     profile,
+    quality,
     report,
     static_argument,
     sweeps,
@@ -35,6 +36,7 @@ SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("profile", "--model", "llama-1.1b", "--dtype", "bfloat16"),
         ("profile", "--model", "llama-1.1b", "--dtype", "bfloat16", "--keep", "0.2"),
         ("profile", "--model", "opt-1.3b", "--layers", "12"),
+        ("profile", "--model", "opt-1.3b", "--layers", "12", "--keep", "0.2"),
         ("profile", "--model", "opt-1.3b", "--layers", "12", "--dtype", "bfloat16"),
         ("profile", "--model", "opt-1.3b", "--layers", "12", "--dtype", "bfloat16", "--keep", "0.2"),
     ),
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "group-switch", "what another group costs", lambda _: [group_switch.measure()])
     _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
     _add(commands, "keep-ratio", "perplexity by keep ratio", lambda o: [keep_ratio.measure(o.texts)], _add_texts)
+    _add(commands, "quality", "what rules cost", lambda o: quality.measure(o.texts, o.models), _add_quality_options)
     _add(commands, "first-run", "what the embedded models write", lambda _: [first_run.measure()])
     suite = commands.add_parser("suite", help="all that docs/performance.md shows, for this machine's device")
     suite.set_defaults(run=lambda options: _suite())
@@ -79,11 +82,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _suite() -> None:
+    """Measure everything; what fails costs the others nothing."""
     parser = _parser()
+    failed = []
     for arguments in SUITES["cpu" if jax.default_backend() == "cpu" else "gpu"]:
         print(" ".join(arguments))
         options = parser.parse_args(arguments)
-        options.run(options)
+        try:
+            options.run(options)
+        except CoreInferError as error:
+            failed.append(f"{' '.join(arguments)}: {error}")
+    if failed:
+        raise CoreInferError("; ".join(failed))
 
 
 def _add(
@@ -115,6 +125,11 @@ def _append(measurement: Measurement, options: argparse.Namespace) -> None:
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of stories.txt and prose.txt")
+
+
+def _add_quality_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of the text files")
+    parser.add_argument("--models", type=Path, default=TEXTS.parent / "models", help="folder of tinystories-656k")
 
 
 def _add_decode_options(parser: argparse.ArgumentParser) -> None:

@@ -139,21 +139,42 @@ def _knows(contender: str, plan: Plan, fields: Fields) -> bool:
 def _rounds(trials: Sequence[Trial], rounds: int, folder: Path) -> tuple[list[list[dict[str, Any]]], list[str]]:
     """What each trial measured in each round, and why those failed whose lists are empty.
 
-    Every round starts with the next trial, so that none is always first. Who fails once has no further turn.
+    Every round starts with the next trial, so that none is always first. Who fails once has no further turn. Ctrl-C
+    ends the run with the rounds that are complete.
     """
     measured: list[list[dict[str, Any]]] = [[] for _ in trials]
     failures: dict[int, str] = {}
-    turns = [(i + turn) % len(trials) for turn in range(rounds) for i in range(len(trials))]
-    bar = tqdm(turns, unit="run", disable=None)
-    for i in bar:
+    bar = tqdm(total=rounds * len(trials), unit="run", disable=None)
+    for turn in range(rounds):
+        try:
+            _round(trials, turn, measured, failures, folder, bar)
+        except KeyboardInterrupt:
+            if not turn:
+                raise
+            measured = [own[:turn] for own in measured]
+            break
+    bar.close()
+    return measured, list(failures.values())
+
+
+def _round(
+    trials: Sequence[Trial],
+    turn: int,
+    measured: list[list[dict[str, Any]]],
+    failures: dict[int, str],
+    folder: Path,
+    bar: "tqdm[Any]",
+) -> None:
+    """Add one round to `measured`, and to `failures` those that fail in it."""
+    for i in ((i + turn) % len(trials) for i in range(len(trials))):
         bar.set_description(trials[i].name)
+        bar.update()
         if i in failures:
             continue
         try:
             measured[i].append(in_process(_prepared(trials[i], folder)))
         except (CoreInferError, OSError, ValueError) as error:
             failures[i], measured[i] = f"{trials[i].name}: {error}", []
-    return measured, list(failures.values())
 
 
 def _prepared(trial: Trial, folder: Path) -> Trial:
@@ -186,7 +207,7 @@ def in_process(trial: Trial) -> dict[str, Any]:
     if done.returncode < 0:
         raise CoreInferError(f"killed by signal {-done.returncode}; memory may have run out")
     if done.returncode != 0:
-        raise CoreInferError(done.stderr.strip().splitlines()[-1])
+        raise CoreInferError((done.stderr.strip().splitlines() or ["it gave no reason"])[-1])
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
@@ -220,7 +241,9 @@ def _result(plan: Plan, trial: Trial, rounds: list[dict[str, Any]]) -> dict[str,
         "rows": trial.rows,
         "prompt_tokens": trial.prompt_tokens,
         "new_tokens": trial.new_tokens,
-        "rounds": plan.rounds,
+        "rounds": len(rounds),
+        "generations": trial.generations,
+        "fields": trial.fields,
         "decode_ms_per_token": spread(milliseconds),
         "decode_ms_per_token_by_round": by_round,
         "gb_per_token": gb,

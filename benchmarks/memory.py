@@ -64,7 +64,7 @@ def bandwidth() -> float:
 
 
 def read_bandwidth(threads: int, repeats: int = 5) -> float:
-    """Bytes per second of plain reads by `threads` threads, the best of several: what memory gives at most."""
+    """Bytes per second of plain reads by `threads` threads, the best of several; other load lowers it."""
     parts = [np.ones(READ_BYTES // threads, np.uint8) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
         return max(_timed_reads(pool, parts) for _ in range(repeats))

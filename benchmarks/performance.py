@@ -81,8 +81,8 @@ def decode_runs() -> dict[str, list[Result]]:
 
 
 def newest_sweeps() -> list[Result]:
-    """The newest result of each axis, model and machine."""
-    return list({(result["over"], _title(result)): result for result in read_results("sweep")}.values())
+    """The newest result of each axis, model, machine and type."""
+    return list({(r["over"], _title(r), r["dtype"]): r for r in read_results("sweep")}.values())
 
 
 def _title(result: Result) -> str:
@@ -105,7 +105,7 @@ def file_name(title: str) -> str:
 
 def speed_summary() -> str:
     """The README's table: how many times faster ours decodes than what a user would pick instead."""
-    runs = decode_runs()
+    runs = {title: results for title, results in decode_runs().items() if title.endswith("cpu")}
     rows = [["", *(title.partition(";")[0] for title in runs)]]
     for keep in (None, 0.4, 0.2):
         rows.append([f"ours, {'all neurons' if keep is None else f'keep {keep:g}'}: ms per token"])
@@ -160,7 +160,7 @@ def _share(result: Result | None) -> str:
 def _decode() -> str:
     sections = []
     for title, results in decode_runs().items():
-        heading = f"### {title.partition(';')[0]}"
+        heading = f"### {title}"
         picture = f"![Milliseconds per token of all contenders](performance/{file_name(title)})"
         sections += [heading, picture, _speed(results), _phases(results), _conditions(results)]
     return "\n\n".join(sections)
@@ -254,12 +254,13 @@ def _of_profile(result: Result) -> str:
 # What the table of a sweep shows: the field of its points, the factor to the unit, and digits.
 PHASES: dict[str, tuple[str, float, int]] = {
     "prefill, ms": ("prefill_seconds", 1e3, 0),
+    "selection, ms": ("selection_seconds", 1e3, 1),
     "gather, ms": ("compaction_seconds", 1e3, 0),
     "step, ms": ("decode_ms_per_step", 1.0, 1),
     "whole, s": ("total_seconds", 1.0, 2),
 }
 SWEEP_COLUMNS: dict[str, tuple[str, ...]] = {
-    "prompt-tokens": ("prefill, ms", "prefill memory, MB", "step, ms"),
+    "prompt-tokens": ("prefill, ms", "selection, ms", "prefill memory, MB"),
     "new-tokens": ("step, ms", "whole, s"),
     "layers": ("prefill, ms", "step, ms"),
     "keep": ("gather, ms", "step, ms", "MB per token"),
@@ -273,7 +274,7 @@ def _sweeps(over: str) -> str:
 
 def sweep_picture(result: Result) -> str:
     """The name of its picture."""
-    return file_name(f"{result['over']} {_title(result)}")
+    return file_name(f"{result['over']} {_title(result)} {result['dtype']}")
 
 
 def _of_sweep(result: Result) -> str:

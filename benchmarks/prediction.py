@@ -84,5 +84,7 @@ def _length(params: ci.Params, groups: ci.Groups, length: int) -> dict[str, Any]
 
 def _seconds(params: ci.Params, tokens: list[list[int]], core: ci.CoreConfig, groups: ci.Groups | None) -> float:
     """Prefill, selection and compaction of a prompt."""
-    stats = ci.generate(params, tokens, core, groups=groups, max_new_tokens=1).stats
+    stats = ci.generate(
+        params, tokens, core, groups=groups, max_new_tokens=2
+    ).stats  # the second token is what the gather is for
     return stats.prefill_seconds + stats.selection_seconds + stats.compaction_seconds

@@ -38,6 +38,8 @@ def measure(model: str, layers: int | None, dtype: str, keep: float | None) -> d
     """
     if keep is not None:
         check_fraction("--keep", keep)
+    if jax.default_backend() != "cpu":
+        raise CoreInferError("profile reads the record that XLA keeps of operations on a CPU; set JAX_PLATFORMS=cpu")
     fields = shape_fields(model, layers)
     trial = Trial("coreinfer", dtype, keep, fields, PROMPT_TOKENS, NEW_TOKENS)
     params = shape_params(shape_config(fields), dtype)
@@ -50,10 +52,9 @@ def measure(model: str, layers: int | None, dtype: str, keep: float | None) -> d
     products = [
         {"shape": shape, "matrices": count, "gb": size / 1e9, "ms": milliseconds[_hlo(shape, dtype)]}
         for shape, (count, size) in _matrices(narrowed).items()
-        if _hlo(shape, dtype) in milliseconds
     ]
-    if not products:
-        raise CoreInferError("the record of this device names no operation of the step; profile on a CPU")
+    if unseen := [product["shape"] for product in products if not product["ms"]]:
+        raise CoreInferError(f"XLA's record names no operation that reads the weights of {unseen[0]}; nothing to tell")
     return made_on | {
         "benchmark": "profile",
         "model": model,

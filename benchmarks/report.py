@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts, core_neurons, model_card, performance
+from benchmarks import charts, core_neurons, model_card, performance, quality_page
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.tables import made_on, shown_range
 from coreinfer_jax.errors import CoreInferError
@@ -21,6 +21,7 @@ def update() -> None:
         raise CoreInferError("report draws: pip install '.[bench]'")
     documents = current()
     charts.draw()
+    quality_page.draw()
     for path, text in documents.items():
         path.write_text(text, encoding="utf-8")
 
@@ -34,6 +35,7 @@ def current() -> dict[Path, str]:
         (model_card.CARD, card),
         (core_neurons.PAGE, core_neurons.tables()),
         (performance.PAGE, performance.sections()),
+        (quality_page.PAGE, quality_page.sections()),
     )
     return {path: _filled(path, sections) for path, sections in documents}
 

@@ -92,7 +92,7 @@ class Request:
         if isinstance(core, CoreNeurons):
             kept = [0 if indices is None else indices.shape[-1] for indices in core.layers]
             return sum(narrowed_bytes(self.params, (l,), width, core.rows or 1) for l, width in enumerate(kept))
-        if core is None or self.groups is not None:  # a group's weights may be there already
+        if core is None or (self.groups is not None and self.groups.narrowed):  # a group's weights are there already
             return 0
         sets = rows if core.per_row else 1
         layers = core.narrowed_layers(config.num_layers)

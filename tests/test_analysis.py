@@ -15,7 +15,7 @@ import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.analysis import Pairs, analyze, figures, meaning, perplexity, read_pairs, recall, run, stability
-from coreinfer_jax.analysis.inputs import Corpus, Inputs
+from coreinfer_jax.analysis.inputs import Inputs
 from coreinfer_jax.analysis.observe import core_masks, overlaps, spread, votes_at
 from coreinfer_jax.cache import init_cache
 from coreinfer_jax.checkpoint.files import locked
@@ -26,6 +26,7 @@ from coreinfer_jax.clustering.grouping import group_by_kmeans
 from coreinfer_jax.core.compact import compact
 from coreinfer_jax.core.select import Votes
 from coreinfer_jax.models import extend, observe_nothing, unembed
+from coreinfer_jax.text.corpus import Corpus
 from tests import support
 from tests.support import random_model
 from tests.test_bad_input import refusal, table

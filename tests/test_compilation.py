@@ -12,9 +12,10 @@ import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.cache import init_cache
-from coreinfer_jax.decoding import DecodeState, decode, prefill
+from coreinfer_jax.core.select import make_voting
+from coreinfer_jax.decoding import DecodeState, decode, no_votes, prefill
 from coreinfer_jax.inputs import make_sampling
-from coreinfer_jax.params import leaf_bytes
+from coreinfer_jax.params import abstract_params, leaf_bytes
 from coreinfer_jax.sampling import Sampling
 from tests.support import LLAMA, MODELS, random_model
 
@@ -92,6 +93,27 @@ def prefilled(params: ci.Params, rows: int = 1, capacity: int = 64) -> tuple[Dec
     cache = init_cache(params.config, rows, capacity, params.token_embedding.dtype)
     start = np.zeros(rows, np.int32)
     return prefill(params, tokens, lengths, start, cache, [], sampling, None, voted=())[0], sampling
+
+
+def prefill_temporaries(params: ci.Params, tokens: int, voted: tuple[int, ...]) -> int:
+    """Bytes a prefill of `tokens` tokens needs besides its arguments when layers `voted` vote."""
+    config = params.config
+    voting = make_voting(np.ones((1, tokens), bool), config.mlp_size, 0.4, "per_token") if voted else None
+    cache = init_cache(config, 1, tokens, jnp.dtype("float32"))
+    votes, one = no_votes(config, 1, len(voted), False), np.ones(1, np.int32)
+    sampling = make_sampling(config, 0.0, None, None, (), None)
+    prompt = np.ones((1, tokens), np.int32)
+    lowered = prefill.lower(params, prompt, tokens * one, 0 * one, cache, votes, sampling, voting, voted=voted)
+    return int(lowered.compile().memory_analysis().temp_size_in_bytes)
+
+
+def test_votes_of_a_prefill_need_less_than_a_layers_activations() -> None:
+    """However many layers vote: the compiler would else keep the activations of all of them to the end."""
+    tokens = 512
+    config = replace(LLAMA, mlp_size=2048, num_layers=6, max_positions=tokens + 64)
+    shapes = abstract_params(config, jnp.dtype("float32"))
+    temporaries = [prefill_temporaries(shapes, tokens, voted) for voted in ((), tuple(range(6)))]
+    assert temporaries[1] - temporaries[0] < tokens * config.mlp_size * 4
 
 
 SETS = {"dense": None, "one-set": range(600), "set-per-row": [range(600)] * 3}

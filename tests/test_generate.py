@@ -158,6 +158,26 @@ def test_stream_equals_generate(settings: dict[str, float]) -> None:
     assert [chunk.stats.decode_steps for chunk in chunks] == [0, 8, 16, 24, 29]
 
 
+def test_the_first_token_does_not_wait_for_the_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_gather(*_: object) -> None:
+        raise AssertionError("gathered")
+
+    monkeypatch.setattr("coreinfer_jax.core.predict.narrow", no_gather)
+    params = random_model(OPT)
+    chunks = ci.stream(params, PROMPTS[:1], max_new_tokens=3)
+    assert next(chunks).stats.compaction_seconds == 0
+    with pytest.raises(AssertionError, match="gathered"):
+        next(chunks)
+    assert ci.generate(params, PROMPTS[:1], max_new_tokens=1).stats.compaction_seconds == 0
+
+
+def test_the_gather_is_timed_between_the_first_and_the_second_token() -> None:
+    first, *_, last = ci.stream(random_model(OPT), PROMPTS[:1], max_new_tokens=12)
+    assert first.stats.compaction_seconds == 0 < last.stats.compaction_seconds
+    assert first.stats.kept_neurons == last.stats.kept_neurons
+    assert first.stats.bytes_read_per_token == last.stats.bytes_read_per_token
+
+
 def test_more_tokens_than_a_dispatch_holds() -> None:
     params = random_model(LLAMA)
     out = ci.generate(params, [[5, 6, 7]], max_new_tokens=150)

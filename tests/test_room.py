@@ -34,6 +34,20 @@ def test_bytes_of_a_call_equal_a_hand_count(config, per_neuron):
     assert request(params, given).added_bytes == cache + 4 * 30 * per_neuron
 
 
+def test_an_accelerator_says_what_is_left_of_its_limit(monkeypatch):
+    class Accelerator:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": 1000, "bytes_in_use": 400}
+
+    monkeypatch.setattr(room.jax, "devices", lambda: [Accelerator()])
+    assert room.free_bytes() == 600
+    room.check_room(600, "weights", "take fewer")
+    with pytest.raises(CoreInferError, match="weights: 0"):
+        room.check_room(601, "weights", "take fewer")
+
+
 def test_a_generation_without_room_is_refused_before_it_begins(monkeypatch):
     params = random_model(OPT)
     needed = request(params, None).added_bytes

@@ -51,7 +51,7 @@ KINDS = ("normal", "ties", "relu", "rows-without-positives", "none-positive", "e
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_selection_equals_numpy(kind: str, alpha: float, beta: float, budget: str) -> None:
-    for seed, (T, F) in enumerate([(1, 100), (7, 100), (33, 257)]):
+    for seed, (T, F) in enumerate([(1, 100), (7, 100), (33, 257), (150, 60)]):
         a = activations(kind, T, F, seed)
         chosen = ci.select_core_neurons(a, alpha=alpha, beta=beta, budget=budget)
         assert chosen.dtype == jnp.int32
@@ -69,8 +69,8 @@ def test_votes_of_16_bit_activations_equal_numpy(dtype: str, budget: str) -> Non
 
 @pytest.mark.parametrize("budget", ["per_token", "mean"])
 def test_uncounted_tokens_neither_vote_nor_break_ties_nor_move_the_mean(budget: str) -> None:
-    a = activations("normal", 30, 120, seed=4)
-    counted = np.random.default_rng(5).random((1, 30)) < 0.6
+    a = activations("normal", 150, 120, seed=4)
+    counted = np.random.default_rng(5).random((1, 150)) < 0.6
     votes = count_votes(jnp.asarray(a[None]), make_voting(counted, 120, 0.4, budget))
     np.testing.assert_array_equal(votes.counts[0], reference_votes(a[counted[0]], 0.4, budget))
     np.testing.assert_allclose(votes.sums[0], a[counted[0]].sum(axis=0), rtol=1e-5, atol=1e-5)
@@ -95,3 +95,15 @@ def test_keep_ratio_is_exact_where_floating_point_is_not() -> None:
     a = activations("normal", 3, 100, seed=7)
     assert 0.29 * 100 < 29
     assert ci.select_core_neurons(a, beta=0.29).shape == (29,)
+
+
+@pytest.mark.parametrize("tokens", [64, 100, 192])
+def test_early_tokens_votes_are_counted_apart_in_every_block(tokens: int) -> None:
+    a = activations("normal", tokens, 60, seed=8)
+    early = np.arange(tokens)[None] < 70
+    voting = make_voting(np.ones((1, tokens), bool), 60, 0.4, "per_token", early)
+    votes = count_votes(jnp.asarray(a[None]), voting)
+    assert votes.early is not None
+    np.testing.assert_array_equal(votes.counts[0], reference_votes(a, 0.4, "per_token"))
+    np.testing.assert_array_equal(votes.early.counts[0], reference_votes(a[:70], 0.4, "per_token"))
+    np.testing.assert_allclose(votes.early.sums[0], a[:70].sum(axis=0), rtol=1e-5, atol=1e-5)

@@ -4,12 +4,15 @@ from time import perf_counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.shapes import random_prompts, shape_config
+from coreinfer_jax.params import abstract_params, params_bytes
+from coreinfer_jax.room import check_room
 
 
 class _Clock(StoppingCriteria):
@@ -30,6 +33,8 @@ def run(trial: Trial) -> Report:
     began = perf_counter()
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"  # all contenders on one device
     fields = dict(trial.fields)
+    weights = params_bytes(abstract_params(shape_config(trial.fields), jnp.dtype(trial.dtype)))
+    check_room(weights, f"weights of the model, as {trial.dtype}", "take fewer --layers")
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, trial.dtype))

@@ -31,6 +31,7 @@ from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.layers import attention, layer_norm, linear, matmul, mlp_activations, rms_norm
 from coreinfer_jax.models import llama, opt, unembed
 from coreinfer_jax.params import Linear, Mlp, Params, leaf_bytes, weight_bytes_per_step
+from coreinfer_jax.room import check_room
 
 RANK = 1000
 _FAMILIES = {"opt": (opt, layer_norm), "llama": (llama, rms_norm)}
@@ -56,6 +57,7 @@ def run(trial: Trial) -> Report:
     params = jax.block_until_ready(shape_params(config, trial.dtype))
     kept = kept_neurons(trial.keep, config.mlp_size)
     predicting = trial.contender == "predictor"
+    check_room(_added_bytes(params, predicting), "predictors and down projections by neuron", "take fewer --layers")
     choosers = jax.block_until_ready(_predictors(params) if predicting else _given(config, kept))
     by_neuron = jax.block_until_ready(_by_neuron(params))
     loaded = perf_counter()
@@ -179,6 +181,14 @@ def _given(config: ModelConfig, kept: int) -> list[Array]:
 @jax.jit
 def _down_by_neuron(down: list[Array]) -> list[Array]:
     return [weight.T for weight in down]
+
+
+def _added_bytes(params: Params, predicting: bool) -> int:
+    """Of down projections held a second time, and of the predictors."""
+    config, item = params.config, params.token_embedding.dtype.itemsize
+    per_layer = config.hidden_size * config.mlp_size
+    per_layer += RANK * (config.hidden_size + config.mlp_size) if predicting else 0
+    return config.num_layers * per_layer * item
 
 
 def _by_neuron(params: Params) -> Params:

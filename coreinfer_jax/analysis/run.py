@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from coreinfer_jax.analysis import figures, meaning, perplexity, recall, stability
-from coreinfer_jax.analysis.inputs import LEAST_TEXTS, Corpus, Inputs, Pairs, content_digest
+from coreinfer_jax.analysis.inputs import Inputs, Pairs, content_digest
 from coreinfer_jax.checkpoint.files import begun, is_directory, new_file, read_json, refuse_existing, to_path
 from coreinfer_jax.clustering.grouping import check_seed
 from coreinfer_jax.clustering.votes import rows_digest
@@ -22,6 +22,7 @@ from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.fingerprint import fingerprint
 from coreinfer_jax.params import Params
 from coreinfer_jax.text import Tokenizer
+from coreinfer_jax.text.corpus import LEAST_TEXTS, Corpus
 from coreinfer_jax.text.documents import Documents
 
 TEXTS, ALPHA, BETA = 64, 0.4, 0.4

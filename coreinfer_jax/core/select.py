@@ -20,7 +20,7 @@ from coreinfer_jax.errors import CoreInferError
 # float32 error that must not cost a token a neuron under the `mean` rule: alpha * mean is evaluated to about 3e-7, so
 # a product that truly lies less than this below a whole number counts as that number.
 MEAN_TOLERANCE = 1e-6
-# The activations of a block stay in a core's cache while the bits of its cuts are found.
+# The activations of a row's block stay in a processor's cache while the bits of its cuts are found.
 TOKENS_PER_BLOCK = 64
 
 
@@ -117,12 +117,14 @@ def _count_by_blocks(activations: Array, budgets: Array, voting: Voting) -> Vote
     tokens = activations.shape[1]
     size = min(tokens, TOKENS_PER_BLOCK)
     blocks, rest = divmod(tokens, size)
-    last = votes_of(blocks * size, rest)
+    # One block or what is left over comes first; padded prompts leave nothing over.
+    start = blocks - (0 if rest else 1)
+    first = votes_of(start * size, rest or size)
 
     def add(i: Array, votes: Votes) -> Votes:
         return jax.tree.map(jnp.add, votes, votes_of(i * size, size))
 
-    return lax.fori_loop(0, blocks, add, last)
+    return lax.fori_loop(0, start, add, first)
 
 
 def _count_block(activations: Array, budgets: Array, voting: Voting) -> Votes:
@@ -196,7 +198,7 @@ def _largest(patterns: Array, budgets: Array, unused_bits: int) -> Array:
     def search() -> Array:
         return _largest_passing(budgets.shape, size.bit_length() - 1, 0, fits)
 
-    # Few values are equal, so that mostly all of those at the cut fit.
+    # Few float32 values are equal, so that mostly all of those at the cut fit.
     end = lax.cond((_count(level) > fitting).any(), search, lambda: jnp.full(budgets.shape, size, jnp.int32))
     return above | (level & (index < end[:, :, None]))
 

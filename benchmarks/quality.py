@@ -1,0 +1,109 @@
+"""What rules of choosing core neurons cost in quality: every rule on the same texts, at equal bytes per token."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import coreinfer_jax as ci
+from benchmarks.environment import environment
+from coreinfer_jax.core.rules import RULES
+from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
+from coreinfer_jax.evaluation.run import PRIOR_TEXTS, Texts, evaluate, read_prior
+from coreinfer_jax.fingerprint import fingerprint
+from coreinfer_jax.params import Params
+from coreinfer_jax.text import Tokenizer
+from coreinfer_jax.text.documents import Documents
+from coreinfer_jax.training.corpus import read_text
+
+# The held-out texts of the embedded models' training, and what `tinystories-656k` was trained to write.
+FILES = ("stories.txt", "prose.txt")
+TINYSTORIES, STORIES = "tinystories-656k", "tinystories_val.txt"
+KEEPS = (0.2, 0.4, 0.6, 0.8)
+TEXTS = Texts(prompt_tokens=(16, 64, 256), continuation=64, texts=64)
+# Characters of a passage: enough for the longest prompt and its continuation.
+PASSAGE = 1800
+
+# (rule, compensated, prior tokens, known) of what is compared at every keep ratio.
+VARIANTS: tuple[tuple[str, bool, float, str], ...] = (
+    *((rule, False, 0.0, "context") for rule in RULES),
+    *((rule, True, 0.0, "context") for rule in ("votes", "griffin-norm", "energy", "variance")),
+    *((rule, False, 64.0, "context") for rule in ("votes", "energy")),
+    *(("energy", True, tokens, "context") for tokens in (16.0, 64.0, 256.0)),
+    *(("variance", True, tokens, "context") for tokens in (16.0, 64.0, 256.0)),
+    ("energy", False, 0.0, "continuation"),
+    ("variance", True, 0.0, "continuation"),
+    *((rule, False, 0.0, "context") for rule in PER_TOKEN),
+)
+
+
+def settings() -> list[Setting]:
+    """Every variant at every keep ratio."""
+    return [
+        Setting(rule, keep, compensated, tokens, "context" if known == "context" else "continuation")
+        for keep in KEEPS
+        for rule, compensated, tokens, known in VARIANTS
+    ]
+
+
+def measure(texts: Path, models: Path) -> Iterator[dict[str, Any]]:
+    """One result per model and kind of text: continued by itself, or by another text."""
+    for name, params, tokenizer, documents, corpus in _subjects(texts, models):
+        made_on = environment()
+        prior = read_prior(params, tokenizer, corpus)
+        for switched in (False, True):
+            how = Texts(TEXTS.prompt_tokens, TEXTS.continuation, TEXTS.texts, switched)
+            found = evaluate(params, tokenizer, documents, settings(), how, prior=prior)
+            yield made_on | {
+                "benchmark": "quality",
+                "model": name,
+                "fingerprint": fingerprint(params),
+                "texts": found[0]["texts"],
+                "continuation": how.continuation,
+                "prior_texts": min(PRIOR_TEXTS, len(corpus.texts)),
+                "switched": switched,
+                "settings": [_short(one) for one in found],
+            }
+
+
+def _subjects(texts: Path, models: Path) -> Iterator[tuple[str, Params, Tokenizer, Documents, Documents]]:
+    """Each model, texts to measure it on, and others that it may know beforehand."""
+    read = [read_text(texts / file) for file in FILES]
+    held_out = [document for text in read for _, document in text.held_out]
+    known = [document for text in read for document in text.documents[:PRIOR_TEXTS]]
+    for name in ("opt", "llama"):
+        params, tokenizer = ci.load(f"embedded:{name}", "float32")
+        assert tokenizer is not None, "the embedded models have tokenizers"
+        yield f"embedded:{name}", params, tokenizer, _documents(held_out), _documents(known)
+    passages = _passages((texts / STORIES).read_text(encoding="utf-8"))
+    params, tokenizer = ci.load(models / TINYSTORIES, "float32")
+    assert tokenizer is not None, "the model has a tokenizer"
+    yield TINYSTORIES, params, tokenizer, _documents(passages[1::2]), _documents(passages[::2])
+
+
+def _documents(texts: Sequence[str]) -> Documents:
+    return Documents("held-out texts", "", tuple(texts))
+
+
+def _passages(text: str) -> list[str]:
+    """The lines of `text` joined to passages of at least PASSAGE characters."""
+    passages, lines = [], []
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        if sum(map(len, lines)) >= PASSAGE:
+            passages.append("".join(lines))
+            lines = []
+    return passages
+
+
+def _short(result: dict[str, Any]) -> dict[str, Any]:
+    """A setting's figures of four significant digits, without those by position."""
+    kept = {name: value for name, value in result.items() if not name.endswith("by_position") and name != "too_short"}
+    return {name: _rounded(value) for name, value in kept.items()}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(own) for name, own in value.items()}
+    if isinstance(value, list):
+        return [_rounded(own) for own in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

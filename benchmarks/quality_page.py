@@ -1,0 +1,141 @@
+"""The generated parts of docs/quality.md, from committed results: tables, and a picture of loss against bytes."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.environment import REPOSITORY, read_results
+from benchmarks.tables import made_on, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PAGE = REPOSITORY / "docs" / "quality.md"
+PICTURE = PAGE.parent / "quality" / "rules.png"
+PAPER = ("votes", False, 0.0, "context")
+RANDOM = ("random", False, 0.0, "context")
+PROMPT = 64
+Result = dict[str, Any]
+Key = tuple[str, bool, float, str]
+
+# What the picture shows, with the look of its line.
+DRAWN: dict[Key, tuple[str, str, str]] = {
+    RANDOM: ("0.6", ":", "x"),
+    PAPER: ("k", "-", "o"),
+    ("griffin", False, 0.0, "context"): ("tab:orange", "--", "v"),
+    ("energy", False, 0.0, "context"): ("tab:blue", "--", "s"),
+    ("energy", True, 64.0, "context"): ("tab:blue", "-", "D"),
+    ("energy", False, 0.0, "continuation"): ("tab:green", "-.", "^"),
+    ("token-norm", False, 0.0, "context"): ("tab:red", "-.", "*"),
+}
+
+
+def newest() -> list[Result]:
+    """The newest result of each model and kind of text."""
+    return list({(r["model"], r["switched"]): r for r in read_results("quality")}.values())
+
+
+def key_of(setting: Result) -> Key:
+    """What a setting does, whatever it keeps and of which prompts."""
+    return setting["rule"], setting["compensated"], setting["prior_tokens"], setting["known"]
+
+
+def title(key: Key) -> str:
+    """A variant in words."""
+    rule, compensated, prior, known = key
+    extras = [f"prior of {prior:g} tokens"] if prior else []
+    extras += ["mean kept"] if compensated else []
+    extras += ["of the continuation itself"] if known == "continuation" else []
+    return ", ".join([rule, *extras])
+
+
+def sections() -> dict[str, Callable[[], str]]:
+    """What makes each of the page's generated sections, by its name."""
+    return {
+        "quality rules": partial(_by_rule, switched=False),
+        "quality switched": partial(_by_rule, switched=True),
+        "quality lengths": _by_length,
+    }
+
+
+def _settings(result: Result, prompt: int) -> dict[tuple[Key, float], Result]:
+    return {(key_of(s), s["keep"]): s for s in result["settings"] if s["prompt_tokens"] == prompt}
+
+
+def _by_rule(switched: bool) -> str:
+    """Per model: the KL divergence of every variant at every keep ratio, and its share of the paper's rule's."""
+    parts = []
+    for result in newest():
+        if result["switched"] == switched:
+            settings = _settings(result, PROMPT)
+            keeps = sorted({keep for _, keep in settings})
+            rows = [["", *(f"keep {keep:g}" for keep in keeps), "agreement at 0.4"]]
+            for key in dict.fromkeys(key for key, _ in settings):
+                cells = [_cell(settings, key, keep) for keep in keeps]
+                rows.append([title(key), *cells, f"{settings[key, 0.4]['agreement']['mean']:.1%}"])
+            parts.append(f"### {result['model']}\n\n{markdown(rows)}\n\n{_conditions(result)}")
+    return "\n\n".join(parts)
+
+
+def _cell(settings: dict[tuple[Key, float], Result], key: Key, keep: float) -> str:
+    """A KL divergence and its share of the paper's; whether intervals lie apart, and whether chance is as good."""
+    own, paper, chance = (settings[k, keep]["kl"] for k in (key, PAPER, RANDOM))
+    shown = f"{own['mean']:.3f}, {own['mean'] / paper['mean']:.0%}"
+    if key != PAPER and _apart(own, paper):
+        shown += " \\*"
+    return f"{shown} (no better than chance)" if key != RANDOM and own["mean"] >= chance["mean"] else shown
+
+
+def _apart(one: Result, other: Result) -> bool:
+    return one["ci95"][1] < other["ci95"][0] or other["ci95"][1] < one["ci95"][0]
+
+
+def _by_length() -> str:
+    """Shares of the paper's rule's KL divergence by prompt length, of the variants in the picture."""
+    parts = []
+    for result in newest():
+        if not result["switched"]:
+            lengths = sorted({s["prompt_tokens"] for s in result["settings"]})
+            by_length = {n: _settings(result, n) for n in lengths}
+            keeps = sorted({keep for _, keep in by_length[PROMPT]})
+            rows = [["", *(f"{n} tokens, keep {keep:g}" for n in lengths for keep in keeps)]]
+            for key in DRAWN:
+                own = [(by_length[n][key, keep], by_length[n][PAPER, keep]) for n in lengths for keep in keeps]
+                rows.append([title(key), *(f"{a['kl']['mean'] / b['kl']['mean']:.0%}" for a, b in own)])
+            parts.append(f"### {result['model']}\n\n{markdown(rows)}")
+    return "\n\n".join(parts)
+
+
+def _conditions(result: Result) -> str:
+    what = f"{result['texts']} texts, prompts of {PROMPT} tokens, {result['continuation']} tokens scored"
+    return f"{what}; prior from {result['prior_texts']} texts; {made_on(result)}"
+
+
+def draw() -> None:
+    """The picture: KL divergence against the share of neurons read, one panel per model."""
+    from matplotlib.figure import Figure
+
+    results = [result for result in newest() if not result["switched"]]
+    if not results:
+        return
+    figure = Figure(figsize=(4.2 * len(results), 4.2), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, result in zip(panels, results, strict=True):
+        _draw_model(axes, result)
+    panels[0].set_ylabel("KL(all neurons || kept), nats per token")
+    panels[-1].legend(fontsize="small")
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=120)
+
+
+def _draw_model(axes: "Axes", result: Result) -> None:
+    settings = _settings(result, PROMPT)
+    keeps = sorted({keep for _, keep in settings})
+    for key, (colour, line, marker) in DRAWN.items():
+        kl = [settings[key, keep]["kl"] for keep in keeps]
+        means = [value["mean"] for value in kl]
+        axes.plot(keeps, means, color=colour, linestyle=line, marker=marker, label=title(key))
+        low, high = zip(*(value["ci95"] for value in kl), strict=True)
+        axes.fill_between(keeps, low, high, color=colour, alpha=0.15)
+    axes.set(title=result["model"], xlabel="share of MLP neurons kept", yscale="log")
+    axes.grid(alpha=0.3)

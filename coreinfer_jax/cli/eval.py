@@ -1,0 +1,98 @@
+"""`coreinfer eval`."""
+
+import argparse
+import json
+from typing import Any
+
+from coreinfer_jax.checkpoint.files import to_path
+from coreinfer_jax.cli import options as shared
+from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.core.rules import RULES
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
+from coreinfer_jax.evaluation.run import CONTINUATION, PRIOR_TOKENS, PROMPT_TOKENS, TEXTS, Texts, evaluate, read_prior
+from coreinfer_jax.text.documents import read_documents
+
+HELP = "measure what core neurons cost in quality on texts of your own"
+PRESETS = {"paper": CoreConfig.paper(), "default": CoreConfig()}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    shared.add_model(parser)
+    shared.add_documents(parser)
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="what is not named (default %(default)s)")
+    parser.add_argument(
+        "--rule", nargs="+", choices=(*RULES, *PER_TOKEN), metavar="RULE", help=", ".join((*RULES, *PER_TOKEN))
+    )
+    parser.add_argument("--beta", nargs="+", type=float, help="share of neurons kept, (0, 1]; several to compare")
+    parser.add_argument("--alpha", type=float, help="token-wise share, (0, 1]")
+    parser.add_argument("--layers", type=float, nargs=2, metavar=("FROM", "TO"), help="which layers are narrowed")
+    parser.add_argument("--compensated", action="store_true", help="dropped neurons stand at their mean activation")
+    parser.add_argument("--prior", metavar="FILE", help="texts whose activations count beside the prompt's")
+    parser.add_argument(
+        "--prior-tokens", type=float, metavar="N", help=f"as how many tokens of the prompt ({PRIOR_TOKENS:g})"
+    )
+    lengths = " ".join(map(str, PROMPT_TOKENS))
+    parser.add_argument(
+        "--prompt-tokens", nargs="+", type=int, default=PROMPT_TOKENS, metavar="N", help=f"of contexts ({lengths})"
+    )
+    parser.add_argument(
+        "--continuation", type=int, default=CONTINUATION, metavar="N", help="tokens scored of each text (%(default)s)"
+    )
+    parser.add_argument("--texts", type=int, default=TEXTS, metavar="N", help="documents, at most (%(default)s)")
+    parser.add_argument("--switched", action="store_true", help="go on with the continuation of another text")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of documents (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    preset = PRESETS[options.preset]
+    settings = _settings(options, preset)
+    texts = Texts(tuple(options.prompt_tokens), options.continuation, options.texts, options.switched, options.seed)
+    alpha = preset.alpha if options.alpha is None else options.alpha
+    documents = read_documents(to_path(options.data), options.text_column)
+    corpus = None if options.prior is None else read_documents(to_path(options.prior), options.text_column)
+    params, tokenizer = shared.load_model(options)
+    prior = None if corpus is None else read_prior(params, tokenizer, corpus, alpha=alpha, seed=options.seed)
+    results = evaluate(params, tokenizer, documents, settings, texts, alpha=alpha, prior=prior)
+    if options.json:
+        print(json.dumps({"model": options.model, "data": documents.name, "alpha": alpha, "settings": results}))
+    else:
+        print(_table(results))
+
+
+def _settings(options: argparse.Namespace, preset: CoreConfig) -> list[Setting]:
+    """Every rule at every keep ratio."""
+    if options.prior is None and options.prior_tokens is not None:
+        raise CoreInferError(f"--prior-tokens {options.prior_tokens:g}: is of --prior FILE; give that too")
+    tokens = 0.0 if options.prior is None else PRIOR_TOKENS if options.prior_tokens is None else options.prior_tokens
+    layers = preset.layers if options.layers is None else tuple(options.layers)
+    return [
+        Setting(rule, keep, options.compensated, tokens, layers=layers)
+        for rule in options.rule or ["votes"]
+        for keep in options.beta or [preset.beta]
+    ]
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    """The results for a terminal."""
+    head = ["prompt", "rule", "kept", "KL, nats", "agreement", "perplexity", "all neurons"]
+    rows = [head] + [
+        [
+            str(r["prompt_tokens"]),
+            r["rule"],
+            f"{r['keep']:g}",
+            *(_shown(r[name], digits) for name, digits in (("kl", 3), ("agreement", 3), ("perplexity", 2))),
+            f"{r['dense_perplexity']['mean']:.2f}",
+        ]
+        for r in results
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _shown(value: dict[str, Any], digits: int) -> str:
+    low, high = value["ci95"]
+    return f"{value['mean']:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"

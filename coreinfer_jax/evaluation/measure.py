@@ -1,0 +1,206 @@
+"""What settings cost on texts: differences from the full model, per text and position of its continuation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from coreinfer_jax.config import CoreConfig, ModelConfig
+from coreinfer_jax.core.rules import RULES, Sums, column_norms, mean_activations, places, with_prior
+from coreinfer_jax.core.select import Voting, kept_neurons, make_voting
+from coreinfer_jax.evaluation.passes import (
+    Differences,
+    Reading,
+    layers_of,
+    losses,
+    read,
+    read_corpus,
+    with_best_of_each_token,
+    with_fixed_sets,
+)
+from coreinfer_jax.inputs import check_finite
+from coreinfer_jax.params import Params
+
+# A batch's logits, float32 [B, T, V] of continuations, and a layer's activations are its largest arrays.
+BATCH_LOGITS, BATCH_TOKENS = 1 << 24, 4096
+# Rules that give every token neurons of its own, and whether magnitudes count with the norm of what a neuron writes.
+PER_TOKEN = {"token-magnitude": False, "token-norm": True}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A choice of neurons.
+
+    Attributes:
+        rule: one of `RULES` or `PER_TOKEN`.
+        keep: share of F that is kept, in (0, 1].
+        compensated: whether dropped neurons stand at their mean activation over the tokens the rule saw.
+        prior_tokens: how many tokens of its own a corpus adds to the context's sums.
+        known: what the rule sees: the context, or, as a ceiling, the continuation itself.
+        layers: which layers are narrowed, as fractions of depth.
+    """
+
+    rule: str
+    keep: float
+    compensated: bool = False
+    prior_tokens: float = 0.0
+    known: Literal["context", "continuation"] = "context"
+    layers: tuple[float, float] = (0.0, 1.0)
+
+    def kept(self, config: ModelConfig) -> np.ndarray:
+        """Neurons kept per layer: int32 [L], F where a layer stays dense."""
+        narrowed = CoreConfig(beta=self.keep, layers=self.layers).narrowed_layers(config.num_layers)
+        few = kept_neurons(self.keep, config.mlp_size)
+        return np.array([few if l in narrowed else config.mlp_size for l in range(config.num_layers)], np.int32)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one setting, float32 [n, T]: see `Differences`."""
+
+    kl: np.ndarray
+    agreement: np.ndarray
+    loss: np.ndarray
+
+
+def measure(
+    params: Params,
+    rows: np.ndarray,
+    context: int,
+    settings: Sequence[Setting],
+    *,
+    alpha: float = 0.4,
+    prior: list[dict[str, Sums]] | None = None,
+    name: str = "evaluating",
+) -> tuple[np.ndarray, list[Measured]]:
+    """Losses of the full model on continuations, float32 [n, T], and what each setting changes.
+
+    Args:
+        params: dense weights.
+        rows: texts int32 [n, context + T + 1]; the last token is only foretold. The first token after the context comes
+            from the full model in any case and is not scored.
+        context: tokens that the full model reads.
+        settings: to compare.
+        alpha: share of a token's positive neurons that it votes for.
+        prior: per layer and rule, sums [F] over a corpus, for settings with `prior_tokens`.
+        name: of the progress bar.
+
+    Raises:
+        CoreInferError: logits that are NaN or infinite.
+    """
+    norms = column_norms(params)
+    rules = tuple(sorted({setting.rule for setting in settings if setting.rule in RULES}))
+    full, parts = [], []
+    for tokens, real in _batches(rows, rows.shape[1] - 1 - context, params.config, name):
+        reading = _read(params, tokens, context, alpha, rules)
+        check_finite(reading.finite)
+        rest, following = jnp.asarray(tokens[:, context:-1]), jnp.asarray(tokens[:, context + 1 :])
+        choose = _chooser(reading, norms, prior)
+        differences = [_difference(params, reading, rest, following, norms, s, choose) for s in settings]
+        full.append(np.asarray(losses(reading.logits, following))[:real])
+        parts.append([Measured(*(np.asarray(x)[:real] for x in (d.kl, d.agreement, d.loss))) for d in differences])
+    joined = [
+        Measured(*(np.concatenate([getattr(one, field) for one in own]) for field in ("kl", "agreement", "loss")))
+        for own in zip(*parts, strict=True)
+    ]
+    return np.concatenate(full), joined
+
+
+def collect(params: Params, rows: np.ndarray, alpha: float = 0.4) -> list[dict[str, Sums]]:
+    """A prior: per layer and rule, the sums [F] over all tokens of texts int32 [n, T].
+
+    Raises:
+        CoreInferError: activations that are NaN or infinite.
+    """
+    total: list[dict[str, Sums]] | None = None
+    rules = tuple(sorted(RULES))
+    for tokens, real in _batches(rows, 1, params.config, "reading the corpus"):
+        votings = _votings(real, rows.shape[1], params.config.mlp_size, alpha, rules)
+        sums, finite = read_corpus(params, jnp.asarray(tokens[:real]), votings, rules=rules)
+        check_finite(finite, "activations")
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    assert total is not None, "there are texts"
+    return total
+
+
+def _batches(rows: np.ndarray, scored: int, config: ModelConfig, name: str) -> Iterator[tuple[np.ndarray, int]]:
+    """Texts in batches of one shape, the last filled up with its first row, and how many rows are real.
+
+    They are as large as their activations and the logits of `scored` tokens each allow.
+    """
+    B = max(1, min(len(rows), BATCH_LOGITS // (scored * config.vocab_size), BATCH_TOKENS // rows.shape[1]))
+    for first in tqdm(range(0, len(rows), B), desc=name, unit="batch", disable=None, leave=False):
+        batch = rows[first : first + B]
+        yield np.concatenate([batch, np.repeat(batch[:1], B - len(batch), axis=0)]), len(batch)
+
+
+def _votings(rows: int, tokens: int, mlp_size: int, alpha: float, rules: tuple[str, ...]) -> dict[str, Voting]:
+    """By budget, the votes of all of [rows, tokens]."""
+    counted = np.ones((rows, tokens), bool)
+    return {budget: make_voting(counted, mlp_size, alpha, budget) for budget in {RULES[rule].budget for rule in rules}}
+
+
+def _read(params: Params, tokens: np.ndarray, context: int, alpha: float, rules: tuple[str, ...]) -> Reading:
+    B, size = tokens.shape[0], tokens.shape[1] - 1
+    first, second = (_votings(B, n, params.config.mlp_size, alpha, rules) for n in (context, size - context))
+    votings = {budget: (own, second[budget]) for budget, own in first.items()}
+    return read(params, jnp.asarray(tokens[:, :-1]), votings, context=context, rules=rules)
+
+
+Chosen = tuple[list[Array], list[Array]]
+
+
+def _chooser(reading: Reading, norms: list[Array], prior: list[dict[str, Sums]] | None) -> Callable[[Setting], Chosen]:
+    """Places and means [B, F] per layer of a setting's rule, computed once for all keep ratios."""
+    known: dict[tuple[object, ...], Chosen] = {}
+
+    def choose(setting: Setting) -> Chosen:
+        key = (setting.rule, setting.prior_tokens, setting.known)
+        if key not in known:
+            seen = reading.context if setting.known == "context" else reading.continuation
+            own = layers_of(seen, setting.rule)
+            corpus = None if not setting.prior_tokens or prior is None else layers_of(prior, setting.rule)
+            known[key] = _ranked(own, corpus, np.float32(setting.prior_tokens), norms, rule=setting.rule)
+        return known[key]
+
+    return choose
+
+
+@partial(jax.jit, static_argnames="rule")
+def _ranked(
+    sums: list[Sums], prior: list[Sums] | None, prior_tokens: Array, norms: list[Array], *, rule: str
+) -> Chosen:
+    if prior is not None:
+        sums = [with_prior(own, corpus, prior_tokens) for own, corpus in zip(sums, prior, strict=True)]
+    ranked = [places(RULES[rule].score(own, norm)) for own, norm in zip(sums, norms, strict=True)]
+    return ranked, [mean_activations(own) for own in sums]
+
+
+@jax.jit
+def _kept(ranked: list[Array], means: list[Array], kept: Array, compensated: Array) -> Chosen:
+    """Masks of each layer's first `kept` [L] places, and what stands for all other activations."""
+    masks = [place < most for place, most in zip(ranked, kept, strict=True)]
+    return masks, [jnp.where(compensated, mean, 0) for mean in means]
+
+
+def _difference(
+    params: Params,
+    reading: Reading,
+    rest: Array,
+    following: Array,
+    norms: list[Array],
+    setting: Setting,
+    choose: Callable[[Setting], Chosen],
+) -> Differences:
+    kept = setting.kept(params.config)
+    if setting.rule in PER_TOKEN:
+        weights = norms if PER_TOKEN[setting.rule] else [jnp.ones_like(norm) for norm in norms]
+        return with_best_of_each_token(params, reading, rest, following, weights, kept)
+    masks, filled = _kept(*choose(setting), kept, setting.compensated)
+    return with_fixed_sets(params, reading, rest, following, masks, filled)

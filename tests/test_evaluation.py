@@ -1,0 +1,260 @@
+"""What an evaluation measures, against plain NumPy and decoding token by token on narrowed weights."""
+
+import json
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coreinfer_jax as ci
+from coreinfer_jax.cache import init_cache
+from coreinfer_jax.cli import main
+from coreinfer_jax.core.neurons import CoreNeurons
+from coreinfer_jax.core.rules import RULES, column_norms
+from coreinfer_jax.core.select import kept_neurons
+from coreinfer_jax.evaluation.measure import PER_TOKEN, Measured, Setting, collect, measure
+from coreinfer_jax.evaluation.run import Texts, evaluate, interval, perplexity, summary
+from coreinfer_jax.models import extend, observe_nothing, unembed
+from coreinfer_jax.text.documents import Documents, read_documents
+from tests.support import MODELS, random_model
+
+CONTEXT, REST = 11, 6
+N = 3
+
+
+def texts(config, rows=N, size=CONTEXT + REST + 1):
+    return np.random.default_rng(1).integers(3, config.vocab_size, (rows, size)).astype(np.int32)
+
+
+def run_tokens(params, tokens, cache, start, observe=observe_nothing):
+    hidden, cache, seen = extend(params, jnp.asarray(tokens), cache, jnp.full(len(tokens), start, jnp.int32), observe)
+    return np.asarray(unembed(params, hidden), np.float64), cache, seen
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def decoded(params, rows, choose):
+    """KL, agreement and loss of decoding on `choose`(activations per layer) token by token: [n, REST] each."""
+    config = params.config
+    kl, agreement, loss = [], [], []
+    for row in rows:
+        empty = init_cache(config, 1, CONTEXT + REST, jnp.dtype("float32"))
+        full, _, _ = run_tokens(params, row[None, :-1], empty, 0)
+        _, cache, seen = run_tokens(params, row[None, :CONTEXT], empty, 0, lambda a: a)
+        narrowed = ci.compact(params, choose([np.asarray(a[0], np.float64) for a in seen]))
+        steps = []
+        for t in range(CONTEXT, CONTEXT + REST):
+            logits, cache, _ = run_tokens(narrowed, row[None, t : t + 1], cache, t)
+            steps.append(logits[0, 0])
+        p, q = log_softmax(full[0, CONTEXT:]), log_softmax(np.stack(steps))
+        kl.append((np.exp(p) * (p - q)).sum(axis=-1))
+        agreement.append(p.argmax(axis=-1) == q.argmax(axis=-1))
+        loss.append(-q[np.arange(REST), row[CONTEXT + 1 :]])
+    return np.stack(kl), np.stack(agreement), np.stack(loss)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_pass_equals_decoding_token_by_token_on_narrowed_weights(model):
+    params = random_model(MODELS[model])
+    rows = texts(params.config)
+    norms = [np.asarray(norm, np.float64) for norm in column_norms(params)]
+    kept = kept_neurons(0.4, params.config.mlp_size)
+
+    def energy(activations):
+        scores = [(a**2).sum(axis=0) * norm**2 for a, norm in zip(activations, norms, strict=True)]
+        return CoreNeurons(np.sort(np.argsort(-own, kind="stable")[:kept]) for own in scores)
+
+    kl, agreement, loss = decoded(params, rows, energy)
+    _, (found,) = measure(params, rows, CONTEXT, [Setting("energy", 0.4)])
+    np.testing.assert_allclose(found.kl, kl, rtol=2e-3, atol=2e-5)
+    np.testing.assert_allclose(found.loss, loss, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(found.agreement, agreement)
+
+
+def test_paper_votes_are_those_that_generate_decodes_with():
+    params = random_model(MODELS["llama"])
+    rows = texts(params.config)
+    core = replace(ci.CoreConfig.paper(), beta=0.3)
+
+    def chosen(activations):
+        return CoreNeurons(
+            np.asarray(ci.select_core_neurons(jnp.asarray(a, jnp.float32), core.alpha, core.beta)) for a in activations
+        )
+
+    kl, _, _ = decoded(params, rows, chosen)
+    _, (found,) = measure(params, rows, CONTEXT, [Setting("votes", 0.3)])
+    np.testing.assert_allclose(found.kl, kl, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("model", ["opt", "llama"])
+def test_all_neurons_change_nothing_whatever_the_rule(model):
+    params = random_model(MODELS[model])
+    rows = texts(params.config)
+    prior = collect(params, rows)
+    settings = [
+        Setting(rule, 1.0, compensated, tokens)
+        for rule in RULES
+        for compensated in (False, True)
+        for tokens in (0.0, 9.0)
+    ]
+    settings += [Setting(rule, 1.0) for rule in PER_TOKEN]
+    full, measured = measure(params, rows, CONTEXT, settings, prior=prior)
+    for one in measured:
+        assert np.abs(one.kl).max() < 1e-6
+        assert one.agreement.all()
+        np.testing.assert_allclose(one.loss, full, rtol=1e-5, atol=1e-5)
+
+
+def with_constant(layer, constant):
+    down = layer.mlp.down
+    bias = jnp.asarray(constant) if down.bias is None else down.bias + constant
+    return replace(layer, mlp=replace(layer.mlp, down=replace(down, bias=bias)))
+
+
+def test_a_prior_is_what_the_texts_sum_to(monkeypatch):
+    params = random_model(MODELS["llama"])
+    rows = texts(params.config, rows=5)
+    empty = init_cache(params.config, 5, rows.shape[1], jnp.dtype("float32"))
+    _, _, seen = run_tokens(params, rows, empty, 0, lambda a: a)
+    monkeypatch.setattr("coreinfer_jax.evaluation.measure.BATCH_TOKENS", 2 * rows.shape[1])  # the last batch is of one
+    for layer, a in zip(collect(params, rows), seen, strict=True):
+        assert layer["energy"]["tokens"] == rows.size
+        np.testing.assert_allclose(layer["energy"]["own"], (np.asarray(a) ** 2).sum(axis=(0, 1)), rtol=1e-5)
+        np.testing.assert_allclose(layer["votes"]["total"], np.asarray(a).sum(axis=(0, 1)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["opt", "llama"])
+def test_compensation_is_a_constant_added_to_the_output(model):
+    params = random_model(MODELS[model])
+    rows = texts(params.config, rows=1)
+    kept = kept_neurons(0.2, params.config.mlp_size)
+    empty = init_cache(params.config, 1, CONTEXT + REST, jnp.dtype("float32"))
+    full, _, _ = run_tokens(params, rows[:, :-1], empty, 0)
+    _, cache, seen = run_tokens(params, rows[:, :CONTEXT], empty, 0, lambda a: a)
+    sets, constants = [], []
+    for layer, norms, a in zip(params.layers, column_norms(params), seen, strict=True):
+        order = np.argsort(-(np.asarray(a[0]) ** 2).mean(axis=0) * np.asarray(norms) ** 2, kind="stable")
+        sets.append(np.sort(order[:kept]))
+        dropped = order[kept:]
+        constants.append(np.asarray(layer.mlp.down.weight)[:, dropped] @ np.asarray(a[0]).mean(axis=0)[dropped])
+    narrowed = ci.compact(params, CoreNeurons(sets))
+    layers = [with_constant(layer, own) for layer, own in zip(narrowed.layers, constants, strict=True)]
+    logits, _, _ = run_tokens(replace(narrowed, layers=tuple(layers)), rows[:, CONTEXT:-1], cache, CONTEXT)
+    p, q = log_softmax(full[:, CONTEXT:]), log_softmax(logits)
+    _, (found,) = measure(params, rows, CONTEXT, [Setting("energy", 0.2, compensated=True)])
+    np.testing.assert_allclose(found.kl, (np.exp(p) * (p - q)).sum(axis=-1), rtol=2e-3, atol=2e-5)
+
+
+def test_layers_that_are_not_narrowed_keep_all_neurons():
+    params = random_model(MODELS["opt"])
+    rows = texts(params.config)
+    assert Setting("energy", 0.2, layers=(0.5, 1.0)).kept(params.config).tolist() == [96, 96, 19]
+    _, (partly, whole) = measure(
+        params, rows, CONTEXT, [Setting("energy", 0.2, layers=(0.5, 1.0)), Setting("energy", 0.2)]
+    )
+    assert partly.kl.mean() < whole.kl.mean()
+
+
+def test_neurons_of_each_token_are_a_ceiling(data):
+    params, tokenizer = ci.load("embedded:llama", "float32")
+    documents = read_documents(data / "text" / "tinystories_val.txt")
+    settings = [Setting(rule, 0.4) for rule in (*RULES, *PER_TOKEN)] + [Setting("energy", 0.4, known="continuation")]
+    results = evaluate(params, tokenizer, documents, settings, Texts((32,), 24, 6))
+    kl = {(r["rule"], r["known"]): r["kl"]["mean"] for r in results}
+    fixed = [kl[rule, "context"] for rule in RULES]
+    assert kl["token-norm", "context"] < min(fixed)
+    assert kl["energy", "continuation"] < min(fixed)
+    assert max(fixed) <= max(kl["random", "context"], kl["norm", "context"])
+
+
+def test_prompt_lengths_are_scored_on_the_same_tokens(monkeypatch):
+    params = random_model(MODELS["opt"])
+    results = evaluate(params, Numbers(), numbers(4), [Setting("votes", 0.5)], Texts((4, 16), 8, 4))
+    assert results[0]["dense_perplexity"] != results[1]["dense_perplexity"]
+    longest = evaluate(params, Numbers(), numbers(4), [Setting("votes", 0.5)], Texts((16,), 8, 4))
+    assert results[1] == longest[0]
+
+
+def test_a_switched_continuation_is_that_of_another_text():
+    params = random_model(MODELS["opt"])
+    own, other = (
+        evaluate(params, Numbers(), numbers(2), [Setting("votes", 0.5)], Texts((8,), 8, 2, switched))[0]
+        for switched in (False, True)
+    )
+    assert own["kl"] != other["kl"]
+
+
+class Numbers:
+    """A tokenizer of numbers with spaces between them."""
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+
+def numbers(count, size=40):
+    generator = np.random.default_rng(5)
+    lines = [" ".join(map(str, generator.integers(3, 101, size))) for _ in range(count)]
+    return Documents("numbers.txt", "", tuple(lines))
+
+
+def test_intervals_hold_the_mean_and_shrink_with_texts():
+    generator = np.random.default_rng(0)
+    wide, narrow = (interval(generator.normal(5, 1, n), 0) for n in (20, 2000))
+    for found in (wide, narrow):
+        assert found["ci95"][0] < found["mean"] < found["ci95"][1]
+    # 1.96 standard errors on either side.
+    assert abs((narrow["ci95"][1] - narrow["ci95"][0]) - 2 * 1.96 / 2000**0.5) < 0.01
+    assert interval(np.full(4, 0.25), 0) == {"mean": 0.25, "ci95": [0.25, 0.25]}
+
+
+def test_summaries_are_means_over_texts_and_by_position():
+    kl = np.arange(40, dtype=np.float32).reshape(2, 20)
+    found = summary(Measured(kl, kl / 40, kl / 10), 0)
+    assert found["kl"]["mean"] == kl.mean()
+    np.testing.assert_allclose(found["kl_by_position"], [kl[:, :16].mean(), kl[:, 16:].mean()])
+    np.testing.assert_allclose(found["perplexity"]["mean"], np.exp(kl.mean() / 10), rtol=1e-6)
+    np.testing.assert_allclose(perplexity(kl[:, :1] * 0 + 2, 0)["ci95"], [np.exp(2), np.exp(2)])
+
+
+def test_the_command_reports_every_setting(tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(["Once upon a time there was a king who had a daughter and a garden. " * 4] * 3))
+    sizes = ["--prompt-tokens", "8", "16", "--continuation", "8", "--texts", "3"]
+    arguments = ["eval", "--data", str(path), "--rule", "votes", "random", "--beta", "0.2", "0.6", *sizes]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(s["prompt_tokens"], s["rule"], s["keep"]) for s in found["settings"]] == [
+        (n, rule, keep) for n in (8, 16) for rule in ("votes", "random") for keep in (0.2, 0.6)
+    ]
+    for setting in found["settings"]:
+        for name in ("kl", "agreement", "perplexity"):
+            low, high = setting[name]["ci95"]
+            assert low <= setting[name]["mean"] <= high
+    assert main(arguments) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--beta", "1.5"], "keep=1.5"),
+        (["--prompt-tokens", "0"], "at least 1"),
+        (["--prompt-tokens", "100000"], "exceed the model's"),
+        (["--texts", "1"], "texts=1"),
+        (["--alpha", "0"], "alpha=0"),
+        (["--prior-tokens", "5"], "give that too"),
+        (["--layers", "0.5", "0.2"], "layers="),
+        (["--prompt-tokens", "64"], "texts of 129 tokens are needed"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path, capsys, arguments, said):
+    path = tmp_path / "texts.txt"
+    path.write_text("A short text.\nAnother one.\n")
+    assert main(["eval", "--data", str(path), *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert said in error[-1]
+    assert error[-1].startswith("coreinfer: error: ")

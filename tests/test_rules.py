@@ -1,0 +1,118 @@
+"""Rules against plain NumPy, written from their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coreinfer_jax.core.rules import RULES, column_norms, mean_activations, places, with_prior
+from coreinfer_jax.core.select import make_voting
+from tests.support import LLAMA, random_model
+
+B, T, F, ALPHA = 2, 12, 40, 0.4
+
+
+def activations(seed=0, relu=False):
+    a = np.random.default_rng(seed).normal(size=(B, T, F)).astype(np.float32)
+    return np.maximum(a, 0) if relu else a
+
+
+COUNTED = np.array([[True] * T, [True] * 7 + [False] * 5])
+NORMS = np.random.default_rng(9).uniform(0.5, 2, F).astype(np.float32)
+
+
+def token_sets(a, budget):
+    """Which neurons each token of one row [T, F] votes for: its largest positive ones."""
+    positives = (a > 0).sum(axis=1)
+    counts = positives if budget == "per_token" else np.full(len(a), positives.mean())
+    chosen = np.zeros(a.shape, bool)
+    for t, row in enumerate(a):
+        voices = min(int(np.floor(ALPHA * counts[t] + 1e-6)), positives[t])
+        chosen[t, np.argsort(-row, kind="stable")[:voices]] = True
+    return chosen
+
+
+def by_two(first, second):
+    """Neurons, the best first."""
+    return np.lexsort((np.arange(F), -second, -first))
+
+
+def expected_order(rule, a, norms):
+    """The neurons of one row's counted tokens a [T, F], the best first."""
+    a, squared = a.astype(np.float64), norms.astype(np.float64) ** 2
+    if rule in ("votes", "votes-mean-budget"):
+        return by_two(token_sets(a, "mean" if "mean" in rule else "per_token").sum(axis=0), a.sum(axis=0))
+    if rule == "magnitude-votes":
+        return by_two(token_sets(np.abs(a), "per_token").sum(axis=0), np.abs(a).sum(axis=0))
+    relative = np.linalg.norm(a / np.linalg.norm(a, axis=1, keepdims=True), axis=0)
+    scores = {
+        "griffin": relative,
+        "griffin-norm": relative * norms,
+        "energy": (a**2).mean(axis=0) * squared,
+        "variance": a.var(axis=0) * squared,
+        "norm": norms,
+    }[rule]
+    return np.argsort(-scores, kind="stable")
+
+
+def sums_of(rule, a, counted=COUNTED):
+    return RULES[rule].observe(jnp.asarray(a), make_voting(counted, F, ALPHA, RULES[rule].budget))
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["swiglu", "relu"])
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"random"}))
+def test_a_rule_ranks_as_numpy_does(rule, relu):
+    a = activations(relu=relu)
+    found = np.asarray(places(RULES[rule].score(sums_of(rule, a), jnp.asarray(NORMS))))
+    for b in range(B):
+        order = expected_order(rule, a[b, COUNTED[b]], NORMS)
+        np.testing.assert_array_equal(np.argsort(found[b]), order)
+
+
+def test_random_ranks_all_rows_alike_and_knows_nothing_of_them():
+    first, second = (RULES["random"].score(sums_of("random", activations(seed)), jnp.asarray(NORMS)) for seed in (0, 1))
+    np.testing.assert_array_equal(first, second)
+    assert len(np.unique(first[0])) == F
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"votes-mean-budget"}))  # whose budget is of the whole prompt
+def test_sums_of_parts_add_up_to_those_of_the_whole(rule):
+    a = activations()
+    parts = [sums_of(rule, a[:, start : start + 4], COUNTED[:, start : start + 4]) for start in (0, 4, 8)]
+    added = jax.tree.map(lambda *arrays: sum(np.asarray(x, np.float64) for x in arrays), *parts)
+    for name, whole in sums_of(rule, a).items():
+        np.testing.assert_allclose(added[name], whole, rtol=1e-6, atol=1e-6)
+
+
+def test_means_are_of_counted_tokens():
+    a = activations()
+    expected = [a[b, COUNTED[b]].mean(axis=0) for b in range(B)]
+    for rule in RULES:
+        np.testing.assert_allclose(mean_activations(sums_of(rule, a)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_prior_counts_as_so_many_of_its_own_tokens():
+    a, corpus = activations(), activations(seed=3)
+    prior = jax.tree.map(lambda array: array[0], sums_of("energy", corpus))
+    mixed = with_prior(sums_of("energy", a), prior, 5.0)
+    expected = (a[0] ** 2).sum(axis=0) + 5 * (corpus[0] ** 2).mean(axis=0)
+    np.testing.assert_allclose(mixed["own"][0], expected, rtol=1e-5)
+    assert mixed["tokens"].tolist() == [T + 5, 7 + 5]
+
+
+def test_a_token_without_activations_adds_nothing_to_griffins_sums():
+    a = activations()
+    a[:, 3] = 0
+    np.testing.assert_allclose(
+        sums_of("griffin", a)["own"], sums_of("griffin", np.delete(a, 3, 1), np.delete(COUNTED, 3, 1))["own"], rtol=1e-6
+    )
+
+
+def test_column_norms_are_those_of_what_a_neuron_writes():
+    params = random_model(LLAMA)
+    for layer, norms in zip(params.layers, column_norms(params), strict=True):
+        np.testing.assert_allclose(norms, np.linalg.norm(np.asarray(layer.mlp.down.weight), axis=0), rtol=1e-6)
+
+
+def test_places_go_to_the_lower_index_first():
+    assert places(jnp.asarray([[1.0, 3.0, 3.0, 2.0]])).tolist() == [[3, 0, 1, 2]]
