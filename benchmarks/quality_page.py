@@ -64,7 +64,8 @@ def _settings(result: Result, prompt: int) -> dict[tuple[Key, float], Result]:
 
 def _by_rule(switched: bool) -> str:
     """Per model: the KL divergence of every variant at every keep ratio, and its share of the paper's rule's."""
-    parts = []
+    shown = newest() and not switched
+    parts = ["![KL divergence by share of neurons kept](quality/rules.png)"] if shown else []
     for result in newest():
         if result["switched"] == switched:
             settings = _settings(result, PROMPT)
@@ -74,7 +75,7 @@ def _by_rule(switched: bool) -> str:
                 cells = [_cell(settings, key, keep) for keep in keeps]
                 rows.append([title(key), *cells, f"{settings[key, 0.4]['agreement']['mean']:.1%}"])
             parts.append(f"### {result['model']}\n\n{markdown(rows)}\n\n{_conditions(result)}")
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or "No results yet."
 
 
 def _cell(settings: dict[tuple[Key, float], Result], key: Key, keep: float) -> str:
@@ -103,7 +104,7 @@ def _by_length() -> str:
                 own = [(by_length[n][key, keep], by_length[n][PAPER, keep]) for n in lengths for keep in keeps]
                 rows.append([title(key), *(f"{a['kl']['mean'] / b['kl']['mean']:.0%}" for a, b in own)])
             parts.append(f"### {result['model']}\n\n{markdown(rows)}")
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or "No results yet."
 
 
 def _conditions(result: Result) -> str:
