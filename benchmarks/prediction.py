@@ -84,7 +84,6 @@ def _length(params: ci.Params, groups: ci.Groups, length: int) -> dict[str, Any]
 
 def _seconds(params: ci.Params, tokens: list[list[int]], core: ci.CoreConfig, groups: ci.Groups | None) -> float:
     """Prefill, selection and compaction of a prompt."""
-    stats = ci.generate(
-        params, tokens, core, groups=groups, max_new_tokens=2
-    ).stats  # the second token is what the gather is for
+    # The gather is for the second token.
+    stats = ci.generate(params, tokens, core, groups=groups, max_new_tokens=2).stats
     return stats.prefill_seconds + stats.selection_seconds + stats.compaction_seconds

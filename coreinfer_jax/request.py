@@ -92,11 +92,15 @@ class Request:
         if isinstance(core, CoreNeurons):
             kept = [0 if indices is None else indices.shape[-1] for indices in core.layers]
             return sum(narrowed_bytes(self.params, (l,), width, core.rows or 1) for l, width in enumerate(kept))
-        if core is None or (self.groups is not None and self.groups.narrowed):  # a group's weights are there already
+        if core is None:
             return 0
         sets = rows if core.per_row else 1
+        groups = self.groups if core.method in ("similarity", "auto") else None
+        if groups is not None and groups.narrowed and sets == 1:
+            return 0  # the group's weights are there already
+        ratio = core.beta if groups is None else min(core.beta, core.group_ratio)
         layers = core.narrowed_layers(config.num_layers)
-        return narrowed_bytes(self.params, layers, kept_neurons(core.beta, config.mlp_size), sets)
+        return narrowed_bytes(self.params, layers, kept_neurons(ratio, config.mlp_size), sets)
 
 
 def make_request(

@@ -3,12 +3,24 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode, environment, memory, performance, profile, shapes, sweeps, worker
+from benchmarks import (
+    decode,
+    environment,
+    memory,
+    performance,
+    profile,
+    quality,
+    quality_page,
+    shapes,
+    sweeps,
+    worker,
+)
 from benchmarks.__main__ import SUITES, _parser, main
 from benchmarks.contenders import predictor
 from benchmarks.contenders.trial import Report, Trial
@@ -390,3 +402,51 @@ def test_memory_is_told_apart():
     assert peak.anonymous > block.nbytes
     assert peak.file > 0
     assert memory.read_bandwidth(1, repeats=1) > 0
+
+
+def quality_result(model, switched):
+    """KL divergences that fall with the keep ratio, of the paper's votes half of chance, of all others a quarter."""
+
+    def share(setting):
+        return {quality_page.RANDOM: 1.0, quality_page.PAPER: 0.5}.get(quality_page.key_of(asdict(setting)), 0.25)
+
+    settings = [
+        asdict(setting)
+        | {"prompt_tokens": n, "agreement": {"mean": 0.5}}
+        | {"kl": {"mean": (kl := share(setting) * (1.1 - setting.keep)), "ci95": [0.9 * kl, 1.1 * kl]}}
+        for n in quality.TEXTS.prompt_tokens
+        for setting in quality.settings()
+    ]
+    made_on = {"hardware": "a machine", "versions": {}, "git_revision": "abc", "date": "today"}
+    sizes = {"texts": 9, "continuation": 64, "prior_texts": 5}
+    return made_on | sizes | {"model": model, "switched": switched, "settings": settings}
+
+
+def test_the_quality_page_compares_with_the_papers_votes_and_with_chance(monkeypatch, tmp_path):
+    results = [quality_result("tiny", switched) for switched in (False, True)]
+    monkeypatch.setattr(quality_page, "read_results", lambda name: results)
+    monkeypatch.setattr(quality_page, "PICTURE", tmp_path / "rules.png")
+    rules, switched, lengths = (make() for make in quality_page.sections().values())
+    assert "| votes | 0.450, 100% | 0.350, 100% | 0.250, 100% | 0.150, 100% | 50.0% |" in rules
+    assert "| random | 0.900, 200% \\* |" in rules
+    assert "| energy | 0.225, 50% \\* |" in rules
+    assert "no better than chance" not in rules
+    assert "rules.png" in rules
+    assert "rules.png" not in switched
+    assert "| energy, prior of 64 tokens, mean kept | " + " | ".join(["50%"] * 12) + " |" in lengths
+    results[0]["settings"] = [
+        s | {"kl": {"mean": 2.0, "ci95": [1.9, 2.1]}} if s["rule"] == "norm" else s for s in results[0]["settings"]
+    ]
+    assert quality_page.sections()["quality rules"]().count("(no better than chance)") == 4
+    quality_page.draw()
+    assert (tmp_path / "rules.png").stat().st_size > 10_000
+
+
+def test_a_quality_result_has_four_digits_and_no_positions():
+    found = {"kl": {"mean": 0.123456, "ci95": [0.1, 1.23456]}, "kl_by_position": [1.0], "texts": 3, "too_short": 0}
+    assert quality._short(found) == {"kl": {"mean": 0.1235, "ci95": [0.1, 1.235]}, "texts": 3}
+
+
+def test_passages_are_whole_lines_of_at_least_their_size(monkeypatch):
+    monkeypatch.setattr(quality, "PASSAGE", 10)
+    assert quality._passages("12345\n6789\nabcdefghijkl\nrest\n") == ["12345\n6789\n", "abcdefghijkl\n"]

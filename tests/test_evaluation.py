@@ -171,7 +171,13 @@ def test_neurons_of_each_token_are_a_ceiling(data):
     assert max(fixed) <= max(kl["random", "context"], kl["norm", "context"])
 
 
-def test_prompt_lengths_are_scored_on_the_same_tokens(monkeypatch):
+def test_prior_tokens_need_a_prior():
+    params = random_model(MODELS["opt"])
+    with pytest.raises(ci.CoreInferError, match="prior tokens are of a prior"):
+        measure(params, texts(params.config), CONTEXT, [Setting("energy", 0.5, prior_tokens=3.0)])
+
+
+def test_prompt_lengths_are_scored_on_the_same_tokens():
     params = random_model(MODELS["opt"])
     results = evaluate(params, Numbers(), numbers(4), [Setting("votes", 0.5)], Texts((4, 16), 8, 4))
     assert results[0]["dense_perplexity"] != results[1]["dense_perplexity"]

@@ -10,6 +10,7 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.request import make_request
 from tests.support import LLAMA, OPT, random_model
+from tests.test_prediction import AUTO, FUSED, SIMILARITY, groups
 
 PROMPT = [[5, 6, 7, 8]]
 
@@ -85,3 +86,21 @@ def test_free_memory_counts_what_is_available_and_swap(monkeypatch, tmp_path):
     assert room.free_bytes() == 101_500
     (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
     assert room.free_bytes() == 2500 * 1024
+
+
+@pytest.mark.parametrize(
+    ("core", "compacted", "rows", "gathered"),
+    [
+        (SIMILARITY, True, 1, 0),  # the group's weights are there
+        (SIMILARITY, False, 1, 1),
+        (SIMILARITY, True, 2, 2),  # rows of a batch are gathered
+        (AUTO, True, 1, 0),
+        (FUSED, True, 1, 1),  # the prompt has its say, whatever groups there are
+    ],
+)
+def test_groups_that_are_ready_need_no_room(core, compacted, rows, gathered):
+    ready = groups(core, compacted)
+    sampling = make_sampling(OPT, 0.0, None, None, (), None)
+    made = make_request(ready.params, PROMPT * rows, core, ready, 8, sampling)
+    cache = rows * 4 * 2 * 3 * OPT.num_kv_heads * 8 * 64
+    assert made.added_bytes == cache + gathered * 4 * 3 * 48 * 2 * 32

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from coreinfer_jax.config import Budget
-from coreinfer_jax.core.select import Voting, count_votes
+from coreinfer_jax.core.select import Votes, Voting, best_first, count_votes
 from coreinfer_jax.params import Params
 
 # Float32 [B, F] each, but `tokens` [B], how many were counted, and `total`, the sum of activations: both always there.
@@ -79,33 +79,35 @@ def _inverted(order: Array) -> Array:
     return jnp.zeros(order.shape, jnp.int32).at[rows, order].set(index)
 
 
+def _common(activations: Array, voting: Voting) -> Sums:
+    """The sums every rule has."""
+    counted = voting.counted[:, :, None]
+    total = jnp.sum(jnp.where(counted, activations, 0), axis=1, dtype=jnp.float32)
+    return {"tokens": jnp.sum(voting.counted, axis=1, dtype=jnp.float32), "total": total}
+
+
 def _over_tokens(activations: Array, voting: Voting, of: Callable[[Array], Array]) -> Sums:
-    """The sums every rule has, and of `of`(activations as float32), over the counted tokens."""
+    """The sums every rule has, and as `own` that of `of`(activations as float32), over the counted tokens."""
     wide = jnp.where(voting.counted[:, :, None], activations.astype(jnp.float32), 0)
-    tokens = jnp.sum(voting.counted, axis=1, dtype=jnp.float32)
-    return {"tokens": tokens, "total": wide.sum(axis=1), "own": of(wide).sum(axis=1)}
+    return _common(activations, voting) | {"own": of(wide).sum(axis=1)}
 
 
 def _votes(activations: Array, voting: Voting) -> Sums:
     """The paper's votes."""
     votes = count_votes(activations, voting)
-    tokens = jnp.sum(voting.counted, axis=1, dtype=jnp.float32)
-    return {"tokens": tokens, "total": votes.sums, "own": votes.counts.astype(jnp.float32)}
+    return _common(activations, voting) | {"total": votes.sums, "own": votes.counts.astype(jnp.float32)}
 
 
 def _magnitude_votes(activations: Array, voting: Voting) -> Sums:
     """Votes on |a|: all neurons that are not zero compete."""
     votes = count_votes(jnp.abs(activations), voting)
-    tokens = jnp.sum(voting.counted, axis=1, dtype=jnp.float32)
-    total = jnp.sum(jnp.where(voting.counted[:, :, None], activations.astype(jnp.float32), 0), axis=1)
-    return {"tokens": tokens, "total": total, "magnitudes": votes.sums, "own": votes.counts.astype(jnp.float32)}
+    own = {"magnitudes": votes.sums, "own": votes.counts.astype(jnp.float32)}
+    return _common(activations, voting) | own
 
 
-def _by_two(first: Array, second: Array) -> Array:
-    """Scores [B, F] that order neurons by `first`, and where it is equal by `second`, then the lower index."""
-    index = lax.broadcasted_iota(jnp.int32, first.shape, 1)
-    _, _, order = lax.sort((-first, -second, index), num_keys=2, is_stable=True)
-    return -_inverted(order).astype(jnp.float32)
+def _voted(counts: Array, sums: Array) -> Array:
+    """Scores [B, F] that order neurons as votes do: by counts, then by sums of activations, then by index."""
+    return -_inverted(best_first(Votes(counts, sums))).astype(jnp.float32)
 
 
 def _shares(activations: Array, voting: Voting) -> Sums:
@@ -123,10 +125,6 @@ def _squares(activations: Array, voting: Voting) -> Sums:
     return _over_tokens(activations, voting, jnp.square)
 
 
-def _nothing(activations: Array, voting: Voting) -> Sums:
-    return _over_tokens(activations, voting, jnp.zeros_like)
-
-
 def _variance(sums: Sums) -> Array:
     """Of activations over the counted tokens, float32 [B, F]; rounding may not make it negative."""
     mean = mean_activations(sums)
@@ -139,9 +137,9 @@ def _random(sums: Sums, norms: Array) -> Array:
 
 RULES: dict[str, Rule] = {
     # The paper's (section 3.2), its authors' budget, and both on magnitudes.
-    "votes": Rule(_votes, lambda sums, norms: _by_two(sums["own"], sums["total"])),
-    "votes-mean-budget": Rule(_votes, lambda sums, norms: _by_two(sums["own"], sums["total"]), "mean"),
-    "magnitude-votes": Rule(_magnitude_votes, lambda sums, norms: _by_two(sums["own"], sums["magnitudes"])),
+    "votes": Rule(_votes, lambda sums, norms: _voted(sums["own"], sums["total"])),
+    "votes-mean-budget": Rule(_votes, lambda sums, norms: _voted(sums["own"], sums["total"]), "mean"),
+    "magnitude-votes": Rule(_magnitude_votes, lambda sums, norms: _voted(sums["own"], sums["magnitudes"])),
     # GRIFFIN's, and with the norm of what a neuron writes.
     "griffin": Rule(_shares, lambda sums, norms: sums["own"]),
     "griffin-norm": Rule(_shares, lambda sums, norms: sums["own"] * jnp.square(norms)[None, :]),
@@ -149,6 +147,6 @@ RULES: dict[str, Rule] = {
     "energy": Rule(_squares, lambda sums, norms: sums["own"] * jnp.square(norms)[None, :]),
     "variance": Rule(_squares, lambda sums, norms: _variance(sums) * jnp.square(norms)[None, :]),
     # Floors.
-    "norm": Rule(_nothing, lambda sums, norms: jnp.broadcast_to(norms[None, :], sums["total"].shape)),
-    "random": Rule(_nothing, _random),
+    "norm": Rule(_common, lambda sums, norms: jnp.broadcast_to(norms[None, :], sums["total"].shape)),
+    "random": Rule(_common, _random),
 }

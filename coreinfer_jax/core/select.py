@@ -225,9 +225,14 @@ def most_voted(votes: Votes, kept: int) -> Array:
 
     Ties go to the larger sum of activations, then to the lower index.
     """
+    return jnp.sort(best_first(votes)[..., :kept], axis=-1)
+
+
+def best_first(votes: Votes) -> Array:
+    """All neurons of `votes` [..., F] in the order in which `most_voted` keeps them: int32 [..., F]."""
     index = lax.broadcasted_iota(jnp.int32, votes.counts.shape, votes.counts.ndim - 1)
     _, _, ranked = lax.sort((-votes.counts, -votes.sums, index), num_keys=2, is_stable=True)
-    return jnp.sort(ranked[..., :kept], axis=-1)
+    return ranked
 
 
 def pooled(votes: Votes) -> Votes:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from coreinfer_jax.config import CoreConfig, ModelConfig
 from coreinfer_jax.core.rules import RULES, Sums, column_norms, mean_activations, places, with_prior
 from coreinfer_jax.core.select import Voting, kept_neurons, make_voting
+from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.passes import (
     Differences,
     Reading,
-    layers_of,
     losses,
     read,
     read_corpus,
@@ -44,6 +44,8 @@ class Setting:
         prior_tokens: how many tokens of its own a corpus adds to the context's sums.
         known: what the rule sees: the context, or, as a ceiling, the continuation itself.
         layers: which layers are narrowed, as fractions of depth.
+
+    Rules of `PER_TOKEN` take `keep` and `layers` only.
     """
 
     rule: str
@@ -92,8 +94,10 @@ def measure(
         name: of the progress bar.
 
     Raises:
-        CoreInferError: logits that are NaN or infinite.
+        CoreInferError: settings with `prior_tokens` and no `prior`; logits that are NaN or infinite.
     """
+    if prior is None and any(setting.prior_tokens for setting in settings):
+        raise CoreInferError("prior tokens are of a prior: give one, from read_prior")
     norms = column_norms(params)
     rules = tuple(sorted({setting.rule for setting in settings if setting.rule in RULES}))
     full, parts = [], []
@@ -121,8 +125,10 @@ def collect(params: Params, rows: np.ndarray, alpha: float = 0.4) -> list[dict[s
     total: list[dict[str, Sums]] | None = None
     rules = tuple(sorted(RULES))
     for tokens, real in _batches(rows, 1, params.config, "reading the corpus"):
-        votings = _votings(real, rows.shape[1], params.config.mlp_size, alpha, rules)
-        sums, finite = read_corpus(params, jnp.asarray(tokens[:real]), votings, rules=rules)
+        # Rows that fill a batch up do not count.
+        counted = np.broadcast_to(np.arange(len(tokens))[:, None] < real, tokens.shape)
+        votings = _votings(counted, params.config.mlp_size, alpha, rules)
+        sums, finite = read_corpus(params, jnp.asarray(tokens), votings, rules=rules)
         check_finite(finite, "activations")
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     assert total is not None, "there are texts"
@@ -140,15 +146,15 @@ def _batches(rows: np.ndarray, scored: int, config: ModelConfig, name: str) -> I
         yield np.concatenate([batch, np.repeat(batch[:1], B - len(batch), axis=0)]), len(batch)
 
 
-def _votings(rows: int, tokens: int, mlp_size: int, alpha: float, rules: tuple[str, ...]) -> dict[str, Voting]:
-    """By budget, the votes of all of [rows, tokens]."""
-    counted = np.ones((rows, tokens), bool)
+def _votings(counted: np.ndarray, mlp_size: int, alpha: float, rules: tuple[str, ...]) -> dict[str, Voting]:
+    """By budget, the votes of tokens `counted` bool [B, T]."""
     return {budget: make_voting(counted, mlp_size, alpha, budget) for budget in {RULES[rule].budget for rule in rules}}
 
 
 def _read(params: Params, tokens: np.ndarray, context: int, alpha: float, rules: tuple[str, ...]) -> Reading:
-    B, size = tokens.shape[0], tokens.shape[1] - 1
-    first, second = (_votings(B, n, params.config.mlp_size, alpha, rules) for n in (context, size - context))
+    counted = np.ones((tokens.shape[0], tokens.shape[1] - 1), bool)
+    parts = counted[:, :context], counted[:, context:]
+    first, second = (_votings(part, params.config.mlp_size, alpha, rules) for part in parts)
     votings = {budget: (own, second[budget]) for budget, own in first.items()}
     return read(params, jnp.asarray(tokens[:, :-1]), votings, context=context, rules=rules)
 
@@ -164,8 +170,8 @@ def _chooser(reading: Reading, norms: list[Array], prior: list[dict[str, Sums]] 
         key = (setting.rule, setting.prior_tokens, setting.known)
         if key not in known:
             seen = reading.context if setting.known == "context" else reading.continuation
-            own = layers_of(seen, setting.rule)
-            corpus = None if not setting.prior_tokens or prior is None else layers_of(prior, setting.rule)
+            own = [layer[setting.rule] for layer in seen]
+            corpus = [layer[setting.rule] for layer in prior] if prior and setting.prior_tokens else None
             known[key] = _ranked(own, corpus, np.float32(setting.prior_tokens), norms, rule=setting.rule)
         return known[key]
 

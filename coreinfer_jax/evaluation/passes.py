@@ -5,7 +5,7 @@ ratio; the numbers are those of narrowed weights. Continuations are read in one 
 equals token by token decoding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -164,8 +164,3 @@ def _differences(params: Params, reading: Reading, rest: Array, following: Array
         agreement=(full.argmax(axis=-1) == narrowed.argmax(axis=-1)).astype(jnp.float32),
         loss=losses(logits, following),
     )
-
-
-def layers_of(sums: Sequence[dict[str, Sums]], rule: str) -> list[Sums]:
-    """The sums of one rule, layer by layer."""
-    return [layer[rule] for layer in sums]

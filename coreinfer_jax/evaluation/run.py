@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from coreinfer_jax.config import MOST_PRIOR_TOKENS, ModelConfig, check_fraction
 from coreinfer_jax.core.compact import check_dense
@@ -67,7 +66,7 @@ def evaluate(
         settings: to compare.
         texts: which texts, and how much of them.
         alpha: share of a token's positive neurons that it votes for.
-        prior: sums over a corpus, from `collect`, for settings with `prior_tokens`.
+        prior: sums over a corpus, from `read_prior`, for settings with `prior_tokens`.
 
     Returns:
         Per prompt length and setting: `kl` (nats per token), `agreement` (share of tokens), `perplexity`, and that of
@@ -75,7 +74,8 @@ def evaluate(
         `agreement` by decode position.
 
     Raises:
-        CoreInferError: texts that are too few or too short, sizes that do not fit, a setting outside its range.
+        CoreInferError: texts that are too few or too short, sizes that do not fit, a setting outside its range, prior
+            tokens without a prior, logits that are NaN or infinite.
     """
     check_dense(params)
     check_settings(params.config, settings, texts, alpha)
@@ -111,8 +111,11 @@ def read_prior(
         alpha: share of a token's positive neurons that it votes for.
         seed: of the order of documents.
 
+    Returns:
+        Per layer and rule, `Sums` of [F].
+
     Raises:
-        CoreInferError: texts that are too few or too short.
+        CoreInferError: texts that are too few or too short, activations that are NaN or infinite.
     """
     length = min(PRIOR_LENGTH, params.config.max_positions)
     rows = Corpus(documents, tokenizer, seed).select(length, PRIOR_TEXTS).rows
@@ -164,6 +167,8 @@ def interval(values: np.ndarray, seed: int) -> dict[str, Any]:
     mean = float(values.mean())
     if np.ptp(values) == 0:  # nothing to resample
         return {"mean": mean, "ci95": [mean, mean]}
+    from scipy.stats import bootstrap  # takes a second to import, which other commands need not wait for
+
     found = bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
     ).confidence_interval
