@@ -6,11 +6,13 @@ from typing import Any
 
 import coreinfer_jax as ci
 from benchmarks.environment import environment
+from coreinfer_jax.core.compact import narrowed_bytes
 from coreinfer_jax.core.rules import RULES
+from coreinfer_jax.core.select import kept_neurons
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
 from coreinfer_jax.evaluation.run import PRIOR_TEXTS, Texts, evaluate, read_prior
 from coreinfer_jax.fingerprint import fingerprint
-from coreinfer_jax.params import Params
+from coreinfer_jax.params import Params, weight_bytes_per_step
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import Documents
 from coreinfer_jax.training.corpus import read_text
@@ -23,25 +25,26 @@ TEXTS = Texts(prompt_tokens=(16, 64, 256), continuation=64, texts=64)
 # Characters of a passage: enough for the longest prompt and its continuation.
 PASSAGE = 1800
 
-# (rule, compensated, prior tokens, known) of what is compared at every keep ratio.
-VARIANTS: tuple[tuple[str, bool, float, str], ...] = (
-    *((rule, False, 0.0, "context") for rule in RULES),
-    *((rule, True, 0.0, "context") for rule in ("votes", "griffin-norm", "energy", "variance")),
-    *((rule, False, 64.0, "context") for rule in ("votes", "energy")),
-    *(("energy", True, tokens, "context") for tokens in (16.0, 64.0, 256.0)),
-    *(("variance", True, tokens, "context") for tokens in (16.0, 64.0, 256.0)),
-    ("energy", False, 0.0, "continuation"),
-    ("variance", True, 0.0, "continuation"),
-    *((rule, False, 0.0, "context") for rule in PER_TOKEN),
+# (rule, compensation, prior tokens, known) of what is compared at every keep ratio.
+VARIANTS: tuple[tuple[str, float, float, str], ...] = (
+    *((rule, 0.0, 0.0, "context") for rule in RULES),
+    *(("votes", share, 0.0, "context") for share in (0.5, 1.0)),
+    *((rule, share, 0.0, "context") for rule in ("energy", "contribution") for share in (0.5, 1.0)),
+    *((rule, 0.0, 64.0, "context") for rule in ("votes", "griffin", "energy")),
+    *(("contribution", share, 64.0, "context") for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
+    *(("contribution", 0.5, tokens, "context") for tokens in (16.0, 256.0)),
+    ("contribution", 0.0, 0.0, "continuation"),
+    ("contribution", 0.5, 0.0, "continuation"),
+    *((rule, 0.0, 0.0, "context") for rule in PER_TOKEN),
 )
 
 
 def settings() -> list[Setting]:
     """Every variant at every keep ratio."""
     return [
-        Setting(rule, keep, compensated, tokens, "context" if known == "context" else "continuation")
+        Setting(rule, keep, compensation, tokens, "context" if known == "context" else "continuation")
         for keep in KEEPS
-        for rule, compensated, tokens, known in VARIANTS
+        for rule, compensation, tokens, known in VARIANTS
     ]
 
 
@@ -61,8 +64,16 @@ def measure(texts: Path, models: Path) -> Iterator[dict[str, Any]]:
                 "continuation": how.continuation,
                 "prior_texts": min(PRIOR_TEXTS, len(corpus.texts)),
                 "switched": switched,
+                "mlp_bytes_per_token": {str(keep): mlp_bytes(params, keep) for keep in KEEPS},
+                "bytes_per_token": weight_bytes_per_step(params, 1),
                 "settings": [_short(one) for one in found],
             }
+
+
+def mlp_bytes(params: Params, keep: float) -> int:
+    """Bytes of MLP matrices that a step reads at a keep ratio."""
+    config = params.config
+    return narrowed_bytes(params, tuple(range(config.num_layers)), kept_neurons(keep, config.mlp_size), 1)
 
 
 def _subjects(texts: Path, models: Path) -> Iterator[tuple[str, Params, Tokenizer, Documents, Documents]]:

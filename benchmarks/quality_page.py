@@ -12,21 +12,21 @@ if TYPE_CHECKING:
 
 PAGE = REPOSITORY / "docs" / "quality.md"
 PICTURE = PAGE.parent / "quality" / "rules.png"
-PAPER = ("votes", False, 0.0, "context")
-RANDOM = ("random", False, 0.0, "context")
+PAPER = ("votes", 0.0, 0.0, "context")
+RANDOM = ("random", 0.0, 0.0, "context")
 PROMPT = 64
 Result = dict[str, Any]
-Key = tuple[str, bool, float, str]
+Key = tuple[str, float, float, str]
 
 # What the picture shows, with the look of its line.
 DRAWN: dict[Key, tuple[str, str, str]] = {
     RANDOM: ("0.6", ":", "x"),
     PAPER: ("k", "-", "o"),
-    ("griffin", False, 0.0, "context"): ("tab:orange", "--", "v"),
-    ("energy", False, 0.0, "context"): ("tab:blue", "--", "s"),
-    ("energy", True, 64.0, "context"): ("tab:blue", "-", "D"),
-    ("energy", False, 0.0, "continuation"): ("tab:green", "-.", "^"),
-    ("token-norm", False, 0.0, "context"): ("tab:red", "-.", "*"),
+    ("griffin", 0.0, 0.0, "context"): ("tab:orange", "--", "v"),
+    ("contribution", 0.5, 0.0, "context"): ("tab:blue", "--", "s"),
+    ("contribution", 0.5, 64.0, "context"): ("tab:blue", "-", "D"),
+    ("contribution", 0.5, 0.0, "continuation"): ("tab:green", "-.", "^"),
+    ("token-norm", 0.0, 0.0, "context"): ("tab:red", "-.", "*"),
 }
 
 
@@ -37,14 +37,14 @@ def newest() -> list[Result]:
 
 def key_of(setting: Result) -> Key:
     """What a setting does, whatever it keeps and of which prompts."""
-    return setting["rule"], setting["compensated"], setting["prior_tokens"], setting["known"]
+    return setting["rule"], setting["compensation"], setting["prior_tokens"], setting["known"]
 
 
 def title(key: Key) -> str:
     """A variant in words."""
-    rule, compensated, prior, known = key
+    rule, compensation, prior, known = key
     extras = [f"prior of {prior:g} tokens"] if prior else []
-    extras += ["mean kept"] if compensated else []
+    extras += [f"{compensation:.0%} of the mean kept"] if compensation else []
     extras += ["of the continuation itself"] if known == "continuation" else []
     return ", ".join([rule, *extras])
 

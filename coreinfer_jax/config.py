@@ -194,6 +194,12 @@ def check_fraction(name: str, value: float) -> None:
         raise CoreInferError(f"{name}={shown(value)}: give a share above 0 and at most 1")
 
 
+def check_share(name: str, value: float) -> None:
+    """Refuse a share outside [0, 1]; `not` catches NaN as well."""
+    if not isinstance(value, Real) or not 0 <= value <= 1:
+        raise CoreInferError(f"{name}={shown(value)}: give a share from 0 to 1")
+
+
 def check_budget(budget: str) -> None:
     """Refuse an unknown name of a token budget rule."""
     if not isinstance(budget, str) or budget not in ("per_token", "mean"):

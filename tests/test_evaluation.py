@@ -96,9 +96,9 @@ def test_all_neurons_change_nothing_whatever_the_rule(model):
     rows = texts(params.config)
     prior = collect(params, rows)
     settings = [
-        Setting(rule, 1.0, compensated, tokens)
+        Setting(rule, 1.0, compensation, tokens)
         for rule in RULES
-        for compensated in (False, True)
+        for compensation in (0.0, 0.5)
         for tokens in (0.0, 9.0)
     ]
     settings += [Setting(rule, 1.0) for rule in PER_TOKEN]
@@ -123,7 +123,7 @@ def test_a_prior_is_what_the_texts_sum_to(monkeypatch):
     monkeypatch.setattr("coreinfer_jax.evaluation.measure.BATCH_TOKENS", 2 * rows.shape[1])  # the last batch is of one
     for layer, a in zip(collect(params, rows), seen, strict=True):
         assert layer["energy"]["tokens"] == rows.size
-        np.testing.assert_allclose(layer["energy"]["own"], (np.asarray(a) ** 2).sum(axis=(0, 1)), rtol=1e-5)
+        np.testing.assert_allclose(layer["energy"]["squares"], (np.asarray(a) ** 2).sum(axis=(0, 1)), rtol=1e-5)
         np.testing.assert_allclose(layer["votes"]["total"], np.asarray(a).sum(axis=(0, 1)), rtol=1e-4, atol=1e-4)
 
 
@@ -137,15 +137,17 @@ def test_compensation_is_a_constant_added_to_the_output(model):
     _, cache, seen = run_tokens(params, rows[:, :CONTEXT], empty, 0, lambda a: a)
     sets, constants = [], []
     for layer, norms, a in zip(params.layers, column_norms(params), seen, strict=True):
-        order = np.argsort(-(np.asarray(a[0]) ** 2).mean(axis=0) * np.asarray(norms) ** 2, kind="stable")
+        mean = np.asarray(a[0]).mean(axis=0)
+        lost = ((np.asarray(a[0]) - 0.5 * mean) ** 2).mean(axis=0)
+        order = np.argsort(-lost * np.asarray(norms) ** 2, kind="stable")
         sets.append(np.sort(order[:kept]))
         dropped = order[kept:]
-        constants.append(np.asarray(layer.mlp.down.weight)[:, dropped] @ np.asarray(a[0]).mean(axis=0)[dropped])
+        constants.append(np.asarray(layer.mlp.down.weight)[:, dropped] @ (0.5 * mean[dropped]))
     narrowed = ci.compact(params, CoreNeurons(sets))
     layers = [with_constant(layer, own) for layer, own in zip(narrowed.layers, constants, strict=True)]
     logits, _, _ = run_tokens(replace(narrowed, layers=tuple(layers)), rows[:, CONTEXT:-1], cache, CONTEXT)
     p, q = log_softmax(full[:, CONTEXT:]), log_softmax(logits)
-    _, (found,) = measure(params, rows, CONTEXT, [Setting("energy", 0.2, compensated=True)])
+    _, (found,) = measure(params, rows, CONTEXT, [Setting("energy", 0.2, compensation=0.5)])
     np.testing.assert_allclose(found.kl, (np.exp(p) * (p - q)).sum(axis=-1), rtol=2e-3, atol=2e-5)
 
 

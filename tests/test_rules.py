@@ -45,32 +45,39 @@ def expected_order(rule, a, norms):
     if rule == "magnitude-votes":
         return by_two(token_sets(np.abs(a), "per_token").sum(axis=0), np.abs(a).sum(axis=0))
     relative = np.linalg.norm(a / np.linalg.norm(a, axis=1, keepdims=True), axis=0)
+    written = a * norms
+    shares = written / np.linalg.norm(written, axis=1, keepdims=True)
     scores = {
         "griffin": relative,
         "griffin-norm": relative * norms,
         "energy": (a**2).mean(axis=0) * squared,
-        "variance": a.var(axis=0) * squared,
+        "contribution": (shares**2).sum(axis=0),
         "norm": norms,
     }[rule]
     return np.argsort(-scores, kind="stable")
 
 
 def sums_of(rule, a, counted=COUNTED):
-    return RULES[rule].observe(jnp.asarray(a), make_voting(counted, F, ALPHA, RULES[rule].budget))
+    voting = make_voting(counted, F, ALPHA, RULES[rule].budget)
+    return RULES[rule].observe(jnp.asarray(a), jnp.asarray(NORMS), voting)
+
+
+def scores_of(rule, a, compensation=0.0):
+    return np.asarray(RULES[rule].score(sums_of(rule, a), jnp.asarray(NORMS), jnp.float32(compensation)))
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["swiglu", "relu"])
 @pytest.mark.parametrize("rule", sorted(set(RULES) - {"random"}))
 def test_a_rule_ranks_as_numpy_does(rule, relu):
     a = activations(relu=relu)
-    found = np.asarray(places(RULES[rule].score(sums_of(rule, a), jnp.asarray(NORMS))))
+    found = np.asarray(places(jnp.asarray(scores_of(rule, a))))
     for b in range(B):
         order = expected_order(rule, a[b, COUNTED[b]], NORMS)
         np.testing.assert_array_equal(np.argsort(found[b]), order)
 
 
 def test_random_ranks_all_rows_alike_and_knows_nothing_of_them():
-    first, second = (RULES["random"].score(sums_of("random", activations(seed)), jnp.asarray(NORMS)) for seed in (0, 1))
+    first, second = (scores_of("random", activations(seed)) for seed in (0, 1))
     np.testing.assert_array_equal(first, second)
     assert len(np.unique(first[0])) == F
 
@@ -84,11 +91,38 @@ def test_sums_of_parts_add_up_to_those_of_the_whole(rule):
         np.testing.assert_allclose(added[name], whole, rtol=1e-6, atol=1e-6)
 
 
-def test_means_are_of_counted_tokens():
+def token_weights(rule, a):
+    """Of one row's counted tokens a [T, F]."""
+    scaled = {"griffin": a, "griffin-norm": a, "contribution": a * NORMS}
+    return 1 / (scaled[rule] ** 2).sum(axis=1) if rule in scaled else np.ones(len(a))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_means_are_of_counted_tokens_by_their_weights(rule):
     a = activations()
-    expected = [a[b, COUNTED[b]].mean(axis=0) for b in range(B)]
-    for rule in RULES:
-        np.testing.assert_allclose(mean_activations(sums_of(rule, a)), expected, rtol=1e-5, atol=1e-6)
+    rows = [a[b, COUNTED[b]].astype(np.float64) for b in range(B)]
+    expected = [np.average(row, axis=0, weights=token_weights(rule, row)) for row in rows]
+    np.testing.assert_allclose(mean_activations(sums_of(rule, a)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("rule", ["energy", "contribution", "griffin-norm"])
+def test_scores_are_what_dropping_changes_where_a_share_of_the_mean_stays(rule, share):
+    a = activations()
+    found = scores_of(rule, a, share)
+    for b in range(B):
+        row = a[b, COUNTED[b]].astype(np.float64)
+        weights = token_weights(rule, row)
+        mean = np.average(row, axis=0, weights=weights)
+        expected = ((row - share * mean) ** 2 * weights[:, None]).sum(axis=0) * NORMS.astype(np.float64) ** 2
+        np.testing.assert_allclose(found[b], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["contribution", "griffin", "energy"])
+def test_a_prompt_of_zeros_ranks_by_index(rule):
+    found = scores_of(rule, np.zeros((B, T, F), np.float32), 0.5)
+    np.testing.assert_array_equal(found, np.zeros((B, F)))
+    np.testing.assert_array_equal(mean_activations(sums_of(rule, np.zeros((B, T, F), np.float32))), found)
 
 
 def test_a_prior_counts_as_so_many_of_its_own_tokens():
@@ -96,16 +130,15 @@ def test_a_prior_counts_as_so_many_of_its_own_tokens():
     prior = jax.tree.map(lambda array: array[0], sums_of("energy", corpus))
     mixed = with_prior(sums_of("energy", a), prior, 5.0)
     expected = (a[0] ** 2).sum(axis=0) + 5 * (corpus[0] ** 2).mean(axis=0)
-    np.testing.assert_allclose(mixed["own"][0], expected, rtol=1e-5)
+    np.testing.assert_allclose(mixed["squares"][0], expected, rtol=1e-5)
     assert mixed["tokens"].tolist() == [T + 5, 7 + 5]
 
 
 def test_a_token_without_activations_adds_nothing_to_griffins_sums():
     a = activations()
     a[:, 3] = 0
-    np.testing.assert_allclose(
-        sums_of("griffin", a)["own"], sums_of("griffin", np.delete(a, 3, 1), np.delete(COUNTED, 3, 1))["own"], rtol=1e-6
-    )
+    without = sums_of("griffin", np.delete(a, 3, 1), np.delete(COUNTED, 3, 1))
+    np.testing.assert_allclose(sums_of("griffin", a)["squares"], without["squares"], rtol=1e-6)
 
 
 def test_column_norms_are_those_of_what_a_neuron_writes():

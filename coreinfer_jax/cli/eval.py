@@ -28,7 +28,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beta", nargs="+", type=float, help="share of neurons kept, (0, 1]; several to compare")
     parser.add_argument("--alpha", type=float, help="token-wise share, (0, 1]")
     parser.add_argument("--layers", type=float, nargs=2, metavar=("FROM", "TO"), help="which layers are narrowed")
-    parser.add_argument("--compensated", action="store_true", help="dropped neurons stand at their mean activation")
+    parser.add_argument(
+        "--compensation",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="of their mean at which dropped neurons stand, [0, 1]",
+    )
     parser.add_argument("--prior", metavar="FILE", help="texts whose activations count beside the prompt's")
     parser.add_argument(
         "--prior-tokens", type=float, metavar="N", help=f"as how many tokens of the prompt ({PRIOR_TOKENS:g})"
@@ -70,8 +76,9 @@ def _settings(options: argparse.Namespace, preset: CoreConfig) -> list[Setting]:
     tokens = 0.0 if options.prior is None else PRIOR_TOKENS if options.prior_tokens is None else options.prior_tokens
     layers = preset.layers if options.layers is None else tuple(options.layers)
     return [
-        Setting(rule, keep, options.compensated, tokens, layers=layers)
+        Setting(rule, keep, compensation, tokens, layers=layers)
         for rule in options.rule or ["votes"]
+        for compensation in options.compensation or [0.0]
         for keep in options.beta or [preset.beta]
     ]
 

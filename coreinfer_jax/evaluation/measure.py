@@ -40,7 +40,7 @@ class Setting:
     Attributes:
         rule: one of `RULES` or `PER_TOKEN`.
         keep: share of F that is kept, in (0, 1].
-        compensated: whether dropped neurons stand at their mean activation over the tokens the rule saw.
+        compensation: at which share of their mean activation, over the tokens the rule saw, dropped neurons stand.
         prior_tokens: how many tokens of its own a corpus adds to the context's sums.
         known: what the rule sees: the context, or, as a ceiling, the continuation itself.
         layers: which layers are narrowed, as fractions of depth.
@@ -50,7 +50,7 @@ class Setting:
 
     rule: str
     keep: float
-    compensated: bool = False
+    compensation: float = 0.0
     prior_tokens: float = 0.0
     known: Literal["context", "continuation"] = "context"
     layers: tuple[float, float] = (0.0, 1.0)
@@ -102,7 +102,7 @@ def measure(
     rules = tuple(sorted({setting.rule for setting in settings if setting.rule in RULES}))
     full, parts = [], []
     for tokens, real in _batches(rows, rows.shape[1] - 1 - context, params.config, name):
-        reading = _read(params, tokens, context, alpha, rules)
+        reading = _read(params, tokens, norms, context, alpha, rules)
         check_finite(reading.finite)
         rest, following = jnp.asarray(tokens[:, context:-1]), jnp.asarray(tokens[:, context + 1 :])
         choose = _chooser(reading, norms, prior)
@@ -117,18 +117,18 @@ def measure(
 
 
 def collect(params: Params, rows: np.ndarray, alpha: float = 0.4) -> list[dict[str, Sums]]:
-    """A prior: per layer and rule, the sums [F] over all tokens of texts int32 [n, T].
+    """A prior: per layer and rule, the sums [] and [F] over all tokens of texts int32 [n, T].
 
     Raises:
         CoreInferError: activations that are NaN or infinite.
     """
     total: list[dict[str, Sums]] | None = None
-    rules = tuple(sorted(RULES))
+    rules, norms = tuple(sorted(RULES)), column_norms(params)
     for tokens, real in _batches(rows, 1, params.config, "reading the corpus"):
         # Rows that fill a batch up do not count.
         counted = np.broadcast_to(np.arange(len(tokens))[:, None] < real, tokens.shape)
         votings = _votings(counted, params.config.mlp_size, alpha, rules)
-        sums, finite = read_corpus(params, jnp.asarray(tokens), votings, rules=rules)
+        sums, finite = read_corpus(params, jnp.asarray(tokens), norms, votings, rules=rules)
         check_finite(finite, "activations")
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     assert total is not None, "there are texts"
@@ -151,28 +151,31 @@ def _votings(counted: np.ndarray, mlp_size: int, alpha: float, rules: tuple[str,
     return {budget: make_voting(counted, mlp_size, alpha, budget) for budget in {RULES[rule].budget for rule in rules}}
 
 
-def _read(params: Params, tokens: np.ndarray, context: int, alpha: float, rules: tuple[str, ...]) -> Reading:
+def _read(
+    params: Params, tokens: np.ndarray, norms: list[Array], context: int, alpha: float, rules: tuple[str, ...]
+) -> Reading:
     counted = np.ones((tokens.shape[0], tokens.shape[1] - 1), bool)
     parts = counted[:, :context], counted[:, context:]
     first, second = (_votings(part, params.config.mlp_size, alpha, rules) for part in parts)
     votings = {budget: (own, second[budget]) for budget, own in first.items()}
-    return read(params, jnp.asarray(tokens[:, :-1]), votings, context=context, rules=rules)
+    return read(params, jnp.asarray(tokens[:, :-1]), norms, votings, context=context, rules=rules)
 
 
 Chosen = tuple[list[Array], list[Array]]
 
 
 def _chooser(reading: Reading, norms: list[Array], prior: list[dict[str, Sums]] | None) -> Callable[[Setting], Chosen]:
-    """Places and means [B, F] per layer of a setting's rule, computed once for all keep ratios."""
+    """Places, and what stands for dropped neurons, [B, F] per layer; computed once for all keep ratios."""
     known: dict[tuple[object, ...], Chosen] = {}
 
     def choose(setting: Setting) -> Chosen:
-        key = (setting.rule, setting.prior_tokens, setting.known)
+        key = (setting.rule, setting.compensation, setting.prior_tokens, setting.known)
         if key not in known:
             seen = reading.context if setting.known == "context" else reading.continuation
             own = [layer[setting.rule] for layer in seen]
             corpus = [layer[setting.rule] for layer in prior] if prior and setting.prior_tokens else None
-            known[key] = _ranked(own, corpus, np.float32(setting.prior_tokens), norms, rule=setting.rule)
+            settings = np.float32(setting.prior_tokens), np.float32(setting.compensation)
+            known[key] = _ranked(own, corpus, *settings, norms, rule=setting.rule)
         return known[key]
 
     return choose
@@ -180,19 +183,24 @@ def _chooser(reading: Reading, norms: list[Array], prior: list[dict[str, Sums]] 
 
 @partial(jax.jit, static_argnames="rule")
 def _ranked(
-    sums: list[Sums], prior: list[Sums] | None, prior_tokens: Array, norms: list[Array], *, rule: str
+    sums: list[Sums],
+    prior: list[Sums] | None,
+    prior_tokens: Array,
+    compensation: Array,
+    norms: list[Array],
+    *,
+    rule: str,
 ) -> Chosen:
     if prior is not None:
         sums = [with_prior(own, corpus, prior_tokens) for own, corpus in zip(sums, prior, strict=True)]
-    ranked = [places(RULES[rule].score(own, norm)) for own, norm in zip(sums, norms, strict=True)]
-    return ranked, [mean_activations(own) for own in sums]
+    ranked = [places(RULES[rule].score(own, norm, compensation)) for own, norm in zip(sums, norms, strict=True)]
+    return ranked, [compensation * mean_activations(own) for own in sums]
 
 
 @jax.jit
-def _kept(ranked: list[Array], means: list[Array], kept: Array, compensated: Array) -> Chosen:
-    """Masks of each layer's first `kept` [L] places, and what stands for all other activations."""
-    masks = [place < most for place, most in zip(ranked, kept, strict=True)]
-    return masks, [jnp.where(compensated, mean, 0) for mean in means]
+def _first(ranked: list[Array], kept: Array) -> list[Array]:
+    """Masks of each layer's first `kept` [L] places."""
+    return [place < most for place, most in zip(ranked, kept, strict=True)]
 
 
 def _difference(
@@ -208,5 +216,5 @@ def _difference(
     if setting.rule in PER_TOKEN:
         weights = norms if PER_TOKEN[setting.rule] else [jnp.ones_like(norm) for norm in norms]
         return with_best_of_each_token(params, reading, rest, following, weights, kept)
-    masks, filled = _kept(*choose(setting), kept, setting.compensated)
-    return with_fixed_sets(params, reading, rest, following, masks, filled)
+    ranked, filled = choose(setting)
+    return with_fixed_sets(params, reading, rest, following, _first(ranked, kept), filled)

@@ -59,22 +59,31 @@ class Differences:
 
 @partial(jax.jit, static_argnames=("context", "rules"))
 def read(
-    params: Params, tokens: Array, votings: dict[str, tuple[Voting, Voting]], *, context: int, rules: tuple[str, ...]
+    params: Params,
+    tokens: Array,
+    norms: list[Array],
+    votings: dict[str, tuple[Voting, Voting]],
+    *,
+    context: int,
+    rules: tuple[str, ...],
 ) -> Reading:
     """The full model over tokens int32 [B, context + T].
 
     Args:
         params: dense weights.
         tokens: without padding.
+        norms: `column_norms`.
         votings: by budget, who votes with how many voices in the context, and in the continuation.
         context: tokens of it.
         rules: whose sums are wanted.
     """
     B, size = tokens.shape
+    remaining = iter(norms)  # the decoder's layers are traced in order
 
     def observe(activations: Array) -> tuple[dict[str, Sums], dict[str, Sums]]:
         first, second = ({budget: own[part] for budget, own in votings.items()} for part in (0, 1))
-        return _sums(activations[:, :context], first, rules), _sums(activations[:, context:], second, rules)
+        norm = next(remaining)
+        return _sums(activations[:, :context], norm, first, rules), _sums(activations[:, context:], norm, second, rules)
 
     cache = init_cache(params.config, B, size, params.token_embedding.dtype)
     hidden, cache, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
@@ -85,13 +94,14 @@ def read(
 
 @partial(jax.jit, static_argnames="rules")
 def read_corpus(
-    params: Params, tokens: Array, votings: dict[str, Voting], *, rules: tuple[str, ...]
+    params: Params, tokens: Array, norms: list[Array], votings: dict[str, Voting], *, rules: tuple[str, ...]
 ) -> tuple[list[dict[str, Sums]], Array]:
-    """Sums [F] over all rows of tokens int32 [B, T], per layer and rule; whether activations were finite, bool []."""
+    """Sums [] and [F] over all rows of tokens int32 [B, T], per layer and rule; whether activations were finite."""
+    remaining = iter(norms)
     cache = init_cache(params.config, *tokens.shape, params.token_embedding.dtype)
 
     def observe(activations: Array) -> tuple[dict[str, Sums], Array]:
-        sums = jax.tree.map(lambda array: array.sum(axis=0), _sums(activations, votings, rules))
+        sums = jax.tree.map(lambda array: array.sum(axis=0), _sums(activations, next(remaining), votings, rules))
         return sums, jnp.isfinite(activations).all()
 
     _, _, observed = extend(params, tokens, cache, jnp.zeros(tokens.shape[0], jnp.int32), observe)
@@ -99,8 +109,8 @@ def read_corpus(
     return list(sums), jnp.stack(finite).all()
 
 
-def _sums(activations: Array, votings: dict[str, Voting], rules: tuple[str, ...]) -> dict[str, Sums]:
-    return {name: RULES[name].observe(activations, votings[RULES[name].budget]) for name in rules}
+def _sums(activations: Array, norms: Array, votings: dict[str, Voting], rules: tuple[str, ...]) -> dict[str, Sums]:
+    return {name: RULES[name].observe(activations, norms, votings[RULES[name].budget]) for name in rules}
 
 
 @jax.jit

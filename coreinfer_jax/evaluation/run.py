@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from coreinfer_jax.config import MOST_PRIOR_TOKENS, ModelConfig, check_fraction
+from coreinfer_jax.config import MOST_PRIOR_TOKENS, ModelConfig, check_fraction, check_share
 from coreinfer_jax.core.compact import check_dense
 from coreinfer_jax.core.rules import RULES, Sums
 from coreinfer_jax.errors import CoreInferError, shown
@@ -112,7 +112,7 @@ def read_prior(
         seed: of the order of documents.
 
     Returns:
-        Per layer and rule, `Sums` of [F].
+        Per layer and rule, `Sums` of [] and [F].
 
     Raises:
         CoreInferError: texts that are too few or too short, activations that are NaN or infinite.
@@ -129,6 +129,7 @@ def check_settings(config: ModelConfig, settings: Sequence[Setting], texts: Text
         if setting.rule not in RULES and setting.rule not in PER_TOKEN:
             raise CoreInferError(f"rule {shown(setting.rule)}: give some of {', '.join((*RULES, *PER_TOKEN))}")
         check_fraction("keep", setting.keep)
+        check_share("compensation", setting.compensation)
         if not 0 <= setting.prior_tokens <= MOST_PRIOR_TOKENS:
             raise CoreInferError(f"prior tokens {setting.prior_tokens}: give a number from 0 to 1e9")
         setting.kept(config)  # refuses layers that select none
