@@ -11,6 +11,7 @@ import jax
 
 from benchmarks import (
     decode,
+    embedded_calibration,
     first_run,
     group_switch,
     keep_ratio,
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
     _add(commands, "keep-ratio", "perplexity by keep ratio", lambda o: [keep_ratio.measure(o.texts)], _add_texts)
     _add(commands, "quality", "what rules cost", lambda o: quality.measure(o.texts, o.models), _add_quality_options)
+    _add(commands, "calibrate-embedded", "write the embedded models' calibrations", _calibrate, _add_texts)
     _add(commands, "first-run", "what the embedded models write", lambda _: [first_run.measure()])
     suite = commands.add_parser("suite", help="all that docs/performance.md shows, for this machine's device")
     suite.set_defaults(run=lambda options: _suite())
@@ -121,6 +123,10 @@ def _append(measurement: Measurement, options: argparse.Namespace) -> None:
         for result in measurement(options):
             file.write(json.dumps(result) + "\n")
             file.flush()
+
+
+def _calibrate(options: argparse.Namespace) -> list[dict[str, Any]]:
+    return [embedded_calibration.write(options.texts)]
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from coreinfer_jax.cache import bucket, init_cache
 from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.core.predict import counted_tokens, voted_layers
 from coreinfer_jax.core.select import make_voting
-from coreinfer_jax.decoding import no_votes, prefill
+from coreinfer_jax.decoding import no_sums, prefill
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.params import Params
@@ -136,10 +136,11 @@ def _prefill_temporaries(params: Params, point: Point, setting: str) -> int | No
         lengths,
         np.zeros(rows, np.int32),
         init_cache(config, rows, capacity, params.token_embedding.dtype),
-        no_votes(config, rows, len(voted), False),
+        no_sums(config, rows, len(voted), core.ranking, False),
         make_sampling(config, 0.0, None, None, (), None),
         voting,
         voted=voted,
+        rule=core.ranking,
     )
     analysis = lowered.compile().memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 from coreinfer_jax.errors import CoreInferError, shown
 
 Budget = Literal["per_token", "mean"]
 Method = Literal["stability", "similarity", "fused", "auto"]
+RuleName = Literal["contribution", "votes", "magnitude-votes", "griffin", "griffin-norm", "energy", "norm", "random"]
 MOST_PRIOR_TOKENS = 1e9
-METHODS: tuple[Method, ...] = ("stability", "similarity", "fused", "auto")
+METHODS: tuple[Method, ...] = get_args(Method)
+RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class CoreConfig:
-    """How core neurons are predicted from a prompt (paper, section 3).
+    """How core neurons are predicted from a prompt; `CoreConfig.paper()` is what the paper does (section 3).
 
     Attributes:
-        alpha: share of a token's positive neurons that become its token-wise core neurons, in (0, 1].
+        alpha: `votes`: share of a token's positive neurons that become its token-wise core neurons, in (0, 1].
         beta: keep ratio: share of F kept as sentence-wise core neurons, in (0, 1]; K = max(1, floor(beta F)). The
             default is the smallest that raises the perplexity of neither embedded model by a fifth, on prompts of 64
             tokens or more (benchmarks/results/keep-ratio.jsonl).
-        budget: `per_token` gives each token alpha times its own count of positive neurons (the paper's text);
+        budget: `votes`: `per_token` gives each token alpha times its own count of positive neurons (the paper's text);
             `mean` gives every token alpha times its own prompt's mean count (the authors' code), also where rows
             vote together.
         layers: which layers are narrowed, as fractions of depth: layer l of L when layers[0] <= l / L < layers[1].
@@ -112,7 +114,12 @@ class CoreConfig:
             continuation better than its group's do (docs/core-neurons.md).
         least_tokens: `auto`: the number of voting tokens from which a prompt may be stable, at least 2. The figure of
             a shorter one says little, whatever its value. Where rows share one set the shortest row counts.
-        prior_tokens: `fused`: how many tokens of the prompt the group's frequencies weigh as much as.
+        prior_tokens: how many tokens of the prompt what is known of other texts weighs as much as: a model's
+            calibration (`stability`), or the group's frequencies (`fused`); 0 leaves it out.
+        rule: what ranks neurons, one of `RULE_NAMES` (docs/quality.md). None takes `contribution`, which measured best,
+            with `stability`, and the paper's votes with the other methods, whose groups are made of votes.
+        compensation: `stability`: the share of its mean activation at which a neuron that is not kept stands, in
+            [0, 1]; per layer a constant vector in the MLP's output. A half measured best.
 
     Raises:
         CoreInferError: a value outside its range.
@@ -129,6 +136,8 @@ class CoreConfig:
     least_stability: float = 0.7
     least_tokens: int = 32
     prior_tokens: float = 64.0
+    rule: RuleName | None = None
+    compensation: float = 0.5
 
     def __post_init__(self) -> None:
         check_fraction("alpha", self.alpha)
@@ -139,6 +148,7 @@ class CoreConfig:
             if not isinstance(getattr(self, name), bool):
                 raise CoreInferError(f"{name}={shown(getattr(self, name))}: give True or False")
         self._check_method()
+        self._check_rule()
 
     def _check_layers(self) -> None:
         fractions = self.layers if isinstance(self.layers, tuple) and len(self.layers) == 2 else (None, None)
@@ -158,17 +168,35 @@ class CoreConfig:
         whole = isinstance(self.least_tokens, int) and not isinstance(self.least_tokens, bool)
         if not whole or self.least_tokens < 2:
             raise CoreInferError(f"least_tokens={shown(self.least_tokens)}: give a whole number of at least 2")
-        if not isinstance(self.prior_tokens, Real) or not 0 < self.prior_tokens <= MOST_PRIOR_TOKENS:
-            raise CoreInferError(f"prior_tokens={shown(self.prior_tokens)}: give a number above 0, at most 1e9")
+        if not isinstance(self.prior_tokens, Real) or not 0 <= self.prior_tokens <= MOST_PRIOR_TOKENS:
+            raise CoreInferError(f"prior_tokens={shown(self.prior_tokens)}: give a number from 0 to 1e9")
+
+    def _check_rule(self) -> None:
+        if self.rule is not None and self.rule not in RULE_NAMES:
+            raise CoreInferError(f"rule={shown(self.rule)}: give {', '.join(map(repr, RULE_NAMES))}")
+        if self.method != "stability" and self.ranking != "votes":
+            raise CoreInferError(
+                f"rule={self.rule!r}: groups are made of votes; with method={self.method!r} leave it out"
+            )
+        check_share("compensation", self.compensation)
 
     @classmethod
     def paper(cls) -> "CoreConfig":
         """The paper's setting for extraction and question answering (section 5): alpha 0.4, beta 0.2.
 
-        For translation the paper takes beta 0.4: `CoreConfig(alpha=0.4, beta=0.4)`. Where it predicts by similarity it
-        narrows from the fourth layer on: `layers=(3 / L, 1.0)`.
+        For translation the paper takes beta 0.4: `replace(CoreConfig.paper(), beta=0.4)`. Where it predicts by
+        similarity it narrows from the fourth layer on: `layers=(3 / L, 1.0)`.
         """
-        return cls(alpha=0.4, beta=0.2, budget="per_token", layers=(0.0, 1.0), count_bos=True)
+        return cls(
+            alpha=0.4, beta=0.2, budget="per_token", layers=(0.0, 1.0), count_bos=True, rule="votes", compensation=0
+        )
+
+    @property
+    def ranking(self) -> RuleName:
+        """The rule that ranks neurons."""
+        if self.rule is not None:
+            return self.rule
+        return "contribution" if self.method == "stability" else "votes"
 
     @property
     def group_ratio(self) -> float:

@@ -12,7 +12,7 @@ from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.params import Params
-from coreinfer_jax.request import Core, Past, check_alive, make_request
+from coreinfer_jax.request import Core, Past, Recommended, check_alive, make_request, resolved
 from coreinfer_jax.results import Chunk
 from coreinfer_jax.session import STREAM_CHUNK, run
 
@@ -40,7 +40,7 @@ def converse(
     params: Params,
     tokens: Sequence[int],
     conversation: Conversation | None = None,
-    core: Core = CoreConfig(),
+    core: Core | Recommended = "recommended",
     *,
     groups: Groups | None = None,
     max_new_tokens: int = 128,
@@ -81,6 +81,7 @@ def converse(
         CoreInferError: as `generate`; a conversation that another turn has gone on from already.
     """
     check_dense(params)
+    core = resolved(params, core)
     sampling = make_sampling(params.config, temperature, top_k, top_p, eos_ids, key)
     ids = _checked(tokens)
     if conversation is not None and not isinstance(conversation, Conversation):

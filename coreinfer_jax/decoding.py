@@ -4,12 +4,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 
 from coreinfer_jax.cache import KVCache
-from coreinfer_jax.config import ModelConfig
-from coreinfer_jax.core.select import Votes, Voting, count_votes
+from coreinfer_jax.config import ModelConfig, RuleName
+from coreinfer_jax.core.rules import RULES, Sums, column_norms_of
+from coreinfer_jax.core.select import Voting, make_voting
 from coreinfer_jax.models import extend, observe_nothing, unembed
 from coreinfer_jax.params import Params
 from coreinfer_jax.sampling import Sampling, draw
@@ -42,32 +44,32 @@ class DecodeState:
     finite: Array
 
 
-@partial(jax.jit, static_argnames=("config", "rows", "layers", "early"))
-def no_votes(config: ModelConfig, rows: int, layers: int, early: bool) -> list[Votes]:
-    """The votes of `layers` layers before any token: zeros [B, F] for `rows` (B) rows, twice if `early` ones count."""
+@partial(jax.jit, static_argnames=("config", "rows", "layers", "rule", "early"))
+def no_sums(config: ModelConfig, rows: int, layers: int, rule: RuleName, early: bool) -> list[Sums]:
+    """The sums of `layers` layers before any token: zeros for `rows` (B) rows, also of `early` tokens if they count."""
+    F, nobody = config.mlp_size, np.zeros((rows, 1), bool)
+    voting = make_voting(nobody, F, 1.0, "per_token", nobody if early else None)
+    activations, norms = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 1, F), (F,)))
+    shapes = jax.eval_shape(RULES[rule].observe, activations, norms, voting)
+    return [jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes) for _ in range(layers)]
 
-    def zeros(early: Votes | None) -> Votes:
-        shape = (rows, config.mlp_size)
-        return Votes(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), early)
 
-    return [zeros(zeros(None) if early else None) for _ in range(layers)]
-
-
-# Cache and votes of earlier tokens are donated: the prompt's are added to them in place.
-@partial(jax.jit, static_argnames="voted", donate_argnames=("cache", "votes"))
+# Cache and sums of earlier tokens are donated: the prompt's are added to them in place.
+@partial(jax.jit, static_argnames=("voted", "rule"), donate_argnames=("cache", "sums"))
 def prefill(
     params: Params,
     tokens: Array,
     lengths: Array,
     start: Array,
     cache: KVCache,
-    votes: list[Votes],
+    sums: list[Sums],
     sampling: Sampling,
     voting: Voting | None,
     *,
     voted: tuple[int, ...],
-) -> tuple[DecodeState, list[Votes]]:
-    """Read prompts, add the votes of layers `voted`, draw the next token from the full model's logits.
+    rule: RuleName,
+) -> tuple[DecodeState, list[Sums]]:
+    """Read prompts, add the sums of layers `voted`, draw the next token from the full model's logits.
 
     Args:
         params: dense weights.
@@ -75,12 +77,18 @@ def prefill(
         lengths: int32 [B], tokens per row before padding.
         start: int32 [B], tokens per row that were read before.
         cache: what those left, with room for the prompts.
-        votes: theirs, one entry per layer of `voted`.
+        sums: theirs, one entry per layer of `voted`.
         sampling: how to draw.
-        voting: who votes how; None when nobody does.
+        voting: whose activations count, and how they vote; None when nobody's do.
         voted: layers.
+        rule: what is summed up of their activations.
     """
-    observe = observe_nothing if voting is None else partial(count_votes, voting=voting)
+    remaining = iter(params.layers)  # they are traced in order
+
+    def observe(activations: Array) -> Sums:
+        norms = column_norms_of(next(remaining).mlp.down.weight)
+        return {} if voting is None else RULES[rule].observe(activations, norms, voting)
+
     hidden, cache, observed = extend(params, tokens, cache, start, observe)
     logits = unembed(params, hidden[jnp.arange(tokens.shape[0]), lengths - 1][:, None])[:, 0]
     first = draw(logits, sampling, jnp.int32(0))
@@ -93,8 +101,7 @@ def prefill(
         step=jnp.int32(1),
         finite=jnp.isfinite(logits).all(),
     )
-    new = [layer_votes for l in voted if (layer_votes := observed[l]) is not None]
-    return state, jax.tree.map(jnp.add, votes, new)
+    return state, jax.tree.map(jnp.add, sums, [observed[l] for l in voted])
 
 
 # Loop-invariant code motion is off because on CPU it hoists float32 copies of bfloat16 weights out of the loop, a

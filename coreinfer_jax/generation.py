@@ -5,13 +5,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from jax import Array
 
-from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.compact import check_dense
 from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.decoding import DISPATCH
 from coreinfer_jax.inputs import Tokens, fill_id, make_sampling
 from coreinfer_jax.params import Params
-from coreinfer_jax.request import Core, make_request
+from coreinfer_jax.request import Core, Recommended, make_request
 from coreinfer_jax.results import Chunk, Generation
 from coreinfer_jax.session import STREAM_CHUNK, run
 
@@ -19,7 +18,7 @@ from coreinfer_jax.session import STREAM_CHUNK, run
 def generate(
     params: Params,
     tokens: Tokens,
-    core: Core = CoreConfig(),
+    core: Core | Recommended = "recommended",
     *,
     groups: Groups | None = None,
     max_new_tokens: int = 128,
@@ -39,6 +38,7 @@ def generate(
         params: dense weights, from `load`.
         tokens: int [B, T], or a list of lists of unequal lengths; rows are padded here.
         core: a `CoreConfig` chooses core neurons from the prompt; `CoreNeurons` are used as they are; None is dense.
+            "recommended" is what the model's calibration found, or `CoreConfig()` where it has none.
             With `per_row=True` each row equals its own single run and a step reads B narrowed MLPs; with
             `per_row=False` all rows vote for one set, which a step reads once.
         groups: groups of texts made ready by `prepare_groups`, for the methods of `core` that use them.
@@ -70,7 +70,7 @@ def generate(
 def stream(
     params: Params,
     tokens: Tokens,
-    core: Core = CoreConfig(),
+    core: Core | Recommended = "recommended",
     *,
     groups: Groups | None = None,
     max_new_tokens: int = 128,

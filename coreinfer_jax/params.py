@@ -6,6 +6,7 @@ Axis letters: `V` vocabulary, `E` embedding width (D except for OPT-350m), `D` h
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from coreinfer_jax.config import ModelConfig
+from coreinfer_jax.config import CoreConfig, ModelConfig
 from coreinfer_jax.errors import CoreInferError
 
 
@@ -72,6 +73,19 @@ class Layer:
 
 
 @struct.dataclass
+class Calibration:
+    """What texts said of a model's neurons, from `calibrate`; it lies beside the weights and is loaded with them.
+
+    Attributes:
+        prior: per layer, sums over the texts by the rule `contribution`, float32 [] and [F].
+        core: how to generate where the caller names nothing; None with all neurons.
+    """
+
+    prior: tuple[dict[str, Array], ...]
+    core: CoreConfig | None = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Params:
     """A whole model. The config rides in the tree as static data, so functions of `params` need no second argument.
 
@@ -84,6 +98,8 @@ class Params:
         project_out: [E, D] (OPT-350m), else None.
         unembedding: [V, E]; None when tied to the token embedding.
         config: the model's static facts.
+        calibration: what is known of its neurons, or None. It is no weight: no pass reads it, no count of bytes or
+            parameters includes it.
     """
 
     token_embedding: Array
@@ -94,6 +110,12 @@ class Params:
     project_out: Linear | None
     unembedding: Array | None
     config: ModelConfig = struct.field(pytree_node=False)
+    calibration: Calibration | None = None
+
+    @property
+    def weights(self) -> "Params":
+        """The weights alone: what passes take, so that a calibration compiles nothing anew."""
+        return replace(self, calibration=None)
 
 
 def build_params(config: ModelConfig, leaf: Callable[[tuple[int, ...]], Array]) -> Params:
@@ -171,15 +193,15 @@ def check_params(params: object) -> None:
 
 
 def named_leaves(params: Params) -> list[tuple[str, Array]]:
-    """(name, leaf) pairs such as ("layers.0.mlp.up.weight", ...), in a fixed order."""
-    leaves, _ = jax.tree.flatten_with_path(params)
+    """(name, leaf) pairs of the weights, such as ("layers.0.mlp.up.weight", ...), in a fixed order."""
+    leaves, _ = jax.tree.flatten_with_path(params.weights)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
 def with_leaves(params: Params, leaf: Callable[[str], Array]) -> Params:
-    """`params` with every leaf replaced by `leaf(name)`, called in the order of `named_leaves`."""
+    """The weights of `params`, every leaf replaced by `leaf(name)`, called in the order of `named_leaves`."""
     names = [name for name, _ in named_leaves(params)]
-    filled: Params = jax.tree.unflatten(jax.tree.structure(params), [leaf(name) for name in names])
+    filled: Params = jax.tree.unflatten(jax.tree.structure(params.weights), [leaf(name) for name in names])
     return filled
 
 

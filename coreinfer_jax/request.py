@@ -1,6 +1,7 @@
 """A call to generate, checked: what is read, how core neurons are chosen, and whether there is room for it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -11,14 +12,17 @@ from coreinfer_jax.core.compact import narrowed_bytes
 from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.core.predict import check_groups, counted_tokens, early_tokens, voted_layers
-from coreinfer_jax.core.select import Votes, Voting, kept_neurons, make_voting
+from coreinfer_jax.core.rules import Sums
+from coreinfer_jax.core.select import Voting, kept_neurons, make_voting
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.inputs import Prompts, Tokens, check_length, pad_prompts
-from coreinfer_jax.params import Params
+from coreinfer_jax.params import Calibration, Params
 from coreinfer_jax.room import check_room
 from coreinfer_jax.sampling import Sampling
 
 Core = CoreConfig | CoreNeurons | None
+# What a model's calibration found, or `CoreConfig()` where there is none.
+Recommended = Literal["recommended"]
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,18 @@ class Past:
 
     Attributes:
         cache: keys and values in slots 0 .. read - 1; what decode steps wrote after them will be overwritten.
-        votes: of each voted layer, [B, F].
+        sums: of each voted layer, over the tokens read.
         read: tokens read, the same number in every row.
     """
 
     cache: KVCache
-    votes: list[Votes]
+    sums: list[Sums]
     read: int
 
     @property
     def is_alive(self) -> bool:
         """Whether its arrays are still there."""
-        return not any(array.is_deleted() for array in jax.tree.leaves((self.cache, self.votes)))
+        return not any(array.is_deleted() for array in jax.tree.leaves((self.cache, self.sums)))
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Request:
 
     Attributes:
         params: dense weights.
+        calibration: what is known of their neurons, or None.
         prompts: what is to be read.
         core: how core neurons are chosen, or which, or None.
         groups: groups of texts to choose them by, or None.
@@ -59,6 +64,7 @@ class Request:
     """
 
     params: Params
+    calibration: Calibration | None
     prompts: Prompts
     core: Core
     groups: Groups | None
@@ -106,7 +112,7 @@ class Request:
 def make_request(
     params: Params,
     tokens: Tokens,
-    core: Core,
+    core: Core | Recommended,
     groups: Groups | None,
     max_new_tokens: int,
     sampling: Sampling,
@@ -116,8 +122,7 @@ def make_request(
     prompts = pad_prompts(tokens, params.config)
     cached = past.read if past else 0
     check_length(cached + int(prompts.lengths.max()), max_new_tokens, params.config)
-    if core is not None and not isinstance(core, CoreConfig | CoreNeurons):
-        raise CoreInferError(f"core={shown(core)}: give CoreConfig, CoreNeurons, or None for all neurons")
+    core = resolved(params, core)
     if isinstance(core, CoreNeurons):
         core.check(params.config)
         core.check_rows(len(prompts.lengths))
@@ -126,13 +131,38 @@ def make_request(
     elif groups is not None:
         raise CoreInferError(f"groups need a CoreConfig that uses them, but core={shown(core)}; leave groups out")
     voted, voting, voters = _voting(params, prompts, core, groups, cached)
-    request = Request(params, prompts, core, groups, voted, voting, voters, sampling, int(max_new_tokens), past)
+    request = Request(
+        params.weights,
+        params.calibration,
+        prompts,
+        core,
+        groups,
+        voted,
+        voting,
+        voters,
+        sampling,
+        int(max_new_tokens),
+        past,
+    )
     check_room(
         request.added_bytes,
         f"a cache of {request.capacity} positions and narrowed weights for {len(prompts.lengths)} rows",
         f"ask for fewer rows or tokens{'' if core is None else ', or fewer core neurons'}",
     )
     return request
+
+
+def resolved(params: Params, core: Core | Recommended) -> Core:
+    """`core`, or what is recommended for `params`.
+
+    Raises:
+        CoreInferError: something else.
+    """
+    if core == "recommended":
+        return CoreConfig() if params.calibration is None else params.calibration.core
+    if core is not None and not isinstance(core, CoreConfig | CoreNeurons):
+        raise CoreInferError(f"core={shown(core)}: give CoreConfig, CoreNeurons, or None for all neurons")
+    return core
 
 
 def check_alive(past: Past) -> None:

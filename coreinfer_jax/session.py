@@ -1,7 +1,7 @@
 """Prefill, choose core neurons, narrow, decode: one generation from checked request to chunks of tokens.
 
-The full model reads the prompt and counts votes on the way; its logits give the first new token. Every pass after that
-runs on narrowed weights, several tokens per dispatch, through one compiled program per shape.
+The full model reads the prompt and sums up its neurons' activations on the way; its logits give the first new token.
+Every pass after that runs on narrowed weights, several tokens per dispatch, through one compiled program per shape.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from coreinfer_jax.cache import KVCache, init_cache, with_capacity
+from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.neurons import CoreNeurons
-from coreinfer_jax.core.predict import ASKED, Choice, Predicted, given_indices, predict
-from coreinfer_jax.core.select import Votes
-from coreinfer_jax.decoding import DecodeState, decode, no_votes, prefill
+from coreinfer_jax.core.predict import Predicted, all_neurons, given, predict
+from coreinfer_jax.core.rules import Sums
+from coreinfer_jax.decoding import DecodeState, decode, no_sums, prefill
 from coreinfer_jax.inputs import check_finite
 from coreinfer_jax.params import Params, leaf_bytes, weight_bytes_per_step
 from coreinfer_jax.request import Past, Request, check_alive
@@ -29,12 +30,12 @@ def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past
 
     A `Past` dies when the next chunk is asked for: its cache is donated.
     """
-    state, votes, predicted, stats = _begin(request)
+    state, sums, predicted, stats = _begin(request)
     used, read = predicted.core, stats.prompt_tokens[0]
     # Copies: on a CPU asarray would share the memory that the next dispatch is given to overwrite.
     lengths = np.array(state.length)
     first = Chunk(tokens=np.array(state.token)[:, None], lengths=lengths, core=used, stats=stats)
-    yield first, Past(state.cache, votes, read)
+    yield first, Past(state.cache, sums, read)
     made = 1
     if _is_complete(request, state, made):
         return
@@ -55,7 +56,7 @@ def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past
             decode_steps=stats.decode_steps + steps_run,
         )
         chunk = Chunk(tokens=np.array(drawn)[:, :steps_run], lengths=new_lengths - lengths, core=used, stats=stats)
-        yield chunk, Past(state.cache, votes, read)
+        yield chunk, Past(state.cache, sums, read)
         lengths, made = new_lengths, made + steps_run
 
 
@@ -63,34 +64,36 @@ def _is_complete(request: Request, state: DecodeState, made: int) -> bool:
     return made >= request.max_new_tokens or bool(np.array(state.done).all())
 
 
-def _begin(request: Request) -> tuple[DecodeState, list[Votes], Predicted, Stats]:
+def _begin(request: Request) -> tuple[DecodeState, list[Sums], Predicted, Stats]:
     """Prefill and select: all there is before the first token, and the costs so far."""
     params, prompts, cached, capacity = request.params, request.prompts, request.cached, request.capacity
     rows, lengths = len(prompts.lengths), cached + prompts.lengths
+    rule = request.core.ranking if isinstance(request.core, CoreConfig) else "votes"
     began = perf_counter()
     if request.past is None:
         cache = init_cache(params.config, rows, capacity, params.token_embedding.dtype)
         early = request.voting is not None and request.voting.early is not None
-        votes = no_votes(params.config, rows, len(request.voted), early)
+        sums = no_sums(params.config, rows, len(request.voted), rule, early)
     else:
         check_alive(request.past)  # another request may have gone on from it since
-        cache, votes = with_capacity(request.past.cache, capacity), request.past.votes
-    state, votes = prefill(
+        cache, sums = with_capacity(request.past.cache, capacity), request.past.sums
+    state, sums = prefill(
         params,
         prompts.tokens,
         prompts.lengths,
         np.full(rows, cached, np.int32),
         cache,
-        votes,
+        sums,
         request.sampling,
         request.voting,
         voted=request.voted,
+        rule=rule,
     )
     jax.block_until_ready(state)
     check_finite(state.finite)
 
     prefilled = perf_counter()
-    predicted = _predicted(request, votes)
+    predicted = _predicted(request, sums)
     selected = perf_counter()
     narrowed = predicted.shapes(params)
     methods = {choice.method for choice in predicted.choices}
@@ -108,19 +111,18 @@ def _begin(request: Request) -> tuple[DecodeState, list[Votes], Predicted, Stats
         decode_steps=0,
         bytes_read_per_token=bytes_read_per_token(narrowed, state.cache),
     )
-    return state, votes, predicted, stats
+    return state, sums, predicted, stats
 
 
-def _predicted(request: Request, votes: list[Votes]) -> Predicted:
+def _predicted(request: Request, sums: list[Sums]) -> Predicted:
     """The core neurons to decode with, on the device."""
     core, params = request.core, request.params
     if core is None:
-        return Predicted(None, None, params, (Choice("dense", ASKED),))
+        return all_neurons(params)
     if isinstance(core, CoreNeurons):
-        indices = jax.block_until_ready(given_indices(core))
-        return Predicted(core, indices, None, (Choice("given", ASKED),))
-    by_layer = dict(zip(request.voted, votes, strict=True))
-    return predict(core, by_layer, request.voters, params.config, request.groups)
+        return given(core)
+    by_layer = dict(zip(request.voted, sums, strict=True))
+    return predict(core, by_layer, request.voters, params, request.groups, request.calibration)
 
 
 def bytes_read_per_token(params: Params, cache: KVCache) -> float:

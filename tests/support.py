@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+import coreinfer_jax as ci
 from coreinfer_jax.config import ModelConfig, Rope
 from coreinfer_jax.params import Params, random_params
 
@@ -48,3 +50,13 @@ MODELS = {"opt": OPT, "opt-350m-style": OPT_350M_STYLE, "llama": LLAMA, "relu-ll
 def random_model(config: ModelConfig, seed: int = 0, dtype: str = "float32", scale: float = 0.2) -> Params:
     """Random weights, large enough that the best token stands clear of the second best."""
     return random_params(config, jax.random.key(seed), jnp.dtype(dtype), scale=scale)
+
+
+def check_same_core(one: ci.CoreNeurons, other: ci.CoreNeurons) -> None:
+    """The same neurons, and the same offsets but for the rounding of sums that were added in another order."""
+    for a, b in zip(one.layers, other.layers, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(one.offsets, other.offsets, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)

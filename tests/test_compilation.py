@@ -13,7 +13,7 @@ import pytest
 import coreinfer_jax as ci
 from coreinfer_jax.cache import init_cache
 from coreinfer_jax.core.select import make_voting
-from coreinfer_jax.decoding import DecodeState, decode, no_votes, prefill
+from coreinfer_jax.decoding import DecodeState, decode, no_sums, prefill
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.params import abstract_params, leaf_bytes
 from coreinfer_jax.sampling import Sampling
@@ -92,30 +92,32 @@ def prefilled(params: ci.Params, rows: int = 1, capacity: int = 64) -> tuple[Dec
     tokens, lengths = np.ones((rows, 64), np.int32), np.full(rows, 9, np.int32)
     cache = init_cache(params.config, rows, capacity, params.token_embedding.dtype)
     start = np.zeros(rows, np.int32)
-    return prefill(params, tokens, lengths, start, cache, [], sampling, None, voted=())[0], sampling
+    return prefill(params, tokens, lengths, start, cache, [], sampling, None, voted=(), rule="votes")[0], sampling
 
 
-def prefill_temporaries(params: ci.Params, tokens: int, voted: tuple[int, ...]) -> int:
-    """Bytes a prefill of `tokens` tokens needs besides its arguments when layers `voted` vote."""
+def prefill_temporaries(params: ci.Params, tokens: int, voted: tuple[int, ...], rule: str) -> int:
+    """Bytes a prefill of `tokens` tokens needs besides its arguments when `rule` sums up layers `voted`."""
     config = params.config
     voting = make_voting(np.ones((1, tokens), bool), config.mlp_size, 0.4, "per_token") if voted else None
     cache = init_cache(config, 1, tokens, jnp.dtype("float32"))
-    votes, one = no_votes(config, 1, len(voted), False), np.ones(1, np.int32)
+    sums, one = no_sums(config, 1, len(voted), rule, False), np.ones(1, np.int32)
     sampling = make_sampling(config, 0.0, None, None, (), None)
     prompt = np.ones((1, tokens), np.int32)
-    lowered = prefill.lower(params, prompt, tokens * one, 0 * one, cache, votes, sampling, voting, voted=voted)
+    arguments = params, prompt, tokens * one, 0 * one, cache, sums, sampling, voting
+    lowered = prefill.lower(*arguments, voted=voted, rule=rule)
     return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
 
+@pytest.mark.parametrize("rule", ["votes", "contribution"])
 @pytest.mark.parametrize("name", ["opt", "llama"])
-def test_votes_of_one_layer_are_counted_before_the_next(name: str) -> None:
+def test_one_layer_is_summed_up_before_the_next(name: str, rule: str) -> None:
     """The compiler would else keep the activations of all layers to the end; a block of tokens is what each may add."""
     tokens, block, few, many = 512, 64, 2, 12
     config = replace(MODELS[name], mlp_size=2048, max_positions=tokens + 64)
 
     def added(layers: int) -> int:
         shapes = abstract_params(replace(config, num_layers=layers), jnp.dtype("float32"))
-        plain, voting = (prefill_temporaries(shapes, tokens, voted) for voted in ((), tuple(range(layers))))
+        plain, voting = (prefill_temporaries(shapes, tokens, voted, rule) for voted in ((), tuple(range(layers))))
         return voting - plain
 
     assert added(many) - added(few) < 1.1 * (many - few) * block * config.mlp_size * 4

@@ -15,7 +15,7 @@ from coreinfer_jax.core.select import Votes
 from coreinfer_jax.fingerprint import fingerprint
 from coreinfer_jax.models import extend
 from coreinfer_jax.request import Core
-from tests.support import LLAMA, OPT, random_model
+from tests.support import LLAMA, OPT, check_same_core, random_model
 from tests.test_bad_input import refusal
 from tests.test_compilation import traced
 from tests.test_select import reference_votes
@@ -98,7 +98,7 @@ def same(one: ci.Generation, other: ci.Generation, row: int = 0) -> None:
     assert one.core is not None
     assert other.core is not None
     np.testing.assert_array_equal(one.tokens[0], other.tokens[row])
-    assert one.core == (other.core if other.core.rows is None else other.core.row(row))
+    check_same_core(one.core, other.core if other.core.rows is None else other.core.row(row))
 
 
 def test_prompts_are_assigned_as_by_numpy_and_decode_with_their_groups_neurons() -> None:
@@ -238,7 +238,8 @@ def test_an_unstable_prompt_without_groups_stays_with_its_own_neurons_and_says_s
     choice, out = auto(prompt(6, 0))
     assert (choice.method, choice.group) == ("stability", None)
     assert choice.reason == "unstable: 6 voting tokens, fewer than 32; no groups were given to choose from"
-    same(ci.generate(model(), [prompt(6, 0)], ci.CoreConfig(beta=0.5), max_new_tokens=5), out)
+    votes = replace(ci.CoreConfig.paper(), beta=0.5)
+    same(ci.generate(model(), [prompt(6, 0)], votes, max_new_tokens=5), out)
 
 
 @pytest.mark.parametrize("compacted", [True, False])
@@ -336,7 +337,11 @@ MISTAKES = {
     "a figure above 1": (lambda: ci.CoreConfig(least_stability=1.5), "least_stability=1.5"),
     "half a token": (lambda: ci.CoreConfig(least_tokens=2.5), "least_tokens=2.5"),
     "one token": (lambda: ci.CoreConfig(least_tokens=1), "least_tokens=1"),
-    "no prior": (lambda: ci.CoreConfig(prior_tokens=0), "prior_tokens=0"),
+    "a negative prior": (lambda: ci.CoreConfig(prior_tokens=-1), "prior_tokens=-1"),
+    "an unknown rule": (lambda: ci.CoreConfig(rule="best"), "rule='best'"),
+    "a rule for groups": (lambda: ci.CoreConfig(rule="energy", method="auto"), "rule='energy'"),
+    "more than the mean": (lambda: ci.CoreConfig(compensation=1.5), "compensation=1.5"),
+    "compensation of NaN": (lambda: ci.CoreConfig(compensation=float("nan")), "compensation=nan"),
     "an endless prior": (lambda: ci.CoreConfig(prior_tokens=float("inf")), "prior_tokens=inf"),
     "a prior beyond float32": (lambda: ci.CoreConfig(prior_tokens=10**400), "prior_tokens="),
 }

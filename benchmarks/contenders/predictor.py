@@ -26,7 +26,7 @@ from benchmarks.shapes import random_prompts, shape_config, shape_params
 from coreinfer_jax.cache import KVCache, bucket, cache_bytes, init_cache
 from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.core.select import kept_neurons
-from coreinfer_jax.decoding import DECODE_OPTIONS, no_votes, prefill
+from coreinfer_jax.decoding import DECODE_OPTIONS, prefill
 from coreinfer_jax.inputs import make_sampling
 from coreinfer_jax.layers import attention, layer_norm, linear, matmul, mlp_activations, rms_norm
 from coreinfer_jax.models import llama, opt, unembed
@@ -92,10 +92,11 @@ def _generate(
         length,
         np.zeros(1, np.int32),
         cache,
-        no_votes(config, 1, 0, False),
+        [],
         sampling,
         None,
         voted=(),
+        rule="votes",
     )
     jax.block_until_ready(state)
     first = perf_counter()

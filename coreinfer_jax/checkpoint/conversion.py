@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from coreinfer_jax.checkpoint.calibration import CALIBRATION
 from coreinfer_jax.checkpoint.files import (
     check_directory,
     copy_existing,
@@ -61,7 +62,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
             partial, config, wanted, ((name, read_as(tensors[name], name, wanted, str(path))) for name in names)
         )
         # The original configs too: tokenizers look there for the model's type.
-        copy_existing(path, partial, (*TOKENIZER_FILES, "config.json", "generation_config.json"))
+        copy_existing(path, partial, (*TOKENIZER_FILES, "config.json", "generation_config.json", CALIBRATION))
     return target
 
 

@@ -1,6 +1,8 @@
 """`load`: a directory, native or Hugging Face, into `Params` and a tokenizer."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import TABLES
+from coreinfer_jax.checkpoint.calibration import read_calibration
 from coreinfer_jax.checkpoint.embedded import DEFAULT, locate
 from coreinfer_jax.checkpoint.files import check_directory, to_path
 from coreinfer_jax.checkpoint.hf_config import read_model_config
@@ -17,6 +20,7 @@ from coreinfer_jax.checkpoint.native import MANIFEST, is_native, open_native
 from coreinfer_jax.checkpoint.tensors import StoredTensor, open_checkpoint
 from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.fingerprint import fingerprint_of, thinned
 from coreinfer_jax.params import Params, abstract_params, named_leaves, params_bytes, with_leaves
 from coreinfer_jax.room import check_room
 from coreinfer_jax.text import Tokenizer, load_tokenizer
@@ -31,11 +35,11 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
         dtype: `float32`, `bfloat16` or `float16`; None is float32 on a CPU and bfloat16 on a GPU or TPU.
 
     Returns:
-        The parameters, and the tokenizer beside them or None.
+        The parameters, with the calibration beside them where there is one, and the tokenizer beside them or None.
 
     Raises:
         CoreInferError: no checkpoint there, a model that is not implemented, damaged or unfitting weights, an
-            unknown dtype, more weights than the device has room for.
+            unknown dtype, more weights than the device has room for, another model's calibration.
     """
     path = model_path(DEFAULT if model is None else model)
     wanted = default_dtype() if dtype is None else parse_dtype(dtype)
@@ -44,7 +48,14 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
     check_room(params_bytes(shapes), f"{path}, as {wanted}", "take a 16-bit dtype or a smaller model")
     names = tqdm([name for name, _ in named_leaves(shapes)], desc="loading", unit="tensor", disable=None, leave=False)
     arrays = {name: jax.device_put(read_as(tensors[name], name, wanted, str(path))) for name in names}
-    return with_leaves(shapes, arrays.__getitem__), load_tokenizer(path)
+    params = with_leaves(shapes, arrays.__getitem__)
+    calibration = read_calibration(path, config, lambda: stored_fingerprint(config, tensors))
+    return replace(params, calibration=calibration), load_tokenizer(path)
+
+
+def stored_fingerprint(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
+    """The fingerprint of a checkpoint that `open_model` opened, whatever dtype it is loaded in."""
+    return fingerprint_of(config, lambda name: thinned(tensors[name].read()))
 
 
 def default_dtype() -> np.dtype:

@@ -1,17 +1,19 @@
 """What a checkpoint is, without loading it: `coreinfer info`."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import jax.numpy as jnp
 
-from coreinfer_jax.checkpoint.loading import model_path, open_model
+from coreinfer_jax.checkpoint.calibration import read_facts
+from coreinfer_jax.checkpoint.loading import model_path, open_model, stored_fingerprint
 from coreinfer_jax.checkpoint.mapping import DTYPES
 from coreinfer_jax.checkpoint.tensors import StoredTensor
 from coreinfer_jax.config import CoreConfig, ModelConfig
 from coreinfer_jax.core.select import kept_neurons
-from coreinfer_jax.fingerprint import fingerprint_of, thinned
 from coreinfer_jax.params import abstract_params, weight_bytes_per_step
 from coreinfer_jax.text import Tokenizer, load_tokenizer
 
@@ -33,6 +35,7 @@ class Summary:
         cache_bytes_per_position: keys and values of one position, which a step reads besides.
         tokenizer: the tokenizer, None where there is none.
         fingerprint: see `coreinfer_jax.fingerprint`.
+        calibration: the setting found for the model (None: all neurons) and how; None where there is no calibration.
     """
 
     config: ModelConfig
@@ -45,6 +48,7 @@ class Summary:
     cache_bytes_per_position: int
     tokenizer: Tokenizer | None
     fingerprint: str
+    calibration: tuple[CoreConfig | None, Mapping[str, Any]] | None
 
 
 def summarise(model: str | os.PathLike[str], beta: float) -> Summary:
@@ -72,7 +76,8 @@ def summarise(model: str | os.PathLike[str], beta: float) -> Summary:
         core_bytes_per_token=weight_bytes_per_step(abstract_params(replace(config, mlp_size=kept), widest), rows=1),
         cache_bytes_per_position=2 * config.num_layers * config.num_kv_heads * config.head_size * widest.itemsize,
         tokenizer=load_tokenizer(path),
-        fingerprint=fingerprint_of(config, lambda name: thinned(tensors[name].read())),
+        fingerprint=stored_fingerprint(config, tensors),
+        calibration=read_facts(path),
     )
 
 

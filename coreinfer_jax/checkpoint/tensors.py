@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from coreinfer_jax.checkpoint.calibration import CALIBRATION
 from coreinfer_jax.checkpoint.files import read_json
 from coreinfer_jax.errors import CoreInferError, shown_name
 
@@ -62,7 +63,9 @@ def _shards(directory: Path, whole: str, pattern: str) -> list[Path]:
             raise CoreInferError(f"{directory}: missing {', '.join(missing)}, named in {index.name}; download them")
         return shards
     single = directory / whole
-    return [single] if single.is_file() else sorted(directory.glob(pattern))
+    return (
+        [single] if single.is_file() else sorted(path for path in directory.glob(pattern) if path.name != CALIBRATION)
+    )
 
 
 def _is_file(path: Path) -> bool:

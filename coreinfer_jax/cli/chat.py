@@ -17,6 +17,7 @@ from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.errors import CoreInferError, one_line
 from coreinfer_jax.inputs import check_length, make_sampling
 from coreinfer_jax.params import Params
+from coreinfer_jax.request import Recommended
 from coreinfer_jax.text import Tokenizer
 
 HELP = "talk to a model, its core neurons chosen anew each turn"
@@ -31,7 +32,7 @@ class _Model:
 
     params: Params
     tokenizer: Tokenizer
-    core: CoreConfig | None
+    core: CoreConfig | Recommended | None
     groups: Groups | None
 
 

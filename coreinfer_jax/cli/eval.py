@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from typing import Any
 
 from coreinfer_jax.checkpoint.files import to_path
@@ -9,8 +10,9 @@ from coreinfer_jax.cli import options as shared
 from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.rules import RULES
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.evaluation.calibrate import RULE as CALIBRATED
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
-from coreinfer_jax.evaluation.run import CONTINUATION, PRIOR_TOKENS, PROMPT_TOKENS, TEXTS, Texts, evaluate, read_prior
+from coreinfer_jax.evaluation.run import check_settings, evaluate, read_prior
 from coreinfer_jax.text.documents import read_documents
 
 HELP = "measure what core neurons cost in quality on texts of your own"
@@ -35,55 +37,59 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of their mean at which dropped neurons stand, [0, 1]",
     )
-    parser.add_argument("--prior", metavar="FILE", help="texts whose activations count beside the prompt's")
     parser.add_argument(
-        "--prior-tokens", type=float, metavar="N", help=f"as how many tokens of the prompt ({PRIOR_TOKENS:g})"
+        "--prior",
+        metavar="FILE",
+        help="texts whose activations count beside the prompt's, in place of the calibration's",
     )
-    lengths = " ".join(map(str, PROMPT_TOKENS))
-    parser.add_argument(
-        "--prompt-tokens", nargs="+", type=int, default=PROMPT_TOKENS, metavar="N", help=f"of contexts ({lengths})"
-    )
-    parser.add_argument(
-        "--continuation", type=int, default=CONTINUATION, metavar="N", help="tokens scored of each text (%(default)s)"
-    )
-    parser.add_argument("--texts", type=int, default=TEXTS, metavar="N", help="documents, at most (%(default)s)")
+    parser.add_argument("--prior-tokens", type=float, metavar="N", help="as how many tokens of the prompt (64)")
+    shared.add_texts(parser)
     parser.add_argument("--switched", action="store_true", help="go on with the continuation of another text")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of documents (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
     preset = PRESETS[options.preset]
-    settings = _settings(options, preset)
-    texts = Texts(tuple(options.prompt_tokens), options.continuation, options.texts, options.switched, options.seed)
+    texts = replace(shared.texts(options), switched=options.switched)
     alpha = preset.alpha if options.alpha is None else options.alpha
     documents = read_documents(to_path(options.data), options.text_column)
     corpus = None if options.prior is None else read_documents(to_path(options.prior), options.text_column)
     params, tokenizer = shared.load_model(options)
-    prior = None if corpus is None else read_prior(params, tokenizer, corpus, alpha=alpha, seed=options.seed)
+    settings = _settings(options, preset, params.calibration is not None)
+    check_settings(params.config, settings, texts, alpha)
+    prior = None
+    if corpus is not None:
+        prior = read_prior(params, tokenizer, corpus, alpha=alpha, seed=options.seed)
+    elif params.calibration is not None:
+        prior = [{CALIBRATED: layer} for layer in params.calibration.prior]
     results = evaluate(params, tokenizer, documents, settings, texts, alpha=alpha, prior=prior)
     if options.json:
         print(json.dumps({"model": options.model, "data": documents.name, "alpha": alpha, "settings": results}))
     else:
-        print(_table(results))
+        print(table(results))
 
 
-def _settings(options: argparse.Namespace, preset: CoreConfig) -> list[Setting]:
-    """Every rule at every keep ratio."""
-    if options.prior is None and options.prior_tokens is not None:
+def _settings(options: argparse.Namespace, preset: CoreConfig, calibrated: bool) -> list[Setting]:
+    """Every rule at every keep ratio; of what is not named, the preset's own rule takes the preset's."""
+    if options.prior is None and not calibrated and options.prior_tokens is not None:
         raise CoreInferError(f"--prior-tokens {options.prior_tokens:g}: is of --prior FILE; give that too")
-    tokens = 0.0 if options.prior is None else PRIOR_TOKENS if options.prior_tokens is None else options.prior_tokens
+    asked = preset.prior_tokens if options.prior_tokens is None else options.prior_tokens
     layers = preset.layers if options.layers is None else tuple(options.layers)
+
+    def prior_tokens(rule: str) -> float:
+        known = options.prior is not None or (calibrated and rule == CALIBRATED)
+        return asked if known and rule not in PER_TOKEN else 0.0
+
     return [
-        Setting(rule, keep, compensation, tokens, layers=layers)
-        for rule in options.rule or ["votes"]
-        for compensation in options.compensation or [0.0]
+        Setting(rule, keep, compensation, prior_tokens(rule), layers=layers)
+        for rule in options.rule or [preset.ranking]
+        for compensation in options.compensation or [preset.compensation if rule == preset.ranking else 0.0]
         for keep in options.beta or [preset.beta]
     ]
 
 
-def _table(results: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     """The results for a terminal."""
     head = ["prompt", "rule", "kept", "KL, nats", "agreement", "perplexity", "all neurons"]
     rows = [head] + [

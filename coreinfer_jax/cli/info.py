@@ -55,7 +55,16 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("KV cache", f"{_size(summary.cache_bytes_per_position)} per position, read besides"),
         ("tokenizer", _tokenizer(summary)),
         ("fingerprint", summary.fingerprint),
+        ("calibration", _calibration(summary)),
     ]
+
+
+def _calibration(summary: Summary) -> str:
+    if summary.calibration is None:
+        return "none"
+    core, facts = summary.calibration
+    found = "all neurons" if core is None else f"{core.beta:g} of the neurons"
+    return f"{found}, from {facts.get('data', 'texts')}"
 
 
 def _tokenizer(summary: Summary) -> str:

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import jax
 
-from coreinfer_jax.cli import analyze, chat, clusters, convert, generate, info, train
+from coreinfer_jax.cli import analyze, calibrate, chat, clusters, convert, generate, info, train
 from coreinfer_jax.cli import eval as evaluation
 from coreinfer_jax.errors import CoreInferError, one_line, shown, shown_name
 
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"coreinfer {version('coreinfer_jax')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for command in (generate, chat, info, clusters, analyze, evaluation, convert, train):
+    for command in (generate, chat, info, clusters, analyze, evaluation, calibrate, convert, train):
         name = command.__name__.rpartition(".")[2]
         command.add_options(commands.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False))
     return parser

@@ -11,11 +11,28 @@ from coreinfer_jax.checkpoint.hf_config import read_sampling
 from coreinfer_jax.checkpoint.loading import model_path
 from coreinfer_jax.checkpoint.mapping import DTYPES
 from coreinfer_jax.clustering import load_clusters
-from coreinfer_jax.config import METHODS, CoreConfig, ModelConfig
+from coreinfer_jax.config import METHODS, RULE_NAMES, CoreConfig, ModelConfig
 from coreinfer_jax.core.groups import Groups, prepare_groups
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.evaluation.run import Texts
 from coreinfer_jax.params import Params
+from coreinfer_jax.request import Recommended
 from coreinfer_jax.text import Tokenizer
+
+# Options that are settings of `CoreConfig`.
+CORE_OPTIONS = (
+    "method",
+    "rule",
+    "alpha",
+    "beta",
+    "compensation",
+    "gamma",
+    "budget",
+    "layers",
+    "least_stability",
+    "least_tokens",
+    "prior_tokens",
+)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -41,34 +58,64 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-column", type=column, metavar="COL", help="name, or number from 0")
 
 
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """How much of which texts."""
+    default = Texts()
+    lengths = " ".join(map(str, default.prompt_tokens))
+    parser.add_argument(
+        "--prompt-tokens",
+        nargs="+",
+        type=int,
+        default=default.prompt_tokens,
+        metavar="N",
+        help=f"of contexts ({lengths})",
+    )
+    parser.add_argument(
+        "--continuation",
+        type=int,
+        default=default.continuation,
+        metavar="N",
+        help="tokens scored of each text (%(default)s)",
+    )
+    parser.add_argument(
+        "--texts", type=int, default=default.texts, metavar="N", help="documents, at most (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of documents (%(default)s)")
+
+
+def texts(options: argparse.Namespace) -> Texts:
+    """What `add_texts` asked for."""
+    return Texts(tuple(options.prompt_tokens), options.continuation, options.texts, seed=options.seed)
+
+
 def add_core(parser: argparse.ArgumentParser) -> None:
-    """How core neurons are chosen."""
+    """How core neurons are chosen; without any of these options, as is recommended for the model."""
     default = CoreConfig()
-    parser.add_argument("--method", choices=("dense", *METHODS), default="stability", help="default %(default)s")
-    parser.add_argument("--alpha", type=float, default=default.alpha, help="token-wise share, (0, 1] (%(default)s)")
-    parser.add_argument("--beta", type=float, default=default.beta, help="share of neurons kept, (0, 1] (%(default)s)")
+    parser.add_argument("--method", choices=("dense", *METHODS), help="default stability")
+    parser.add_argument("--rule", choices=RULE_NAMES, help="what ranks neurons (contribution; votes where groups do)")
+    parser.add_argument("--alpha", type=float, help=f"votes: token-wise share, (0, 1] ({default.alpha})")
+    parser.add_argument("--beta", type=float, help=f"share of neurons kept, (0, 1] ({default.beta}, or as calibrated)")
+    parser.add_argument(
+        "--compensation",
+        type=float,
+        help=f"share of its mean at which a dropped neuron stands ({default.compensation})",
+    )
     parser.add_argument("--gamma", type=float, help="share of a group's neurons kept, (0, 1] (default: --beta)")
     parser.add_argument("--clusters", metavar="DIR", help="groups for similarity, fused and auto (coreinfer clusters)")
-    parser.add_argument("--budget", choices=("per_token", "mean"), default=default.budget)
+    parser.add_argument("--budget", choices=("per_token", "mean"), help=f"votes: of a token ({default.budget})")
     parser.add_argument(
         "--layers",
         type=float,
         nargs=2,
-        default=default.layers,
         metavar=("FROM", "TO"),
         help="which layers are narrowed, as fractions of depth (default 0 1)",
     )
-    parser.add_argument(
-        "--least-stability", type=float, default=default.least_stability, help="auto: of a stable prompt (%(default)s)"
-    )
-    parser.add_argument(
-        "--least-tokens", type=int, default=default.least_tokens, help="auto: of a stable prompt (%(default)s)"
-    )
+    parser.add_argument("--least-stability", type=float, help=f"auto: of a stable prompt ({default.least_stability})")
+    parser.add_argument("--least-tokens", type=int, help=f"auto: of a stable prompt ({default.least_tokens})")
     parser.add_argument(
         "--prior-tokens",
         type=float,
-        default=default.prior_tokens,
-        help="fused: how many tokens the group counts as (%(default)s)",
+        help=f"how many tokens of the prompt a calibration, or a group, counts as ({default.prior_tokens:g})",
     )
 
 
@@ -123,32 +170,27 @@ def _choose_device(name: str | None) -> None:
             ) from error
 
 
-def core_config(options: argparse.Namespace) -> CoreConfig | None:
-    """How core neurons are to be chosen; None for the full model."""
+def core_config(options: argparse.Namespace) -> CoreConfig | Recommended | None:
+    """How core neurons are to be chosen: None for the full model, by the model's calibration where nothing is named."""
     if options.clusters is not None and options.method not in ("similarity", "fused", "auto"):
-        raise CoreInferError(f"--clusters: --method {options.method} uses none; take similarity, fused or auto")
+        raise CoreInferError(
+            f"--clusters: --method {options.method or 'stability'} uses none; take similarity, fused or auto"
+        )
     if options.clusters is None and options.method in ("similarity", "fused"):
         raise CoreInferError(f"--method {options.method}: needs --clusters DIR, made by 'coreinfer clusters build'")
     if options.clusters is None and options.gamma is not None:
         raise CoreInferError(f"--gamma {options.gamma}: is of groups; add --clusters DIR, or give --beta")
     if options.method == "dense":
         return None
-    return CoreConfig(
-        alpha=options.alpha,
-        beta=options.beta,
-        budget=options.budget,
-        method=options.method,
-        gamma=options.gamma,
-        layers=tuple(options.layers),
-        least_stability=options.least_stability,
-        least_tokens=options.least_tokens,
-        prior_tokens=options.prior_tokens,
-    )
+    named = {name: value for name in CORE_OPTIONS if (value := getattr(options, name)) is not None}
+    if not named:
+        return "recommended"
+    return CoreConfig(**named | ({"layers": tuple(options.layers)} if options.layers else {}))
 
 
-def load_groups(options: argparse.Namespace, params: Params, core: CoreConfig | None) -> Groups | None:
+def load_groups(options: argparse.Namespace, params: Params, core: CoreConfig | Recommended | None) -> Groups | None:
     """The groups that the options name, None where they name none; a prompt's group is gathered when it is used."""
-    if options.clusters is None or core is None:
+    if options.clusters is None or not isinstance(core, CoreConfig):
         return None
     return prepare_groups(params, load_clusters(options.clusters), core, compacted=False)
 

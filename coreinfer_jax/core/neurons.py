@@ -21,17 +21,20 @@ class CoreNeurons:
     Attributes:
         layers: per layer either None (the layer stays dense) or a read-only ascending int32 array: [K] for one set
             that serves every row, or [B, K] with one set per row of a batch.
+        offsets: per layer either None or a read-only float32 array, [D], or [B, D] where rows have sets of their own:
+            what is added to the MLP's output for the neurons that are not kept.
         digest: SHA-256 of all of the above.
 
     Raises:
         CoreInferError: indices that are negative, not ascending (so also repeated), empty, or not integers; rows
-            that differ in number between layers.
+            that differ in number between layers; offsets of other layers or rows, or that are no finite numbers.
     """
 
     layers: tuple[np.ndarray | None, ...]
+    offsets: tuple[np.ndarray | None, ...] = field(repr=False)
     digest: str = field(init=False, repr=False)
 
-    def __init__(self, layers: Iterable[ArrayLike | None]) -> None:
+    def __init__(self, layers: Iterable[ArrayLike | None], offsets: Sequence[ArrayLike | None] | None = None) -> None:
         if not isinstance(layers, Iterable):
             raise CoreInferError(f"core neurons: {shown(layers)}; give one array of indices, or None, per layer")
         checked = tuple(None if indices is None else _checked(l, indices) for l, indices in enumerate(layers))
@@ -39,8 +42,10 @@ class CoreNeurons:
             raise CoreInferError(
                 "core neurons: layers hold sets for different numbers of rows; give every layer B rows"
             )
+        added = _checked_offsets(checked, offsets)
         object.__setattr__(self, "layers", checked)
-        object.__setattr__(self, "digest", _digest(checked))
+        object.__setattr__(self, "offsets", added)
+        object.__setattr__(self, "digest", _digest((*checked, *added)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CoreNeurons) and self.digest == other.digest
@@ -57,9 +62,11 @@ class CoreNeurons:
 
     def row(self, b: int) -> "CoreNeurons":
         """The core neurons of batch row `b`, as one shared set."""
-        return CoreNeurons(
-            indices[b] if indices is not None and indices.ndim == 2 else indices for indices in self.layers
+        per_row = (
+            [array[b] if array is not None and array.ndim == 2 else array for array in arrays]
+            for arrays in (self.layers, self.offsets)
         )
+        return CoreNeurons(*per_row)
 
     def kept(self, mlp_size: int) -> tuple[int, ...]:
         """Neurons kept per layer, `mlp_size` (F) where a layer stays dense."""
@@ -73,6 +80,11 @@ class CoreNeurons:
             if indices is not None and indices.max() >= config.mlp_size:
                 raise CoreInferError(
                     f"core neurons of layer {l} reach index {indices.max()}, but the MLP has {config.mlp_size} neurons"
+                )
+        for l, offset in enumerate(self.offsets):
+            if offset is not None and offset.shape[-1] != config.hidden_size:
+                raise CoreInferError(
+                    f"offset of layer {l} has size {offset.shape[-1]}, the model's hidden size is {config.hidden_size}"
                 )
 
     def check_rows(self, rows: int) -> None:
@@ -99,8 +111,32 @@ def _checked(layer: int, indices: ArrayLike) -> np.ndarray:
     return owned
 
 
-def _digest(layers: Sequence[np.ndarray | None]) -> str:
+def _checked_offsets(
+    layers: tuple[np.ndarray | None, ...], offsets: Sequence[ArrayLike | None] | None
+) -> tuple[np.ndarray | None, ...]:
+    """`offsets` as float32 arrays, None for each layer where there are none."""
+    if offsets is None:
+        return (None,) * len(layers)
+    if len(offsets) != len(layers):
+        raise CoreInferError(f"offsets for {len(offsets)} layers, core neurons for {len(layers)}; give one per layer")
+    return tuple(
+        None if offset is None else _checked_offset(l, indices, np.array(offset, np.float32))
+        for l, (indices, offset) in enumerate(zip(layers, offsets, strict=True))
+    )
+
+
+def _checked_offset(layer: int, indices: np.ndarray | None, offset: np.ndarray) -> np.ndarray:
+    if indices is None or offset.shape[:-1] != indices.shape[:-1]:
+        rows = "none, the layer is dense" if indices is None else f"an array of shape {(*indices.shape[:-1], 'D')}"
+        raise CoreInferError(f"offset of layer {layer}: shape {offset.shape}; give {rows}")
+    if not np.isfinite(offset).all():
+        raise CoreInferError(f"offset of layer {layer} holds NaN or infinity")
+    offset.setflags(write=False)
+    return offset
+
+
+def _digest(arrays: Sequence[np.ndarray | None]) -> str:
     digest = hashlib.sha256()
-    for indices in layers:
-        digest.update(b"dense;" if indices is None else f"{indices.shape};".encode() + indices.tobytes())
+    for array in arrays:
+        digest.update(b"none;" if array is None else f"{array.dtype} {array.shape};".encode() + array.tobytes())
     return digest.hexdigest()

@@ -1,9 +1,9 @@
-"""Predicting core neurons from a prompt's votes: who votes, and the neurons each layer keeps (paper, section 3.3).
+"""Predicting core neurons from sums over a prompt: who counts, and the neurons each layer keeps (paper, section 3.3).
 
 Everything a prediction needs comes out of the one ordinary prefill.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -11,16 +11,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from coreinfer_jax.config import CoreConfig, ModelConfig
-from coreinfer_jax.core.compact import Indices, narrow, narrowed_shapes
+from coreinfer_jax.config import CoreConfig, ModelConfig, RuleName
+from coreinfer_jax.core.compact import Indices, Offsets, narrow, narrowed_shapes, on_device
 from coreinfer_jax.core.groups import Groups
-from coreinfer_jax.core.measures import fused, nearest_group, stability_figure
+from coreinfer_jax.core.measures import fused, membership, nearest_group, stability_figure
 from coreinfer_jax.core.neurons import CoreNeurons
-from coreinfer_jax.core.select import Votes, kept_neurons, most_voted, pooled
+from coreinfer_jax.core.rules import RULES, Sums, column_norms_of, mean_activations, votes_of, with_prior
+from coreinfer_jax.core.select import Votes, kept_neurons, most_voted
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.params import Params
+from coreinfer_jax.params import Calibration, Params
 
 # The reason of a choice that the caller made.
 ASKED = "asked for"
@@ -49,13 +50,13 @@ class Predicted:
 
     Attributes:
         core: the sets, None for the full model.
-        indices: the same on the device, None where the weights need no gather.
+        kept: the same on the device, None where the weights need no gather.
         narrowed: the full model, or a group's weights that were gathered before; otherwise None.
         choices: one per row, or a single one for all rows.
     """
 
     core: CoreNeurons | None
-    indices: Indices | None
+    kept: tuple[Indices, Offsets] | None
     narrowed: Params | None
     choices: tuple[Choice, ...]
 
@@ -67,11 +68,11 @@ class Predicted:
         """What `weights` returns, of narrowed arrays only shapes and types."""
         return self._made(params, narrowed_shapes)
 
-    def _made(self, params: Params, make: Callable[[Params, Indices], Params]) -> Params:
+    def _made(self, params: Params, make: Callable[[Params, Indices, Offsets], Params]) -> Params:
         if self.narrowed is not None:
             return self.narrowed
-        assert self.indices is not None, "there is something to gather where nothing is ready"
-        return make(params, self.indices)
+        assert self.kept is not None, "there is something to gather where nothing is ready"
+        return make(params, *self.kept)
 
 
 def voted_layers(core: CoreConfig, config: ModelConfig, groups: Groups | None) -> tuple[int, ...]:
@@ -128,21 +129,67 @@ def early_tokens(counted: np.ndarray) -> np.ndarray:
     return counted & (np.cumsum(counted, axis=1) <= counted.sum(axis=1, keepdims=True) // 2)
 
 
+def all_neurons(params: Params) -> Predicted:
+    """The full model."""
+    return Predicted(None, None, params, (Choice("dense", ASKED),))
+
+
+def given(core: CoreNeurons) -> Predicted:
+    """What the caller chose, a single row's set as a shared one."""
+    kept = jax.block_until_ready(on_device(core.row(0) if core.rows == 1 else core))
+    return Predicted(core, kept, None, (Choice("given", ASKED),))
+
+
 def predict(
-    core: CoreConfig, votes: Mapping[int, Votes], voters: np.ndarray, config: ModelConfig, groups: Groups | None
+    core: CoreConfig,
+    sums: Mapping[int, Sums],
+    voters: np.ndarray,
+    params: Params,
+    groups: Groups | None,
+    calibration: Calibration | None,
 ) -> Predicted:
     """Core neurons by the method that `core` names.
 
     Args:
         core: how to choose.
-        votes: of each of the `voted_layers`, [B, F].
-        voters: int [B], tokens that voted per row.
-        config: the model.
+        sums: of each of the `voted_layers`, over B prompts, by the rule that `core` names.
+        voters: int [B], tokens that counted per row.
+        params: dense weights.
         groups: checked by `check_groups`; None where there are none.
+        calibration: what is known of the model's neurons; None for nothing.
     """
-    rows = len(voters)
-    if not core.per_row and rows > 1:
-        votes, voters = _pooled(votes), voters.min(keepdims=True)
+    if not core.per_row and len(voters) > 1:
+        sums, voters = _pooled(sums), voters.min(keepdims=True)
+    if core.method == "stability":
+        return _by_rule(core, sums, params, calibration, rows=len(voters))
+    return _by_votes(core, {l: votes_of(own) for l, own in sums.items()}, voters, params.config, groups)
+
+
+def _by_rule(
+    core: CoreConfig, sums: Mapping[int, Sums], params: Params, calibration: Calibration | None, rows: int
+) -> Predicted:
+    """The neurons that the prompt itself ranks highest, the others at a share of their mean."""
+    config = params.config
+    narrowed, kept = core.narrowed_layers(config.num_layers), kept_neurons(core.beta, config.mlp_size)
+    # A calibration's sums are those of one rule.
+    known = calibration is not None and core.ranking == "contribution" and core.prior_tokens > 0
+    indices, offsets = _ranked(
+        [sums[l] for l in narrowed],
+        [calibration.prior[l] for l in narrowed] if calibration is not None and known else None,
+        [params.layers[l].mlp.down.weight for l in narrowed],
+        np.float32(core.prior_tokens),
+        np.float32(core.compensation),
+        rule=core.ranking,
+        kept=kept,
+        compensated=core.compensation > 0 and kept < config.mlp_size,
+    )
+    return _gathered(indices, offsets, narrowed, config, (Choice("stability", ASKED),) * rows)
+
+
+def _by_votes(
+    core: CoreConfig, votes: Mapping[int, Votes], voters: np.ndarray, config: ModelConfig, groups: Groups | None
+) -> Predicted:
+    """The most voted neurons, of the prompt or its group."""
     narrowed = core.narrowed_layers(config.num_layers)
     own, figures, assigned = _measure(
         [votes[l] for l in narrowed if l in votes],
@@ -155,24 +202,34 @@ def predict(
     )
     choices = _choices(core, voters, figures, assigned)
     by_group = np.array([choice.method == "similarity" for choice in choices])
+    none = [None] * len(narrowed)
     if groups is None or not by_group.any():
-        return _gathered(own, narrowed, config, choices)
+        return _gathered(own, none, narrowed, config, choices)
     if len(choices) == 1 and groups.narrowed:
         group = int(assigned[0])
         return Predicted(groups.sets[group], None, groups.narrowed[group], choices)
     if by_group.all():
-        return _gathered(_looked_up(groups.tables, assigned), narrowed, config, choices)
-    return _gathered(_mixed(own, groups.tables, assigned, by_group), narrowed, config, choices)
+        return _gathered(_looked_up(groups.tables, assigned), none, narrowed, config, choices)
+    return _gathered(_mixed(own, groups.tables, assigned, by_group), none, narrowed, config, choices)
 
 
 def _gathered(
-    layers: list[Array], narrowed: tuple[int, ...], config: ModelConfig, choices: tuple[Choice, ...]
+    indices: list[Array],
+    offsets: Sequence[Array | None],
+    narrowed: tuple[int, ...],
+    config: ModelConfig,
+    choices: tuple[Choice, ...],
 ) -> Predicted:
-    """What is to be gathered: index arrays [R, K] of the narrowed layers, a single set as a shared one [K]."""
-    # A shared set runs the plain program.
-    by_layer = dict(zip(narrowed, [layer[0] for layer in layers] if len(choices) == 1 else layers, strict=True))
-    indices = jax.block_until_ready(tuple(by_layer.get(l) for l in range(config.num_layers)))
-    return Predicted(CoreNeurons(indices), indices, None, choices)
+    """What is to be gathered: index arrays [R, K] and offsets of the narrowed layers, a single set as a shared one."""
+
+    def per_layer(arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
+        # A shared set runs the plain program.
+        shared = [a[0] if a is not None and len(choices) == 1 else a for a in arrays]
+        by_layer = dict(zip(narrowed, shared, strict=True))
+        return tuple(by_layer.get(l) for l in range(config.num_layers))
+
+    kept = jax.block_until_ready((per_layer(indices), per_layer(offsets)))
+    return Predicted(CoreNeurons(*kept), kept, None, choices)
 
 
 def _choices(core: CoreConfig, voters: np.ndarray, figures: Array | None, assigned: Array | None) -> tuple[Choice, ...]:
@@ -198,16 +255,40 @@ def _automatic(core: CoreConfig, voters: int, figure: float, group: int | None) 
     return Choice("similarity", reason, figure, group)
 
 
-def given_indices(core: CoreNeurons) -> Indices:
-    """The index arrays of core neurons on the device, a single row's set as a shared one."""
-    single = core.row(0) if core.rows == 1 else core
-    return tuple(None if indices is None else jnp.asarray(indices) for indices in single.layers)
-
-
 @jax.jit
-def _pooled(votes: dict[int, Votes]) -> dict[int, Votes]:
-    """The votes of all rows together: [1, F] from [B, F]."""
-    return {l: jax.tree.map(lambda array: array[None], pooled(layer)) for l, layer in votes.items()}
+def _pooled(sums: dict[int, Sums]) -> dict[int, Sums]:
+    """The sums of all rows together, as those of one."""
+    return {l: jax.tree.map(lambda array: array.sum(axis=0, keepdims=True), layer) for l, layer in sums.items()}
+
+
+@partial(jax.jit, static_argnames=("rule", "kept", "compensated"))
+def _ranked(
+    sums: list[Sums],
+    prior: list[Sums] | None,
+    weights: list[Array],
+    prior_tokens: Array,
+    compensation: Array,
+    *,
+    rule: RuleName,
+    kept: int,
+    compensated: bool,
+) -> tuple[list[Array], list[Array | None]]:
+    """Ascending indices int32 [R, K] per layer, and what is added to the output for all others, float32 [R, D]."""
+    if prior is not None:
+        sums = [with_prior(own, corpus, prior_tokens) for own, corpus in zip(sums, prior, strict=True)]
+    indices, offsets = [], []
+    for own, weight in zip(sums, weights, strict=True):
+        scores = RULES[rule].score(own, column_norms_of(weight), compensation)
+        indices.append(jnp.sort(jnp.argsort(-scores, axis=-1, stable=True)[:, :kept].astype(jnp.int32), axis=-1))
+        offsets.append(_offset(own, indices[-1], weight, compensation) if compensated else None)
+    return indices, offsets
+
+
+def _offset(sums: Sums, indices: Array, weight: Array, compensation: Array) -> Array:
+    """What neurons other than `indices` [R, K] add to the output at a share of their mean: float32 [R, D]."""
+    dropped = ~membership(indices, weight.shape[1])
+    standing = jnp.where(dropped, compensation * mean_activations(sums), 0)
+    return lax.dot_general(standing, weight.astype(jnp.float32), (((1,), (1,)), ((), ())))
 
 
 @partial(jax.jit, static_argnames=("method", "kept", "vector"))

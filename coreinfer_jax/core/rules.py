@@ -47,7 +47,12 @@ def column_norms(params: Params) -> list[Array]:
 
 @jax.jit
 def _column_norms(weights: list[Array]) -> list[Array]:
-    return [jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=0)) for weight in weights]
+    return [column_norms_of(weight) for weight in weights]
+
+
+def column_norms_of(weight: Array) -> Array:
+    """||w_n|| of the neurons of one down projection [D, F]: float32 [F]."""
+    return jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=0))
 
 
 def with_prior(sums: Sums, prior: Sums, tokens: Array | float) -> Sums:

@@ -34,7 +34,7 @@ class Voting:
         budgets: int32 [F + 1]; floor(alpha * c) for c positive neurons, evaluated in float64.
         remainders: float32 [F + 1]; what that floor dropped.
         alpha: float32 [].
-        rule: `per_token` or `mean`; part of the program.
+        budget: `per_token` or `mean`; part of the program.
     """
 
     counted: Array
@@ -42,7 +42,7 @@ class Voting:
     budgets: Array
     remainders: Array
     alpha: Array
-    rule: Budget = struct.field(pytree_node=False)
+    budget: Budget = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -61,7 +61,7 @@ class Votes:
 
 
 def make_voting(
-    counted: np.ndarray, mlp_size: int, alpha: float, rule: Budget, early: np.ndarray | None = None
+    counted: np.ndarray, mlp_size: int, alpha: float, budget: Budget, early: np.ndarray | None = None
 ) -> Voting:
     """The `Voting` of tokens `counted` bool [B, T] in a model with `mlp_size` (F) neurons per layer.
 
@@ -75,7 +75,7 @@ def make_voting(
         budgets=jnp.asarray(floors.astype(np.int32)),
         remainders=jnp.asarray((shares - floors).astype(np.float32)),
         alpha=jnp.asarray(np.float32(alpha)),
-        rule=rule,
+        budget=budget,
     )
 
 
@@ -95,7 +95,7 @@ def token_core_neurons(activations: Array, voting: Voting) -> Array:
 def _budgets(activations: Array, voting: Voting) -> Array:
     """How many neurons each token of activations [B, T, F] votes for, int32 [B, T]: never more than are positive."""
     positives = _count(_positive_patterns(activations) > 0)
-    budgets = voting.budgets[positives] if voting.rule == "per_token" else _mean_budgets(positives, voting)
+    budgets = voting.budgets[positives] if voting.budget == "per_token" else _mean_budgets(positives, voting)
     return jnp.minimum(budgets, positives)
 
 

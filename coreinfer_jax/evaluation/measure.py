@@ -116,19 +116,21 @@ def measure(
     return np.concatenate(full), joined
 
 
-def collect(params: Params, rows: np.ndarray, alpha: float = 0.4) -> list[dict[str, Sums]]:
+def collect(
+    params: Params, rows: np.ndarray, alpha: float = 0.4, rules: Sequence[str] = tuple(RULES)
+) -> list[dict[str, Sums]]:
     """A prior: per layer and rule, the sums [] and [F] over all tokens of texts int32 [n, T].
 
     Raises:
         CoreInferError: activations that are NaN or infinite.
     """
     total: list[dict[str, Sums]] | None = None
-    rules, norms = tuple(sorted(RULES)), column_norms(params)
+    norms = column_norms(params)
     for tokens, real in _batches(rows, 1, params.config, "reading the corpus"):
         # Rows that fill a batch up do not count.
         counted = np.broadcast_to(np.arange(len(tokens))[:, None] < real, tokens.shape)
-        votings = _votings(counted, params.config.mlp_size, alpha, rules)
-        sums, finite = read_corpus(params, jnp.asarray(tokens), norms, votings, rules=rules)
+        votings = _votings(counted, params.config.mlp_size, alpha, tuple(rules))
+        sums, finite = read_corpus(params, jnp.asarray(tokens), norms, votings, rules=tuple(rules))
         check_finite(finite, "activations")
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     assert total is not None, "there are texts"

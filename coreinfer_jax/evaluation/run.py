@@ -13,13 +13,13 @@ from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Measured, Setting, collect, measure
 from coreinfer_jax.params import Params
 from coreinfer_jax.text import Tokenizer
-from coreinfer_jax.text.corpus import LEAST_TEXTS, Corpus
+from coreinfer_jax.text.corpus import LEAST_TEXTS, Corpus, Selection
 from coreinfer_jax.text.documents import Documents
 
 PROMPT_TOKENS, CONTINUATION, TEXTS = (64,), 64, 64
 RESAMPLES = 1000
-# A corpus: how many of its texts, how much of each, and as how many tokens of the prompt it counts.
-PRIOR_TEXTS, PRIOR_LENGTH, PRIOR_TOKENS = 128, 256, 64.0
+# A corpus: how many of its texts, and how much of each.
+PRIOR_TEXTS, PRIOR_LENGTH = 128, 256
 # Figures against decode position are means over as many tokens.
 POSITIONS_PER_BIN = 16
 
@@ -41,6 +41,11 @@ class Texts:
     texts: int = TEXTS
     switched: bool = False
     seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a document must have: the last one is only foretold."""
+        return max(self.prompt_tokens) + self.continuation + 1
 
 
 def evaluate(
@@ -79,8 +84,21 @@ def evaluate(
     """
     check_dense(params)
     check_settings(params.config, settings, texts, alpha)
+    selection = Corpus(documents, tokenizer, texts.seed).select(texts.tokens, texts.texts)
+    return compare(params, selection, settings, texts, alpha=alpha, prior=prior)
+
+
+def compare(
+    params: Params,
+    selection: Selection,
+    settings: Sequence[Setting],
+    texts: Texts,
+    *,
+    alpha: float,
+    prior: list[dict[str, Sums]] | None,
+) -> list[dict[str, Any]]:
+    """`evaluate` on chosen texts, of `Texts.tokens` each."""
     longest = max(texts.prompt_tokens)
-    selection = Corpus(documents, tokenizer, texts.seed).select(longest + texts.continuation + 1, texts.texts)
     results = []
     for length in texts.prompt_tokens:
         # The context ends where the longest does, so that all lengths are scored on the same tokens.

@@ -1,0 +1,31 @@
+"""The calibrations that come with the embedded models, from documents of their training."""
+
+from pathlib import Path
+from typing import Any
+
+import coreinfer_jax as ci
+from benchmarks.environment import environment
+from coreinfer_jax.checkpoint.calibration import write_calibration
+from coreinfer_jax.checkpoint.loading import model_path, open_model, stored_fingerprint
+from coreinfer_jax.evaluation import Texts, calibrate
+from coreinfer_jax.text.documents import Documents
+from coreinfer_jax.training.corpus import read_text
+
+FILES = ("stories.txt", "prose.txt")
+# 256 tokens of each document, as many as training read at a time.
+TEXTS = Texts(prompt_tokens=(191,), continuation=64)
+
+
+def write(texts: Path) -> dict[str, Any]:
+    """Calibrate both models on what they were trained on, without a bound, and write the results into the package."""
+    documents = tuple(document for file in FILES for document in read_text(texts / file).documents)
+    return environment() | {"models": {name: _model(name, documents) for name in ("opt", "llama")}}
+
+
+def _model(name: str, documents: tuple[str, ...]) -> dict[str, Any]:
+    params, tokenizer = ci.load(f"embedded:{name}", "float32")
+    assert tokenizer is not None, "the embedded models have tokenizers"
+    found = calibrate(params, tokenizer, Documents(" and ".join(FILES), "", documents), texts=TEXTS)
+    path = model_path(f"embedded:{name}")
+    write_calibration(path, stored_fingerprint(*open_model(path)), found.calibration, found.facts)
+    return found.facts

@@ -1,0 +1,57 @@
+"""`coreinfer calibrate`."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from coreinfer_jax.checkpoint.calibration import CALIBRATION, write_calibration
+from coreinfer_jax.checkpoint.embedded import PREFIX
+from coreinfer_jax.checkpoint.files import to_path
+from coreinfer_jax.checkpoint.loading import open_model, stored_fingerprint
+from coreinfer_jax.cli import options as shared
+from coreinfer_jax.cli.eval import table
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.evaluation.calibrate import Bound, calibrate
+from coreinfer_jax.text.documents import read_documents
+
+HELP = "find the cheapest setting for a model that meets a bound on your texts"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    shared.add_model(parser)
+    shared.add_documents(parser)
+    parser.add_argument(
+        "--max-kl", type=float, metavar="NATS", help="per token, from the full model; its upper 95 %% end"
+    )
+    parser.add_argument(
+        "--min-agreement",
+        type=float,
+        metavar="SHARE",
+        help="of tokens with the full model's choice; its lower 95 %% end",
+    )
+    shared.add_texts(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    bound, texts = Bound(options.max_kl, options.min_agreement), shared.texts(options)
+    if options.model.startswith(PREFIX):
+        raise CoreInferError(
+            f"{options.model}: is calibrated, and part of the package; convert it to a directory to calibrate that"
+        )
+    directory = to_path(options.model)
+    documents = read_documents(to_path(options.data), options.text_column)
+    params, tokenizer = shared.load_model(options)
+    found = calibrate(params, tokenizer, documents, bound, texts)
+    write_calibration(directory, stored_fingerprint(*open_model(directory)), found.calibration, found.facts)
+    core = found.calibration.core
+    if options.json:
+        settings = None if core is None else asdict(core)
+        print(json.dumps({"model": options.model, "core": settings, "facts": found.facts, "settings": found.results}))
+        return
+    if found.results:
+        print(table(found.results))
+    chosen = "no keep ratio meets the bound: all neurons" if core is None else f"keep {core.beta:g}"
+    print(f"{chosen}; written to {directory / CALIBRATION}")

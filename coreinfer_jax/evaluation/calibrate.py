@@ -1,0 +1,118 @@
+"""`calibrate`: a prior from texts like those to come, and the cheapest setting that meets a bound on others of them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from numbers import Real
+from typing import Any
+
+from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.core.compact import check_dense
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.evaluation.measure import Setting, collect
+from coreinfer_jax.evaluation.run import PRIOR_TEXTS, Texts, check_settings, compare
+from coreinfer_jax.params import Calibration, Params
+from coreinfer_jax.text import Tokenizer
+from coreinfer_jax.text.corpus import Corpus
+from coreinfer_jax.text.documents import Documents
+
+RULE = "contribution"
+# Keep ratios to choose from, the cheapest first.
+KEEPS = tuple(round(0.05 * step, 2) for step in range(2, 20))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a setting may cost: the 95 % interval of each mean must lie within.
+
+    Attributes:
+        max_kl: KL divergence from the full model, nats per token; None for any.
+        min_agreement: share of tokens with the full model's most probable one; None for any.
+
+    Raises:
+        CoreInferError: a bound outside its range.
+    """
+
+    max_kl: float | None = None
+    min_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_kl is not None and not (isinstance(self.max_kl, Real) and self.max_kl > 0):
+            raise CoreInferError(f"max_kl={shown(self.max_kl)}: give nats per token, above 0")
+        agreement = self.min_agreement
+        if agreement is not None and not (isinstance(agreement, Real) and 0 < agreement <= 1):
+            raise CoreInferError(f"min_agreement={shown(agreement)}: give a share of tokens, above 0 and at most 1")
+
+    def is_met(self, result: dict[str, Any]) -> bool:
+        """Whether one setting's result, of `evaluate`, lies within."""
+        near = self.max_kl is None or result["kl"]["ci95"][1] <= self.max_kl
+        return near and (self.min_agreement is None or result["agreement"]["ci95"][0] >= self.min_agreement)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What `calibrate` found.
+
+    Attributes:
+        calibration: for `Params.calibration`.
+        facts: texts, bound and whether it is met.
+        results: of every keep ratio that was tried, as `evaluate` gives them; empty where there was no bound.
+    """
+
+    calibration: Calibration
+    facts: dict[str, Any]
+    results: list[dict[str, Any]]
+
+
+def calibrate(
+    params: Params,
+    tokenizer: Tokenizer,
+    documents: Documents,
+    bound: Bound = Bound(),
+    texts: Texts = Texts(),
+) -> Calibrated:
+    """Learn what a model's neurons do on texts, and how many of them are needed.
+
+    One half of the documents gives the prior. On the other half every keep ratio from 0.1 to 0.95 is evaluated as
+    decoding would use it, and the smallest that meets the bound after prompts of each length is taken.
+
+    Args:
+        params: dense weights.
+        tokenizer: of the model.
+        documents: texts like those to come.
+        bound: what a setting may cost; without one `CoreConfig()` is taken.
+        texts: which of them, and how much.
+
+    Returns:
+        `Calibrated`; its `calibration.core` is None, all neurons, where no keep ratio meets the bound.
+
+    Raises:
+        CoreInferError: texts that are too few or too short, sizes that do not fit the model, activations or logits
+            that are NaN or infinite.
+    """
+    check_dense(params)
+    default = CoreConfig()
+    settings = [Setting(RULE, keep, default.compensation, default.prior_tokens) for keep in KEEPS]
+    check_settings(params.config, settings, texts, default.alpha)
+    corpus = Corpus(documents, tokenizer, texts.seed)
+    known, held_out = corpus.select(texts.tokens, PRIOR_TEXTS, half=0), corpus.select(texts.tokens, texts.texts, half=1)
+    prior = collect(params, known.rows, rules=(RULE,))
+    bounded = bound != Bound()
+    results = compare(params, held_out, settings, texts, alpha=default.alpha, prior=prior) if bounded else []
+    core = _cheapest(results, bound) if bounded else default
+    facts = {
+        "data": documents.name,
+        "prior_texts": len(known.rows),
+        "prior_tokens": int(known.rows.size),
+        "texts": asdict(texts) | {"texts": len(held_out.rows)},
+        "bound": asdict(bound),
+        "met": core is not None,
+    }
+    return Calibrated(Calibration(tuple(layer[RULE] for layer in prior), core), facts, results)
+
+
+def _cheapest(results: Sequence[dict[str, Any]], bound: Bound) -> CoreConfig | None:
+    """The smallest keep ratio that meets the bound at every prompt length."""
+    for keep in KEEPS:
+        if all(bound.is_met(result) for result in results if result["keep"] == keep):
+            return CoreConfig(beta=keep)
+    return None
