@@ -66,8 +66,8 @@ def prefill(
     voting: Voting | None,
     *,
     voted: tuple[int, ...],
-) -> tuple[DecodeState, list[Votes]]:
-    """Read prompts, add the votes of layers `voted`, draw the next token from the full model's logits.
+) -> tuple[DecodeState, list[Votes], Array]:
+    """Read prompts, add the votes of layers `voted`, draw the next token from the full model's logits [B, V].
 
     Args:
         params: dense weights.
@@ -94,7 +94,7 @@ def prefill(
         finite=jnp.isfinite(logits).all(),
     )
     new = [layer_votes for l in voted if (layer_votes := observed[l]) is not None]
-    return state, jax.tree.map(jnp.add, votes, new)
+    return state, jax.tree.map(jnp.add, votes, new), logits
 
 
 # Loop-invariant code motion is off because on CPU it hoists float32 copies of bfloat16 weights out of the loop, a

@@ -116,6 +116,20 @@ def make_request(
     prompts = pad_prompts(tokens, params.config)
     cached = past.read if past else 0
     check_length(cached + int(prompts.lengths.max()), max_new_tokens, params.config)
+    return request_of(params, prompts, core, groups, max_new_tokens, sampling, past)
+
+
+def request_of(
+    params: Params,
+    prompts: Prompts,
+    core: Core,
+    groups: Groups | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    past: Past | None = None,
+) -> Request:
+    """The request for prompts that fit, with room for 0 or more new tokens after the longest; all else is checked."""
+    cached = past.read if past else 0
     if core is not None and not isinstance(core, CoreConfig | CoreNeurons):
         raise CoreInferError(f"core={shown(core)}: give CoreConfig, CoreNeurons, or None for all neurons")
     if isinstance(core, CoreNeurons):

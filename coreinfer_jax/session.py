@@ -5,11 +5,12 @@ runs on narrowed weights, several tokens per dispatch, through one compiled prog
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import jax
 import numpy as np
+from jax import Array
 
 from coreinfer_jax.cache import KVCache, init_cache, with_capacity
 from coreinfer_jax.core.neurons import CoreNeurons
@@ -24,12 +25,32 @@ from coreinfer_jax.results import Chunk, Stats
 STREAM_CHUNK = 8
 
 
+@dataclass(frozen=True)
+class Begun:
+    """All there is before the first token.
+
+    Attributes:
+        state: of the first token, drawn but not yet read.
+        logits: float32 [B, V], the full model's, that it was drawn from.
+        votes: of each voted layer.
+        predicted: the core neurons.
+        stats: the costs so far.
+    """
+
+    state: DecodeState
+    logits: Array
+    votes: list[Votes]
+    predicted: Predicted
+    stats: Stats
+
+
 def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past]]:
     """Chunks of new tokens, each with what the full model has read, for a later request of a single row to go on from.
 
     A `Past` dies when the next chunk is asked for: its cache is donated.
     """
-    state, votes, predicted, stats = _begin(request)
+    begun = begin(request)
+    state, votes, predicted, stats = begun.state, begun.votes, begun.predicted, begun.stats
     used, read = predicted.core, stats.prompt_tokens[0]
     # Copies: on a CPU asarray would share the memory that the next dispatch is given to overwrite.
     lengths = np.array(state.length)
@@ -63,8 +84,8 @@ def _is_complete(request: Request, state: DecodeState, made: int) -> bool:
     return made >= request.max_new_tokens or bool(np.array(state.done).all())
 
 
-def _begin(request: Request) -> tuple[DecodeState, list[Votes], Predicted, Stats]:
-    """Prefill and select: all there is before the first token, and the costs so far."""
+def begin(request: Request) -> Begun:
+    """Prefill and select."""
     params, prompts, cached, capacity = request.params, request.prompts, request.cached, request.capacity
     rows, lengths = len(prompts.lengths), cached + prompts.lengths
     began = perf_counter()
@@ -75,7 +96,7 @@ def _begin(request: Request) -> tuple[DecodeState, list[Votes], Predicted, Stats
     else:
         check_alive(request.past)  # another request may have gone on from it since
         cache, votes = with_capacity(request.past.cache, capacity), request.past.votes
-    state, votes = prefill(
+    state, votes, logits = prefill(
         params,
         prompts.tokens,
         prompts.lengths,
@@ -108,7 +129,7 @@ def _begin(request: Request) -> tuple[DecodeState, list[Votes], Predicted, Stats
         decode_steps=0,
         bytes_read_per_token=bytes_read_per_token(narrowed, state.cache),
     )
-    return state, votes, predicted, stats
+    return Begun(state, logits, votes, predicted, stats)
 
 
 def _predicted(request: Request, votes: list[Votes]) -> Predicted:
