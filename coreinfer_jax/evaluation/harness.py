@@ -158,8 +158,8 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Score]:
         scores = self._score([(context, continuation) for _, context, continuation in requests], self._core)
-        for (texts, _, _), score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, score)
+        for request, score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], score)
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -174,8 +174,8 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
         windows = [self._windows(self.tok_encode(text)) for text in texts]
         totals = [0.0] * len(texts)
         for kind, core in enumerate((None, self._core)):
-            owned = [(i, pair) for i, kinds in enumerate(windows) for pair in kinds[kind]]
-            for (i, _), (logprob, _) in zip(owned, self._score([pair for _, pair in owned], core), strict=True):
+            pairs = [(i, pair) for i, own in enumerate(windows) for pair in own[kind]]
+            for (i, _), (logprob, _) in zip(pairs, self._score([pair for _, pair in pairs], core), strict=True):
                 totals[i] += logprob
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)

@@ -62,7 +62,9 @@ class TransformersTokenizer:
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], begin_answer: bool) -> str:
         """See `Tokenizer.render_chat`."""
-        return str(apply_template(self._tokenizer, messages, self._directory, tokenize=False, begin_answer=begin_answer))
+        return str(
+            apply_template(self._tokenizer, messages, self._directory, tokenize=False, begin_answer=begin_answer)
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
