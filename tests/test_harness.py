@@ -140,6 +140,14 @@ def test_batches_change_nothing_and_order_is_kept(core):
             )
 
 
+def test_contexts_that_were_too_long_are_counted():
+    lm = ours(batch_size=2)
+    lm.loglikelihood(requests("loglikelihood", *PAIRS))
+    assert lm.truncated == 1
+    lm.generate_until(requests("generate_until", (TALE, UNTIL), (TALE * 70, UNTIL)))
+    assert lm.truncated == 2
+
+
 def test_generated_text_is_that_of_generate():
     params, tokenizer = load("embedded:opt", "float32")
     prompt = tokenizer.encode(TALE)
@@ -331,6 +339,7 @@ def test_tasks_run_dense_and_narrowed(tmp_path, capsys, monkeypatch):
     assert [own["core"] and own["core"]["beta"] for own in found["settings"]] == [None, 0.3, 0.6]
     assert (found["model"], found["limit"], found["num_fewshot"]) == ("embedded:opt", 2, 1)
     for own in found["settings"]:
+        assert own["truncated"] == 0
         assert set(own["scores"]["local_story_cloze"]) == {"acc", "acc_norm"}
         assert all(
             "value" in metric and "stderr" in metric for task in own["scores"].values() for metric in task.values()

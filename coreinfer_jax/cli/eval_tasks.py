@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +47,13 @@ def run(options: argparse.Namespace, preset: CoreConfig) -> None:
         seed=options.seed,
     )
     print(json.dumps(results) if options.json else shared.table(_rows(results)))
+    truncated = results["settings"][0]["truncated"]
+    if truncated:
+        print(
+            f"[{truncated} requests exceed the model's {params.config.max_positions} positions: "
+            "their contexts lost their first tokens]",
+            file=sys.stderr,
+        )
 
 
 def _cores(options: argparse.Namespace, preset: CoreConfig) -> list[CoreConfig]:

@@ -71,6 +71,9 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
         name: of the model, in results.
         seed: for tasks that draw tokens; what is drawn depends on the rows of a batch.
 
+    Attributes:
+        truncated: contexts so far that were too long for the model and lost their first tokens.
+
     Raises:
         CoreInferError: a batch size below 1, or a `core` by which rows of one batch would depend on each other.
     """
@@ -94,6 +97,7 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
         self._params, self._text, self._core, self._groups = params, tokenizer, core, groups
         self._batch_size, self._name, self._seed = batch_size, name, seed
         self._start = tokenizer.encode("")  # what a text begins with: BOS or nothing
+        self.truncated = 0
 
     @property
     def max_length(self) -> int:
@@ -215,7 +219,11 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
                 f"a continuation of {len(continuation)} tokens: 1 to {self.max_length} can be scored; "
                 "take another task, or a model with more positions"
             )
-        return context[-(self.max_length + 1 - len(continuation)) :], continuation
+        return self._last(context, self.max_length + 1 - len(continuation)), continuation
+
+    def _last(self, context: list[int], room: int) -> list[int]:
+        self.truncated += len(context) > room
+        return context[-room:]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Per (context, settings): the text that `generate` adds, cut before the first of the texts `until`.
@@ -255,7 +263,7 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
                 f"max_gen_toks={wanted.new_tokens}: leaves no room for a context in the model's {self.max_length} "
                 "positions; take a model with more, or a task that asks for fewer"
             )
-        return (self.tok_encode(context) or [self.prefix_token_id])[-room:]
+        return self._last(self.tok_encode(context) or [self.prefix_token_id], room)
 
     def _generate(self, prompts: list[list[int]], wanted: Wanted) -> list[str]:
         eos_ids = {*self._params.config.eos_ids}

@@ -125,7 +125,8 @@ def evaluate_tasks(
 
     Returns:
         The configuration; per task `tasks` with `version`, `num_fewshot` and the number of `documents`; per choice
-        `settings` with `core` and `scores`, task to metric to `value` and `stderr` (None where there is none).
+        `settings` with `core`, `truncated` (requests whose context exceeds the model's positions and lost its first
+        tokens) and `scores`, task to metric to `value` and `stderr` (None where there is none).
 
     Raises:
         CoreInferError: a batch size below 1, a model without a chat template if `chat`; what `CoreInferLM` refuses.
@@ -138,7 +139,8 @@ def evaluate_tasks(
         found = tasks.run(adapter, chat=chat, seed=seed)
         about = {name: _about(name, found) for name in found["n-samples"]}
         scores = {name: _metrics(own) for name, own in found["results"].items() if name in about}
-        settings.append({"core": None if core is None else asdict(core), "scores": scores})
+        chosen = None if core is None else asdict(core)
+        settings.append({"core": chosen, "truncated": adapter.truncated, "scores": scores})
     return {
         "model": model,
         "dtype": str(params.token_embedding.dtype),
