@@ -72,7 +72,7 @@ def score_continuations(
     )
     begun = begin(request)
     tokens = rest.tokens[:, : bucket(int(rest.lengths.max()), LEAST_CONTINUATION)]
-    weights = begun.predicted.weights(params)
+    weights = begun.predicted.weights(request.params)
     read = _read(weights, begun.state.cache, begun.state.position, begun.logits, tokens)
     logprobs, is_best = (
         tuple(row[:length] for row, length in zip(np.array(rows), rest.lengths, strict=True)) for rows in read
