@@ -3,6 +3,7 @@
 from coreinfer_jax.checkpoint import convert, load
 from coreinfer_jax.clustering import build_clusters, import_published, inspect_clusters, load_clusters
 from coreinfer_jax.config import CoreConfig, ModelConfig, Rope
+from coreinfer_jax.continuation import Scores, score_continuations
 from coreinfer_jax.conversation import Conversation, converse
 from coreinfer_jax.core.compact import compact
 from coreinfer_jax.core.groups import Clusters, Groups, prepare_groups
@@ -30,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "Params",
     "Rope",
+    "Scores",
     "Stats",
     "build_clusters",
     "compact",
@@ -43,6 +45,7 @@ __all__ = [
     "load_clusters",
     "prepare_groups",
     "read_documents",
+    "score_continuations",
     "select_core_neurons",
     "stream",
 ]

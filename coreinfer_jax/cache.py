@@ -88,6 +88,6 @@ def _write_slots(past: Array, new: Array, positions: Array) -> Array:
     return past
 
 
-def bucket(length: int) -> int:
-    """The next power of two, at least 64: programs are compiled per bucket and not per length."""
-    return max(MIN_BUCKET, 1 << (length - 1).bit_length())
+def bucket(length: int, least: int = MIN_BUCKET) -> int:
+    """The next power of two, at least `least`: programs are compiled per bucket and not per length."""
+    return max(least, 1 << (length - 1).bit_length())

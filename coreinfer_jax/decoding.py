@@ -68,8 +68,8 @@ def prefill(
     *,
     voted: tuple[int, ...],
     rule: RuleName,
-) -> tuple[DecodeState, list[Sums]]:
-    """Read prompts, add the sums of layers `voted`, draw the next token from the full model's logits.
+) -> tuple[DecodeState, list[Sums], Array]:
+    """Read prompts, add the sums of layers `voted`, draw the next token from the full model's logits [B, V].
 
     Args:
         params: dense weights.
@@ -101,7 +101,7 @@ def prefill(
         step=jnp.int32(1),
         finite=jnp.isfinite(logits).all(),
     )
-    return state, jax.tree.map(jnp.add, sums, [observed[l] for l in voted])
+    return state, jax.tree.map(jnp.add, sums, [observed[l] for l in voted]), logits
 
 
 # Loop-invariant code motion is off because on CPU it hoists float32 copies of bfloat16 weights out of the loop, a

@@ -122,7 +122,20 @@ def make_request(
     prompts = pad_prompts(tokens, params.config)
     cached = past.read if past else 0
     check_length(cached + int(prompts.lengths.max()), max_new_tokens, params.config)
-    core = resolved(params, core)
+    return request_of(params, prompts, resolved(params, core), groups, max_new_tokens, sampling, past)
+
+
+def request_of(
+    params: Params,
+    prompts: Prompts,
+    core: Core,
+    groups: Groups | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    past: Past | None = None,
+) -> Request:
+    """The request for prompts that fit, with room for 0 or more new tokens after the longest; all else is checked."""
+    cached = past.read if past else 0
     if isinstance(core, CoreNeurons):
         core.check(params.config)
         core.check_rows(len(prompts.lengths))

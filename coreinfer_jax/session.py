@@ -5,11 +5,12 @@ Every pass after that runs on narrowed weights, several tokens per dispatch, thr
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import jax
 import numpy as np
+from jax import Array
 
 from coreinfer_jax.cache import KVCache, init_cache, with_capacity
 from coreinfer_jax.config import CoreConfig
@@ -25,12 +26,32 @@ from coreinfer_jax.results import Chunk, Stats
 STREAM_CHUNK = 8
 
 
+@dataclass(frozen=True)
+class Begun:
+    """All there is before the first token.
+
+    Attributes:
+        state: of the first token, drawn but not yet read.
+        logits: float32 [B, V], the full model's, that it was drawn from.
+        sums: of each voted layer, over the prompts.
+        predicted: the core neurons.
+        stats: the costs so far.
+    """
+
+    state: DecodeState
+    logits: Array
+    sums: list[Sums]
+    predicted: Predicted
+    stats: Stats
+
+
 def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past]]:
     """Chunks of new tokens, each with what the full model has read, for a later request of a single row to go on from.
 
     A `Past` dies when the next chunk is asked for: its cache is donated.
     """
-    state, sums, predicted, stats = _begin(request)
+    begun = begin(request)
+    state, sums, predicted, stats = begun.state, begun.sums, begun.predicted, begun.stats
     used, read = predicted.core, stats.prompt_tokens[0]
     # Copies: on a CPU asarray would share the memory that the next dispatch is given to overwrite.
     lengths = np.array(state.length)
@@ -64,8 +85,8 @@ def _is_complete(request: Request, state: DecodeState, made: int) -> bool:
     return made >= request.max_new_tokens or bool(np.array(state.done).all())
 
 
-def _begin(request: Request) -> tuple[DecodeState, list[Sums], Predicted, Stats]:
-    """Prefill and select: all there is before the first token, and the costs so far."""
+def begin(request: Request) -> Begun:
+    """Prefill and select."""
     params, prompts, cached, capacity = request.params, request.prompts, request.cached, request.capacity
     rows, lengths = len(prompts.lengths), cached + prompts.lengths
     rule = request.core.ranking if isinstance(request.core, CoreConfig) else "votes"
@@ -77,7 +98,7 @@ def _begin(request: Request) -> tuple[DecodeState, list[Sums], Predicted, Stats]
     else:
         check_alive(request.past)  # another request may have gone on from it since
         cache, sums = with_capacity(request.past.cache, capacity), request.past.sums
-    state, sums = prefill(
+    state, sums, logits = prefill(
         params,
         prompts.tokens,
         prompts.lengths,
@@ -111,7 +132,7 @@ def _begin(request: Request) -> tuple[DecodeState, list[Sums], Predicted, Stats]
         decode_steps=0,
         bytes_read_per_token=bytes_read_per_token(narrowed, state.cache),
     )
-    return state, sums, predicted, stats
+    return Begun(state, logits, sums, predicted, stats)
 
 
 def _predicted(request: Request, sums: list[Sums]) -> Predicted:

@@ -157,3 +157,14 @@ def test_malformed_templates(request, source, template):
     write_template(directory, template, "tokenizer_config.json")
     with pytest.raises(ci.CoreInferError, match=str(directory)):
         load_tokenizer(directory).encode_chat(HI)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama2"])
+def test_the_text_of_a_conversation(kind, request):
+    directory = request.getfixturevalue(kind)
+    write_template(directory, CHATML, "tokenizer_config.json")
+    tokenizer = load_tokenizer(directory)
+    said = "<|im_start|>user\nhi<|im_end|>\n"
+    assert tokenizer.render_chat(HI, begin_answer=True) == f"{said}<|im_start|>assistant\n"
+    begun = [*HI, {"role": "assistant", "content": "Well"}]
+    assert tokenizer.render_chat(begun, begin_answer=False) == f"{said}<|im_start|>assistant\nWell"

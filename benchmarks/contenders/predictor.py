@@ -86,7 +86,7 @@ def _generate(
     cache = init_cache(config, 1, bucket(trial.prompt_tokens + trial.new_tokens), jnp.dtype(trial.dtype))
     length = np.full(1, trial.prompt_tokens, np.int32)
     sampling = make_sampling(config, 0.0, None, None, (), None)
-    state, _ = prefill(
+    state, _, _ = prefill(
         params,
         random_prompts(config, 1, trial.prompt_tokens),
         length,

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from coreinfer_jax.checkpoint.files import to_path
+from coreinfer_jax.cli import eval_tasks
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.rules import RULES
@@ -15,14 +17,26 @@ from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
 from coreinfer_jax.evaluation.run import check_settings, evaluate, read_prior
 from coreinfer_jax.text.documents import read_documents
 
-HELP = "measure what core neurons cost in quality on texts of your own"
+HELP = "measure what core neurons cost in quality, on texts of your own or on tasks"
 PRESETS = {"paper": CoreConfig.paper(), "default": CoreConfig()}
+
+
+# Options that say something of texts only.
+OF_TEXTS = (
+    "text_column",
+    "prior",
+    "prompt_tokens",
+    "continuation",
+    "texts",
+    "switched",
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     shared.add_model(parser)
-    shared.add_documents(parser)
+    shared.add_documents(parser, required=False)
+    eval_tasks.add_options(parser)
     parser.add_argument("--preset", choices=PRESETS, default="default", help="what is not named (default %(default)s)")
     parser.add_argument(
         "--rule", nargs="+", choices=(*RULES, *PER_TOKEN), metavar="RULE", help=", ".join((*RULES, *PER_TOKEN))
@@ -46,11 +60,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     shared.add_texts(parser)
     parser.add_argument("--switched", action="store_true", help="go on with the continuation of another text")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.set_defaults(run=_run)
+    one_sided = (*OF_TEXTS, *eval_tasks.OF_TASKS)
+    parser.set_defaults(run=_run, usual={name: parser.get_default(name) for name in one_sided})
 
 
 def _run(options: argparse.Namespace) -> None:
     preset = PRESETS[options.preset]
+    if (options.data is None) == (options.tasks is None):
+        raise CoreInferError("eval: give --data FILE, with texts of your own, or --tasks NAME ..., and not both")
+    if options.tasks is not None:
+        _refuse(options, OF_TEXTS, "--data")
+        eval_tasks.run(options, preset)
+        return
+    _refuse(options, eval_tasks.OF_TASKS, "--tasks")
     texts = replace(shared.texts(options), switched=options.switched)
     alpha = preset.alpha if options.alpha is None else options.alpha
     documents = read_documents(to_path(options.data), options.text_column)
@@ -68,6 +90,13 @@ def _run(options: argparse.Namespace) -> None:
         print(json.dumps({"model": options.model, "data": documents.name, "alpha": alpha, "settings": results}))
     else:
         print(table(results))
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], other: str) -> None:
+    """Refuse options that would change nothing."""
+    for name in names:
+        if getattr(options, name) != options.usual[name]:
+            raise CoreInferError(f"--{name.replace('_', '-')}: only says something of {other}; leave it out")
 
 
 def _settings(options: argparse.Namespace, preset: CoreConfig, calibrated: bool) -> list[Setting]:
@@ -91,19 +120,20 @@ def _settings(options: argparse.Namespace, preset: CoreConfig, calibrated: bool)
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results for a terminal."""
-    head = ["prompt", "rule", "kept", "KL, nats", "agreement", "perplexity", "all neurons"]
+    head = ["prompt", "rule", "of mean", "prior", "kept", "KL, nats", "agreement", "perplexity", "all neurons"]
     rows = [head] + [
         [
             str(r["prompt_tokens"]),
             r["rule"],
+            f"{r['compensation']:g}",
+            f"{r['prior_tokens']:g}",
             f"{r['keep']:g}",
             *(_shown(r[name], digits) for name, digits in (("kl", 3), ("agreement", 3), ("perplexity", 2))),
             f"{r['dense_perplexity']['mean']:.2f}",
         ]
         for r in results
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return shared.table(rows)
 
 
 def _shown(value: dict[str, Any], digits: int) -> str:

@@ -1,6 +1,7 @@
 """Options that several subcommands take, and what they mean."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,11 +48,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the fastest there is")
 
 
-def add_documents(parser: argparse.ArgumentParser) -> None:
+def add_documents(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Which texts."""
     parser.add_argument(
         "--data",
-        required=True,
+        required=required,
         metavar="FILE",
         help="text: one document per line or ended by <|endoftext|>; jsonl, csv",
     )
@@ -131,6 +132,12 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens
     parser.add_argument("--top-p", type=float, metavar="P", help=usual)
     parser.add_argument("--seed", type=int, help="for temperatures above 0 (default 0)", default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """`rows` for a terminal, columns one under the other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def column(value: str) -> str | int:

@@ -45,6 +45,18 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def render_chat(self, messages: Sequence[Mapping[str, str]], begin_answer: bool) -> str:
+        """The text whose ids `encode_chat` gives.
+
+        Args:
+            messages: as there.
+            begin_answer: whether an answer begins after the last message; otherwise that one is left open, to go on.
+
+        Raises:
+            CoreInferError: as `encode_chat`.
+        """
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out.
 

@@ -75,8 +75,11 @@ class SentencePieceTokenizer:
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """See `Tokenizer.encode_chat`."""
-        text = render_chat(self._template, self._named, messages, self._directory)
-        return self._encode(text, self._chat_tokens, [])
+        return self._encode(self.render_chat(messages, begin_answer=True), self._chat_tokens, [])
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], begin_answer: bool) -> str:
+        """See `Tokenizer.render_chat`."""
+        return render_chat(self._template, self._named, messages, self._directory, begin_answer)
 
     def _encode(self, text: str, tokens: Mapping[str, AddedToken], start: Sequence[int]) -> list[int]:
         """Ids `start` and those of `text`, where the strings `tokens` stand for themselves."""

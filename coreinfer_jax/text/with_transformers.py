@@ -60,6 +60,12 @@ class TransformersTokenizer:
         """See `Tokenizer.encode_chat`."""
         return [int(i) for i in apply_template(self._tokenizer, messages, self._directory, tokenize=True)]
 
+    def render_chat(self, messages: Sequence[Mapping[str, str]], begin_answer: bool) -> str:
+        """See `Tokenizer.render_chat`."""
+        return str(
+            apply_template(self._tokenizer, messages, self._directory, tokenize=False, begin_answer=begin_answer)
+        )
+
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
         ids = [i for i in ids if 0 <= i < 2**32]  # others overflow; ids that are no token decode to nothing
@@ -71,8 +77,17 @@ class TransformersTokenizer:
         return str(self._backend.decoder.decode(list(_join_bytes(token for token in tokens if token is not None))))
 
 
-def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], directory: Path, *, tokenize: bool) -> Any:
-    """What `tokenizer`'s chat template makes of a conversation, the generation prompt included: ids, or text.
+def apply_template(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    directory: Path,
+    *,
+    tokenize: bool,
+    begin_answer: bool = True,
+) -> Any:
+    """What `tokenizer`'s chat template makes of a conversation: ids, or text.
+
+    Unless `begin_answer`, for which the generation prompt is added, the last message is left open.
 
     Raises:
         CoreInferError: no template, or one that rejects the conversation.
@@ -86,7 +101,8 @@ def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], direct
             return tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=tokenize,
-                add_generation_prompt=True,
+                add_generation_prompt=begin_answer,
+                continue_final_message=not begin_answer,
                 return_dict=False,
                 tokenizer_kwargs={"verbose": False},
             )
@@ -98,7 +114,11 @@ def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], direct
 
 
 def render_chat(
-    template: object, named: Mapping[str, str], messages: Sequence[Mapping[str, str]], directory: Path
+    template: object,
+    named: Mapping[str, str],
+    messages: Sequence[Mapping[str, str]],
+    directory: Path,
+    begin_answer: bool,
 ) -> str:
     """The text of a conversation by a chat `template` that may use the special tokens `named`.
 
@@ -113,7 +133,7 @@ def render_chat(
         tokenizer = base(chat_template=template, **named)
     except Exception as error:
         raise CoreInferError(f"{directory}: its chat template is malformed; download the tokenizer again") from error
-    return str(apply_template(tokenizer, messages, directory, tokenize=False))
+    return str(apply_template(tokenizer, messages, directory, tokenize=False, begin_answer=begin_answer))
 
 
 def _open(directory: Path) -> Any:

@@ -1,0 +1,89 @@
+"""`coreinfer eval --tasks`: what core neurons cost on tasks of lm-evaluation-harness."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+from coreinfer_jax.cli import options as shared
+from coreinfer_jax.config import CoreConfig
+
+# Options that say something of tasks only.
+OF_TASKS = ("task_data", "limit", "num_fewshot", "batch_size", "chat")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which tasks, and how much of them."""
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="NAME", help="of lm-evaluation-harness ('.[lm-eval]'), in place of --data"
+    )
+    parser.add_argument(
+        "--task-data", nargs="+", default=[], metavar="DIR", help="directories with the files of tasks named local_*"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="documents per task, at most (default: all)")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each (default: as a task says)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="rows at a time (%(default)s)")
+    parser.add_argument("--chat", action="store_true", help="put contexts into the model's chat template")
+
+
+def run(options: argparse.Namespace, preset: CoreConfig) -> None:
+    """Run the tasks on the full model and at every keep ratio."""
+    cores = _cores(options, preset)
+    # Not before it is asked for: the import takes a second, and needs an extra.
+    from coreinfer_jax.evaluation.tasks.run import Tasks, evaluate_tasks
+
+    tasks = Tasks(options.tasks, options.task_data, limit=options.limit, num_fewshot=options.num_fewshot)
+    params, tokenizer = shared.load_model(options)
+    results = evaluate_tasks(
+        params,
+        tokenizer,
+        tasks,
+        [None, *cores],
+        model=options.model,
+        batch_size=options.batch_size,
+        chat=options.chat,
+        seed=options.seed,
+    )
+    print(json.dumps(results) if options.json else shared.table(_rows(results)))
+    truncated = results["settings"][0]["truncated"]
+    if truncated:
+        print(
+            f"[{truncated} requests exceed the model's {params.config.max_positions} positions: "
+            "their contexts lost their first tokens]",
+            file=sys.stderr,
+        )
+
+
+def _cores(options: argparse.Namespace, preset: CoreConfig) -> list[CoreConfig]:
+    """Every rule, compensation and keep ratio asked for."""
+    named = {name: value for name in ("alpha", "prior_tokens") if (value := getattr(options, name)) is not None}
+    if options.layers is not None:
+        named["layers"] = tuple(options.layers)
+    return [
+        replace(preset, rule=rule, compensation=compensation, beta=beta, **named)
+        for rule in options.rule or [preset.rule]
+        for compensation in options.compensation or [preset.compensation if rule == preset.rule else 0.0]
+        for beta in options.beta or [preset.beta]
+    ]
+
+
+def _rows(results: dict[str, Any]) -> list[list[str]]:
+    """A line per task and metric, a column per choice of core neurons."""
+    settings = results["settings"]
+    columns = [
+        "all neurons" if one["core"] is None else f"{one['core']['rule'] or 'keep'} {one['core']['beta']:g}"
+        for one in settings
+    ]
+    rows = [["task", "shots", "documents", "metric", *columns]]
+    for name, about in results["tasks"].items():
+        facts = [name, str(about["num_fewshot"]), str(about["documents"])]
+        rows += [
+            [*facts, metric, *(_shown(one["scores"][name][metric]) for one in settings)]
+            for metric in settings[0]["scores"][name]
+        ]
+    return rows
+
+
+def _shown(score: dict[str, float | None]) -> str:
+    return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" +- {score['stderr']:.4f}")
