@@ -14,6 +14,8 @@ PAGE = REPOSITORY / "docs" / "quality.md"
 PICTURE = PAGE.parent / "quality" / "rules.png"
 PAPER = ("votes", 0.0, 0.0, "context")
 RANDOM = ("random", 0.0, 0.0, "context")
+RECOMMENDED = ("contribution", 0.5, 0.0, "context")
+CALIBRATED = ("contribution", 0.5, 64.0, "context")
 PROMPT = 64
 Result = dict[str, Any]
 Key = tuple[str, float, float, str]
@@ -23,8 +25,8 @@ DRAWN: dict[Key, tuple[str, str, str]] = {
     RANDOM: ("0.6", ":", "x"),
     PAPER: ("k", "-", "o"),
     ("griffin", 0.0, 0.0, "context"): ("tab:orange", "--", "v"),
-    ("contribution", 0.5, 0.0, "context"): ("tab:blue", "--", "s"),
-    ("contribution", 0.5, 64.0, "context"): ("tab:blue", "-", "D"),
+    RECOMMENDED: ("tab:blue", "--", "s"),
+    CALIBRATED: ("tab:blue", "-", "D"),
     ("contribution", 0.5, 0.0, "continuation"): ("tab:green", "-.", "^"),
     ("token-norm", 0.0, 0.0, "context"): ("tab:red", "-.", "*"),
 }
@@ -65,7 +67,7 @@ def _settings(result: Result, prompt: int) -> dict[tuple[Key, float], Result]:
 def _by_rule(switched: bool) -> str:
     """Per model: the KL divergence of every variant at every keep ratio, and its share of the paper's rule's."""
     shown = newest() and not switched
-    parts = ["![KL divergence by share of neurons kept](quality/rules.png)"] if shown else []
+    parts = ["![KL divergence by bytes read per token](quality/rules.png)"] if shown else []
     for result in newest():
         if result["switched"] == switched:
             settings = _settings(result, PROMPT)
@@ -89,6 +91,20 @@ def _cell(settings: dict[tuple[Key, float], Result], key: Key, keep: float) -> s
 
 def _apart(one: Result, other: Result) -> bool:
     return one["ci95"][1] < other["ci95"][0] or other["ci95"][1] < one["ci95"][0]
+
+
+def summary() -> str:
+    """For the README: the paper's votes and what is recommended, without a calibration and with one."""
+    rows = [["model, keep", "the paper's votes", "recommended", "recommended, calibrated"]]
+    for result in newest():
+        if not result["switched"]:
+            settings = _settings(result, PROMPT)
+            for keep in sorted({keep for _, keep in settings}):
+                chosen = (settings[key, keep] for key in (PAPER, RECOMMENDED, CALIBRATED))
+                cells = (f"{s['kl']['mean']:.3f}, {s['agreement']['mean']:.0%}" for s in chosen)
+                rows.append([f"{result['model']}, {keep:g}", *cells])
+    told = f"Prompts of {PROMPT} tokens: KL divergence in nats per token, and tokens with the full model's choice"
+    return f"{markdown(rows)}\n\n{told}; {made_on(*newest())}"
 
 
 def _by_length() -> str:
@@ -129,14 +145,26 @@ def draw() -> None:
     figure.savefig(PICTURE, dpi=120)
 
 
+def megabytes(result: Result) -> dict[float, float]:
+    """Weights that a step reads, by keep ratio."""
+    read = {float(keep): size for keep, size in result["mlp_bytes_per_token"].items()}
+    widest = max(read)
+    others = result["bytes_per_token"] - read[widest] / widest
+    return {keep: (others + size) / 1e6 for keep, size in read.items()}
+
+
 def _draw_model(axes: "Axes", result: Result) -> None:
-    settings = _settings(result, PROMPT)
-    keeps = sorted({keep for _, keep in settings})
+    settings, read = _settings(result, PROMPT), megabytes(result)
+    keeps = sorted(read)
+    places = [read[keep] for keep in keeps]
     for key, (colour, line, marker) in DRAWN.items():
         kl = [settings[key, keep]["kl"] for keep in keeps]
         means = [value["mean"] for value in kl]
-        axes.plot(keeps, means, color=colour, linestyle=line, marker=marker, label=title(key))
+        axes.plot(places, means, color=colour, linestyle=line, marker=marker, label=title(key))
         low, high = zip(*(value["ci95"] for value in kl), strict=True)
-        axes.fill_between(keeps, low, high, color=colour, alpha=0.15)
-    axes.set(title=result["model"], xlabel="share of MLP neurons kept", yscale="log")
+        axes.fill_between(places, low, high, color=colour, alpha=0.15)
+    axes.set(title=result["model"], xlabel="MB of weights read per token", yscale="log")
+    kept = axes.secondary_xaxis("top")
+    kept.set_xticks(places, [f"{keep:.0%}" for keep in keeps])
+    kept.set_xlabel("neurons kept")
     axes.grid(alpha=0.3)

@@ -31,7 +31,7 @@ def current() -> dict[Path, str]:
     readme: dict[str, Callable[[], str]] = {name: partial(_of_newest, name, made) for name, made in TABLES.items()}
     card = {"figures": model_card.figures, "held-out": model_card.held_out}
     documents = (
-        (README, {**readme, "speed": performance.speed_summary}),
+        (README, {**readme, "speed": performance.speed_summary, "quality": quality_page.summary}),
         (model_card.CARD, card),
         (core_neurons.PAGE, core_neurons.tables()),
         (performance.PAGE, performance.sections()),
@@ -117,24 +117,26 @@ def _keep_ratio(result: dict[str, Any]) -> str:
     models = result["models"]
     columns = [(name, length) for name in models for length in models[name]["perplexity"]]
     keeps = list(next(iter(models.values()))["bytes_share"])
+    rules = [rule for rule in next(iter(models.values()))["perplexity"]["64"] if rule != "dense"]
     head = [f"embedded:{name}, {length}" for name, length in columns]
     rows = [f"| kept | weight bytes read | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
     for keep in reversed(keeps):
         shares = " / ".join(f"{models[name]['bytes_share'][keep]:.0%}" for name in models)
-        ratios = [_ratio(models[name]["perplexity"][length], keep) for name, length in columns]
+        ratios = [_ratios(models[name]["perplexity"][length], rules, keep) for name, length in columns]
         rows.append(f"| {float(keep):.0%} | {shares} | {' | '.join(ratios)} |")
     dense = [f"{models[name]['perplexity'][length]['dense']:.1f}" for name, length in columns]
     rows.insert(2, f"| all | 100% | {' | '.join(dense)} |")
     texts = ", ".join(f"{models[name]['texts']} ({name})" for name in models)
     what = (
         f"Perplexity of {result['continuation_tokens']} true next tokens: that of the full model, then how many times "
-        f"larger it is on core neurons chosen from a prompt of 16, 64 or 256 tokens; held-out texts: {texts}. "
+        f"larger it is on core neurons chosen from a prompt of 16, 64 or 256 tokens by {' and by '.join(rules)} (as "
+        f"recommended, with the calibration); held-out texts: {texts}. "
     )
     return "\n".join([*rows, "", what + made_on(result)])
 
 
-def _ratio(perplexity: dict[str, float], keep: str) -> str:
-    return f"x {perplexity[keep] / perplexity['dense']:.2f}"
+def _ratios(perplexity: dict[str, Any], rules: list[str], keep: str) -> str:
+    return ", ".join(f"x {perplexity[rule][keep] / perplexity['dense']:.2f}" for rule in rules)
 
 
 def _first_run(result: dict[str, Any]) -> str:

@@ -418,7 +418,8 @@ def quality_result(model, switched):
         for setting in quality.settings()
     ]
     made_on = {"hardware": "a machine", "versions": {}, "git_revision": "abc", "date": "today"}
-    sizes = {"texts": 9, "continuation": 64, "prior_texts": 5}
+    read = {str(keep): int(1e6 * keep) for keep in quality.KEEPS}
+    sizes = {"texts": 9, "continuation": 64, "prior_texts": 5, "bytes_per_token": 3e6, "mlp_bytes_per_token": read}
     return made_on | sizes | {"model": model, "switched": switched, "settings": settings}
 
 
@@ -433,11 +434,13 @@ def test_the_quality_page_compares_with_the_papers_votes_and_with_chance(monkeyp
     assert "no better than chance" not in rules
     assert "rules.png" in rules
     assert "rules.png" not in switched
-    assert "| energy, prior of 64 tokens, mean kept | " + " | ".join(["50%"] * 12) + " |" in lengths
+    assert "| contribution, prior of 64 tokens, 50% of the mean kept | " + " | ".join(["50%"] * 12) + " |" in lengths
     results[0]["settings"] = [
         s | {"kl": {"mean": 2.0, "ci95": [1.9, 2.1]}} if s["rule"] == "norm" else s for s in results[0]["settings"]
     ]
     assert quality_page.sections()["quality rules"]().count("(no better than chance)") == 4
+    assert "| tiny, 0.2 | 0.450, 50% | 0.225, 50% | 0.225, 50% |" in quality_page.summary()
+    assert quality_page.megabytes(results[0]) == pytest.approx({0.2: 2.2, 0.4: 2.4, 0.6: 2.6, 0.8: 2.8})
     quality_page.draw()
     assert (tmp_path / "rules.png").stat().st_size > 10_000
 

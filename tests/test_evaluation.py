@@ -9,10 +9,12 @@ import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.cache import init_cache
+from coreinfer_jax.checkpoint.calibration import CALIBRATION
 from coreinfer_jax.cli import main
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.core.rules import RULES, column_norms
 from coreinfer_jax.core.select import kept_neurons
+from coreinfer_jax.evaluation.free_running import core_of, departure, free_running, repetition
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Measured, Setting, collect, measure
 from coreinfer_jax.evaluation.run import Texts, evaluate, interval, perplexity, summary
 from coreinfer_jax.models import extend, observe_nothing, unembed
@@ -196,6 +198,41 @@ def test_a_switched_continuation_is_that_of_another_text():
     assert own["kl"] != other["kl"]
 
 
+def test_what_generate_writes_is_compared_with_the_full_models():
+    params = random_model(MODELS["opt"])
+    prompts = texts(params.config, rows=3, size=9)
+    setting = Setting("contribution", 0.3, 0.5)
+    full, narrowed, whole = free_running(params, prompts, [core_of(setting, 0.4), ci.CoreConfig(beta=1.0)], 12)
+    made = [
+        ci.generate(params, prompts, core, max_new_tokens=12, eos_ids=params.config.eos_ids)
+        for core in (None, ci.CoreConfig(beta=0.3))
+    ]
+    rows = [[row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)] for out in made]
+    pairs = [np.array([a[: len(b)], b[: len(a)]]) for a, b in zip(*rows, strict=True)]
+    common = [np.cumprod(pair[0] == pair[1]).sum() for pair in pairs]
+    assert narrowed["departure"]["mean"] == np.mean(common)
+    assert full["departure"]["mean"] == full["length"]["mean"] == np.mean([len(row) for row in rows[0]])
+    assert narrowed["length"]["mean"] == np.mean([len(row) for row in rows[1]])
+    assert whole == full
+    assert np.mean(common) < 12
+
+
+def test_phrases_of_four_tokens_count_when_they_come_again():
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repetition([7] * 10) == pytest.approx(6 / 7)
+    assert repetition([1, 2, 3]) == 0
+    assert departure([1, 2, 3], [1, 2, 4]) == 2
+    assert departure([1, 2], [1, 2, 4]) == 2
+
+
+def test_a_setting_generates_as_it_is_evaluated():
+    assert core_of(Setting("votes", 0.2), 0.4) == replace(ci.CoreConfig.paper(), prior_tokens=0.0)
+    assert core_of(Setting("votes-mean-budget", 0.2), 0.3).budget == "mean"
+    for setting in (Setting("token-norm", 0.2), Setting("energy", 0.2, known="continuation")):
+        with pytest.raises(ci.CoreInferError, match="neurons of its own"):
+            core_of(setting, 0.4)
+
+
 class Numbers:
     """A tokenizer of numbers with spaces between them."""
 
@@ -244,6 +281,27 @@ def test_the_command_reports_every_setting(tmp_path, capsys):
             assert low <= setting[name]["mean"] <= high
     assert main(arguments) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + 8
+    assert main([*arguments, "--generate", "6", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out.splitlines()[-1])["generated"]
+    assert [(one["prompt_tokens"], one["core"] and one["core"]["rule"]) for one in written] == [
+        (n, rule) for n in (8, 16) for rule in (None, "votes", "votes", "random", "random")
+    ]
+    assert written[0]["departure"]["mean"] == written[0]["length"]["mean"]
+    assert main([*arguments, "--generate", "6"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 8 + 1 + 1 + 10
+
+
+def test_the_default_is_what_generate_uses_and_the_paper_is_the_papers(tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(["Once upon a time there was a king who had a daughter and a garden. " * 4] * 2))
+    sizes = ["--prompt-tokens", "8", "--continuation", "8", "--texts", "2", "--json"]
+    found = {}
+    for preset in ("default", "paper"):
+        assert main(["eval", "--data", str(path), "--preset", preset, *sizes]) == 0
+        found[preset] = json.loads(capsys.readouterr().out.splitlines()[-1])["settings"][0]
+    keys = ("rule", "keep", "compensation", "prior_tokens")
+    assert [found["default"][key] for key in keys] == ["contribution", ci.CoreConfig().beta, 0.5, 64.0]
+    assert [found["paper"][key] for key in keys] == ["votes", 0.2, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +312,10 @@ def test_the_command_reports_every_setting(tmp_path, capsys):
         (["--prompt-tokens", "100000"], "exceed the model's"),
         (["--texts", "1"], "texts=1"),
         (["--alpha", "0"], "alpha=0"),
-        (["--prior-tokens", "5"], "give that too"),
+        (["--model", "{mine}", "--prior-tokens", "5"], "give that too"),
+        (["--generate", "100000"], "positions"),
+        (["--generate", "4", "--rule", "token-norm"], "neurons of its own"),
+        (["--compensation", "2"], "compensation=2"),
         (["--layers", "0.5", "0.2"], "layers="),
         (["--prompt-tokens", "64"], "texts of 129 tokens are needed"),
     ],
@@ -262,6 +323,10 @@ def test_the_command_reports_every_setting(tmp_path, capsys):
 def test_mistakes_get_one_line(tmp_path, capsys, arguments, said):
     path = tmp_path / "texts.txt"
     path.write_text("A short text.\nAnother one.\n")
+    if "{mine}" in arguments:  # one without a calibration
+        mine = ci.convert("embedded:opt", tmp_path / "mine")
+        (mine / CALIBRATION).unlink()
+        arguments = [argument.format(mine=mine) for argument in arguments]
     assert main(["eval", "--data", str(path), *arguments]) == 2
     error = capsys.readouterr().err.splitlines()
     assert said in error[-1]

@@ -3,18 +3,24 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
+
+import numpy as np
 
 from coreinfer_jax.checkpoint.files import to_path
 from coreinfer_jax.cli import eval_tasks
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.config import CoreConfig
-from coreinfer_jax.core.rules import RULES
+from coreinfer_jax.core.rules import RULES, Sums
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.calibrate import RULE as CALIBRATED
+from coreinfer_jax.evaluation.free_running import core_of, free_running
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
-from coreinfer_jax.evaluation.run import check_settings, evaluate, read_prior
+from coreinfer_jax.evaluation.run import Texts, check_settings, compare, read_prior
+from coreinfer_jax.inputs import check_length
+from coreinfer_jax.params import Calibration, Params
+from coreinfer_jax.text.corpus import Corpus
 from coreinfer_jax.text.documents import read_documents
 
 HELP = "measure what core neurons cost in quality, on texts of your own or on tasks"
@@ -29,6 +35,7 @@ OF_TEXTS = (
     "continuation",
     "texts",
     "switched",
+    "generate",
 )
 
 
@@ -59,6 +66,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prior-tokens", type=float, metavar="N", help="as how many tokens of the prompt (64)")
     shared.add_texts(parser)
     parser.add_argument("--switched", action="store_true", help="go on with the continuation of another text")
+    parser.add_argument(
+        "--generate", type=int, default=0, metavar="N", help="also let both models write N tokens after each context"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     one_sided = (*OF_TEXTS, *eval_tasks.OF_TASKS)
     parser.set_defaults(run=_run, usual={name: parser.get_default(name) for name in one_sided})
@@ -80,16 +90,24 @@ def _run(options: argparse.Namespace) -> None:
     params, tokenizer = shared.load_model(options)
     settings = _settings(options, preset, params.calibration is not None)
     check_settings(params.config, settings, texts, alpha)
+    cores = [core_of(setting, alpha) for setting in settings] if options.generate else []
+    if options.generate:
+        check_length(max(texts.prompt_tokens), options.generate, params.config)
     prior = None
     if corpus is not None:
         prior = read_prior(params, tokenizer, corpus, alpha=alpha, seed=options.seed)
     elif params.calibration is not None:
         prior = [{CALIBRATED: layer} for layer in params.calibration.prior]
-    results = evaluate(params, tokenizer, documents, settings, texts, alpha=alpha, prior=prior)
+    selection = Corpus(documents, tokenizer, texts.seed).select(texts.tokens, texts.texts)
+    results = compare(params, selection, settings, texts, alpha=alpha, prior=prior)
+    written = _written(_with_prior(params, prior), selection.rows, cores, texts, options.generate)
     if options.json:
-        print(json.dumps({"model": options.model, "data": documents.name, "alpha": alpha, "settings": results}))
-    else:
-        print(table(results))
+        found = {"model": options.model, "data": documents.name, "alpha": alpha, "settings": results}
+        print(json.dumps(found | ({"generated": written} if written else {})))
+        return
+    print(table(results))
+    if written:
+        print(f"\n{_table_of_written(written)}")
 
 
 def _refuse(options: argparse.Namespace, names: Sequence[str], other: str) -> None:
@@ -116,6 +134,42 @@ def _settings(options: argparse.Namespace, preset: CoreConfig, calibrated: bool)
         for compensation in options.compensation or [preset.compensation if rule == preset.ranking else 0.0]
         for keep in options.beta or [preset.beta]
     ]
+
+
+def _with_prior(params: Params, prior: list[dict[str, Sums]] | None) -> Params:
+    """`params` that generate with what is known of other texts."""
+    if prior is None:
+        return params
+    return replace(params, calibration=Calibration(tuple(layer[CALIBRATED] for layer in prior), None))
+
+
+def _written(
+    params: Params, rows: np.ndarray, cores: list[CoreConfig], texts: Texts, new_tokens: int
+) -> list[dict[str, Any]]:
+    """What both models write after the contexts of each length; nothing where no tokens are asked for."""
+    if not new_tokens:
+        return []
+    longest = max(texts.prompt_tokens)
+    return [
+        {"prompt_tokens": length, "core": None if core is None else asdict(core)} | figures
+        for length in texts.prompt_tokens
+        for core, figures in zip(
+            [None, *cores],
+            free_running(params, rows[:, longest - length : longest], cores, new_tokens, texts.seed),
+            strict=True,
+        )
+    ]
+
+
+def _table_of_written(written: list[dict[str, Any]]) -> str:
+    head = ["prompt", "rule", "kept", "like the full model's, tokens", "repeated 4-grams", "length"]
+    rows = [head]
+    for one in written:
+        core = one["core"]
+        rule = ["all neurons", ""] if core is None else [core["rule"], f"{core['beta']:g}"]
+        figures = (_shown(one[name], digits) for name, digits in (("departure", 1), ("repetition", 3), ("length", 1)))
+        rows.append([str(one["prompt_tokens"]), *rule, *figures])
+    return shared.table(rows)
 
 
 def table(results: list[dict[str, Any]]) -> str:

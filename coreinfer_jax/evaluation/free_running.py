@@ -1,0 +1,94 @@
+"""What generations that go on by themselves look like: where they leave the full model's, repetition, length."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.core.compact import check_dense
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
+from coreinfer_jax.evaluation.run import interval
+from coreinfer_jax.generation import generate
+from coreinfer_jax.params import Params
+from coreinfer_jax.results import Generation
+
+ROWS = 8
+# Tokens of what counts as repeated when it comes again.
+PHRASE = 4
+
+
+def core_of(setting: Setting, alpha: float) -> CoreConfig:
+    """How `generate` chooses as a setting does.
+
+    Raises:
+        CoreInferError: a rule by which no set can be kept for a generation.
+    """
+    if setting.rule in PER_TOKEN or setting.known != "context":
+        raise CoreInferError(f"rule {setting.rule!r}: gives every token neurons of its own, and generates nothing")
+    mean = setting.rule == "votes-mean-budget"
+    return CoreConfig(
+        alpha=alpha,
+        beta=setting.keep,
+        budget="mean" if mean else "per_token",
+        layers=setting.layers,
+        prior_tokens=setting.prior_tokens,
+        rule="votes" if mean else setting.rule,  # type: ignore[arg-type]
+        compensation=setting.compensation,
+    )
+
+
+def free_running(
+    params: Params, prompts: np.ndarray, cores: Sequence[CoreConfig], new_tokens: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Greedy continuations of prompts, on core neurons and by the full model.
+
+    Args:
+        params: dense weights; their calibration counts where a core asks for it.
+        prompts: int32 [n, T].
+        cores: how to choose.
+        new_tokens: of each continuation, at most; an EOS ends it.
+        seed: of the intervals.
+
+    Returns:
+        First for the full model, then per core: `departure` (tokens before the first that differs from the full
+        model's; all of them where none does), `repetition` (share of 4-grams that came before in the same
+        continuation) and `length` (tokens), each with `mean` and `ci95` over prompts.
+
+    Raises:
+        CoreInferError: as `generate`.
+    """
+    check_dense(params)
+    choices: list[CoreConfig | None] = [None, *cores]
+    made: list[list[list[int]]] = [[] for _ in choices]
+    for first in tqdm(range(0, len(prompts), ROWS), desc="generating", unit="batch", disable=None, leave=False):
+        for texts, core in zip(made, choices, strict=True):
+            batch, eos_ids = prompts[first : first + ROWS], params.config.eos_ids
+            texts += _texts(generate(params, batch, core, max_new_tokens=new_tokens, eos_ids=eos_ids))
+    return [_figures(texts, made[0], seed) for texts in made]
+
+
+def _texts(out: Generation) -> list[list[int]]:
+    return [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
+
+
+def _figures(texts: Sequence[Sequence[int]], full: Sequence[Sequence[int]], seed: int) -> dict[str, Any]:
+    values = {
+        "departure": [departure(own, other) for own, other in zip(texts, full, strict=True)],
+        "repetition": [repetition(own) for own in texts],
+        "length": [len(own) for own in texts],
+    }
+    return {name: interval(np.asarray(found, np.float64), seed) for name, found in values.items()}
+
+
+def departure(text: Sequence[int], full: Sequence[int]) -> int:
+    """Tokens that both have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(text, full, strict=False)) if a != b), min(len(text), len(full)))
+
+
+def repetition(text: Sequence[int]) -> float:
+    """Share of the 4-grams of `text` that are not its first of their kind; 0 for fewer than 4 tokens."""
+    phrases = [tuple(text[i : i + PHRASE]) for i in range(len(text) - PHRASE + 1)]
+    return 1 - len(set(phrases)) / len(phrases) if phrases else 0.0

@@ -1,0 +1,306 @@
+"""What a calibration says of a model, where it lies, and how generation goes by it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import coreinfer_jax as ci
+from coreinfer_jax.checkpoint.calibration import CALIBRATION
+from coreinfer_jax.cli import main
+from coreinfer_jax.core.rules import column_norms
+from coreinfer_jax.evaluation import Bound, Texts, calibrate
+from coreinfer_jax.params import Calibration, named_leaves, params_bytes
+from coreinfer_jax.text.documents import Documents
+from tests.support import LLAMA, MODELS, OPT, check_same_core, random_model
+from tests.test_compilation import traced
+from tests.test_generate import PROMPTS, prompt_activations
+
+SMALL = Texts(prompt_tokens=(8,), continuation=8, texts=8)
+
+
+class Numbers:
+    """A tokenizer of numbers with spaces between them."""
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+
+def documents(count=12, size=20):
+    generator = np.random.default_rng(5)
+    return Documents(
+        "numbers.txt", "", tuple(" ".join(map(str, generator.integers(3, 101, size))) for _ in range(count))
+    )
+
+
+def moments(a, norms):
+    """The sums of contribution over tokens a [T, F], from their definition."""
+    a = a.astype(np.float64)
+    weights = 1 / ((a * norms) ** 2).sum(axis=1)
+    return weights.sum(), weights @ a, weights @ a**2
+
+
+def expected_core(params, a, beta, share, prior=None, prior_tokens=0.0):
+    """Neurons and offset per layer from activations [T, F] per layer and sums of other texts."""
+    layers, offsets = [], []
+    for l, own in enumerate(a):
+        down = np.asarray(params.layers[l].mlp.down.weight, np.float64)
+        norms = np.linalg.norm(down, axis=0)
+        weight, total, squares = moments(own, norms)
+        if prior is not None:
+            scale = prior_tokens / float(prior[l]["tokens"])
+            weight += scale * float(prior[l]["weight"])
+            total = total + scale * np.asarray(prior[l]["total"], np.float64)
+            squares = squares + scale * np.asarray(prior[l]["squares"], np.float64)
+        stands = share * total / weight
+        lost = (squares - 2 * stands * total + stands**2 * weight) * norms**2
+        order = np.argsort(-lost, kind="stable")
+        kept = int(beta * len(lost))
+        layers.append(np.sort(order[:kept]))
+        offsets.append(down[:, order[kept:]] @ stands[order[kept:]])
+    return ci.CoreNeurons(layers, offsets)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_neurons_are_ranked_by_contribution_and_the_others_stand_at_a_share_of_their_mean(name, share):
+    params = random_model(MODELS[name])
+    out = ci.generate(params, [PROMPTS[0]], ci.CoreConfig(beta=0.4, compensation=share), max_new_tokens=3)
+    check_same_core(out.core, expected_core(params, prompt_activations(params, PROMPTS[0]), 0.4, share))
+    given = ci.generate(params, [PROMPTS[0]], out.core, max_new_tokens=3)
+    np.testing.assert_array_equal(given.tokens, out.tokens)
+    assert given.core == out.core
+
+
+def test_offsets_are_added_to_the_output_of_every_narrowed_layer():
+    params = random_model(LLAMA)
+    out = ci.generate(params, [PROMPTS[0]], ci.CoreConfig(beta=0.4, layers=(0.3, 1.0)), max_new_tokens=1)
+    assert [offset is None for offset in out.core.offsets] == [True, False, False]
+    narrowed, without = ci.compact(params, out.core), ci.compact(params, ci.CoreNeurons(out.core.layers))
+    for layer, plain, offset in zip(narrowed.layers[1:], without.layers[1:], out.core.offsets[1:], strict=True):
+        np.testing.assert_array_equal(layer.mlp.down.weight, plain.mlp.down.weight)
+        assert plain.mlp.down.bias is None
+        np.testing.assert_array_equal(layer.mlp.down.bias, offset)
+    assert narrowed.layers[0].mlp.down.bias is None
+
+
+def test_without_compensation_nothing_stands_for_the_others():
+    params = random_model(OPT)
+    out = ci.generate(params, [PROMPTS[0]], ci.CoreConfig(beta=0.4, compensation=0), max_new_tokens=1)
+    assert out.core.offsets == (None, None, None)
+    assert ci.generate(params, [PROMPTS[0]], ci.CoreConfig.paper(), max_new_tokens=1).core.offsets == (None,) * 3
+
+
+def calibrated(params, core=ci.CoreConfig()):
+    found = calibrate(params, Numbers(), documents(), texts=SMALL)
+    return replace(params, calibration=replace(found.calibration, core=core))
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_a_calibration_counts_as_tokens_of_the_prompt(name):
+    params = calibrated(random_model(MODELS[name]))
+    core = ci.CoreConfig(beta=0.4, prior_tokens=10.0)
+    out = ci.generate(params, [PROMPTS[0]], core, max_new_tokens=2)
+    a = prompt_activations(params.weights, PROMPTS[0])
+    check_same_core(out.core, expected_core(params, a, 0.4, 0.5, params.calibration.prior, 10.0))
+    alone = ci.generate(params, [PROMPTS[0]], replace(core, prior_tokens=0), max_new_tokens=2)
+    check_same_core(alone.core, expected_core(params, a, 0.4, 0.5))
+    votes = replace(ci.CoreConfig.paper(), beta=0.4)
+    assert ci.generate(params, [PROMPTS[0]], votes, max_new_tokens=1).core == (
+        ci.generate(params.weights, [PROMPTS[0]], votes, max_new_tokens=1).core
+    )
+
+
+def test_a_prior_is_what_one_half_of_the_texts_sums_to():
+    params = random_model(OPT)
+    found = calibrate(params, Numbers(), documents(), texts=SMALL)
+    order = np.random.default_rng(SMALL.seed).permutation(12)[:6]
+    rows = [Numbers().encode(documents().texts[i])[: SMALL.tokens] for i in order]
+    seen = [prompt_activations(params, row) for row in rows]
+    for l, (sums, norms) in enumerate(zip(found.calibration.prior, column_norms(params), strict=True)):
+        weight, total, squares = moments(np.concatenate([a[l] for a in seen]), np.asarray(norms, np.float64))
+        assert sums["tokens"] == 6 * SMALL.tokens
+        np.testing.assert_allclose(sums["weight"], weight, rtol=1e-4)
+        np.testing.assert_allclose(sums["total"], total, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(sums["squares"], squares, rtol=1e-4)
+    assert found.calibration.core == ci.CoreConfig()
+    assert found.results == []
+
+
+def test_what_is_not_named_is_as_calibrated():
+    params = calibrated(random_model(OPT), ci.CoreConfig(beta=0.25))
+    out = ci.generate(params, [PROMPTS[0]], max_new_tokens=3)
+    assert out.stats.kept_neurons == (24, 24, 24)
+    dense = replace(params, calibration=replace(params.calibration, core=None))
+    out = ci.generate(dense, [PROMPTS[0]], max_new_tokens=3)
+    assert out.stats.method == "dense"
+    assert ci.generate(params.weights, [PROMPTS[0]], max_new_tokens=1).stats.kept_neurons == (67, 67, 67)
+
+
+def test_a_calibration_is_no_weight():
+    params = random_model(OPT)
+    with_one = calibrated(params)
+    assert params_bytes(with_one) == params_bytes(params)
+    assert [name for name, _ in named_leaves(with_one)] == [name for name, _ in named_leaves(params)]
+
+
+def test_the_cheapest_setting_within_the_bound_is_taken():
+    params = random_model(OPT)
+    every = calibrate(params, Numbers(), documents(), Bound(max_kl=1e6), SMALL)
+    assert every.calibration.core == ci.CoreConfig(beta=0.1)
+    ends = {result["keep"]: result["kl"]["ci95"][1] for result in every.results}
+    bound = ends[0.6]
+    found = calibrate(params, Numbers(), documents(), Bound(max_kl=bound), SMALL)
+    assert found.calibration.core == ci.CoreConfig(beta=min(keep for keep, end in ends.items() if end <= bound))
+    assert found.facts["met"] is True
+    ends = {result["keep"]: result["agreement"]["ci95"][0] for result in every.results}
+    found = calibrate(params, Numbers(), documents(), Bound(min_agreement=ends[0.8]), SMALL)
+    assert found.calibration.core.beta == min(keep for keep, end in ends.items() if end >= ends[0.8])
+
+
+def test_a_bound_that_none_meets_means_all_neurons():
+    found = calibrate(random_model(OPT), Numbers(), documents(), Bound(max_kl=1e-9), SMALL)
+    assert found.calibration.core is None
+    assert found.facts["met"] is False
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A directory with the embedded LLaMA, and its calibration."""
+    return ci.convert("embedded:llama", tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory, data) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "stories.txt"
+    lines = (data / "text" / "tinystories_val.txt").read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(line for line in lines if len(line) > 300)[:40_000] + "\n", encoding="utf-8")
+    return path
+
+
+def test_calibrations_come_with_the_embedded_models_and_with_what_is_converted(model):
+    for name in ("embedded:opt", "embedded:llama", model):
+        params, _ = ci.load(name)
+        assert params.calibration.core == ci.CoreConfig()
+        assert float(params.calibration.prior[0]["tokens"]) == 128 * 256
+    assert ci.load(model, "float16")[0].calibration is not None
+
+
+def test_the_command_calibrates_a_model_in_place(model, stories, capsys):
+    arguments = ["calibrate", "--model", str(model), "--data", str(stories), "--texts", "4", "--continuation", "16"]
+    assert main([*arguments, "--prompt-tokens", "16", "--max-kl", "0.2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    within = [one["keep"] for one in found["settings"] if one["kl"]["ci95"][1] <= 0.2]
+    assert found["core"]["beta"] == min(within)
+    params, tokenizer = ci.load(model)
+    assert params.calibration.core == ci.CoreConfig(beta=min(within))
+    prompt = tokenizer.encode("Once upon a time")
+    kept = int(min(within) * params.config.mlp_size + 1e-9)
+    assert set(ci.generate(params, [prompt], max_new_tokens=2).stats.kept_neurons) == {kept}
+    assert main(["generate", "Once", "--model", str(model), "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["kept_neurons"][0] == kept
+    assert main(["info", str(model)]) == 0
+    assert f"{min(within):g} of the neurons, from {stories.name}" in capsys.readouterr().out
+    assert main([*arguments, "--prompt-tokens", "16", "--max-kl", "1e-9"]) == 0
+    assert "no keep ratio meets the bound: all neurons" in capsys.readouterr().out
+    assert ci.generate(ci.load(model)[0], [prompt], max_new_tokens=2).stats.method == "dense"
+
+
+MISTAKES = {
+    "no nats": (["--max-kl", "0"], "max_kl=0.0"),
+    "nats that are none": (["--max-kl", "nan"], "max_kl=nan"),
+    "all and more": (["--min-agreement", "1.5"], "min_agreement=1.5"),
+    "too long": (["--continuation", "100000"], "exceed the model's"),
+    "few texts": (["--prompt-tokens", "200", "--continuation", "56"], "are as long; give longer texts"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_get_one_line_and_leave_what_is_there(arguments, said, model, stories, capsys):
+    before = (model / CALIBRATION).read_bytes()
+    short = stories.with_name("short.txt")
+    short.write_text("One day. The end.\nAnother day. The end.\n", encoding="utf-8")
+    data = short if "few" in said or "longer" in said else stories
+    assert main(["calibrate", "--model", str(model), "--data", str(data), *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("coreinfer: error: ")
+    assert said in error
+    assert (model / CALIBRATION).read_bytes() == before
+
+
+def test_an_embedded_model_is_not_written_into(stories, capsys):
+    assert main(["calibrate", "--model", "embedded:opt", "--data", str(stories)]) == 2
+    assert "embedded:opt: is calibrated, and part of the package; convert it" in capsys.readouterr().err
+
+
+def rewritten(directory: Path, source: Path, change) -> Path:
+    """A copy of a model whose calibration `change`(arrays, metadata) has been at."""
+    from safetensors import safe_open
+
+    for file in source.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    arrays = load_file(directory / CALIBRATION)
+    with safe_open(directory / CALIBRATION, framework="numpy") as file:
+        metadata = file.metadata()
+    change(arrays, metadata)
+    save_file(arrays, directory / CALIBRATION, metadata=metadata)
+    return directory
+
+
+DAMAGE = {
+    "another model's": (lambda a, m: m.update(model="0123456789abcdef"), "is of the model with fingerprint"),
+    "another version": (lambda a, m: m.update(version="9"), "this release reads version 1"),
+    "no setting": (lambda a, m: m.pop("core"), "its header is incomplete"),
+    "a setting out of range": (lambda a, m: m.update(core='{"beta": 7, "layers": [0, 1]}'), "beta=7"),
+    "no JSON": (lambda a, m: m.update(core="{"), "damaged calibration"),
+    "a missing array": (lambda a, m: a.pop("layers.0.total"), "damaged calibration"),
+    "numbers that are none": (lambda a, m: a["layers.0.total"].fill(np.nan), "damaged calibration"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_calibration_that_does_not_fit_is_refused(change, said, tmp_path):
+    source = Path(ci.__file__).parent / "assets" / "llama"
+    with pytest.raises(ci.CoreInferError, match=said):
+        ci.load(rewritten(tmp_path, source, change))
+
+
+def test_a_file_of_noise_is_refused(tmp_path, model):
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / CALIBRATION).write_bytes(b"noise" * 100)
+    with pytest.raises(ci.CoreInferError, match="damaged calibration"):
+        ci.load(tmp_path)
+
+
+OFFSETS = {
+    "too few": ([[1, 2], None], [np.zeros(3)], "offsets for 1 layers"),
+    "of a dense layer": ([[1, 2], None], [None, np.zeros(3)], "give none, the layer is dense"),
+    "of rows": ([[1, 2]], [np.zeros((2, 3))], r"shape \(2, 3\)"),
+    "no number": ([[1, 2]], [np.full(3, np.nan)], "NaN"),
+}
+
+
+@pytest.mark.parametrize(("layers", "offsets", "said"), OFFSETS.values(), ids=OFFSETS.keys())
+def test_offsets_that_do_not_fit_are_refused(layers, offsets, said):
+    with pytest.raises(ci.CoreInferError, match=said):
+        ci.CoreNeurons(layers, offsets)
+
+
+def test_offsets_of_another_size_are_refused_and_are_part_of_what_is_equal():
+    one, other = ci.CoreNeurons([[1, 2]], [np.zeros(3)]), ci.CoreNeurons([[1, 2]])
+    assert one != other
+    with pytest.raises(ci.CoreInferError, match="offset of layer 0 has size 3"):
+        ci.compact(random_model(replace(OPT, num_layers=1)), one)
+
+
+def test_a_calibration_compiles_no_pass_anew():
+    params = random_model(OPT)
+    ci.generate(params, [PROMPTS[0]], ci.CoreConfig(prior_tokens=0), max_new_tokens=3)
+    nothing = Calibration(({},) * OPT.num_layers, ci.CoreConfig(prior_tokens=0))
+    with traced() as messages:
+        ci.generate(replace(params, calibration=nothing), [PROMPTS[0]], max_new_tokens=3)
+    assert messages == []
