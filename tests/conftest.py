@@ -1,6 +1,7 @@
 """Strictness for every test, and where the data beside the project is."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,6 +15,19 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("COREINFER_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+# Compiled programs each take several of the 65530 memory maps that Linux allows a process; beyond it XLA crashes.
+MOST_MAPS = 30_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_maps() -> Iterator[None]:
+    """Forget compiled programs, between files, where a process holds many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
