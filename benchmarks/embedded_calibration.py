@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import coreinfer_jax as ci
 from benchmarks.environment import environment
 from coreinfer_jax.checkpoint.calibration import write_calibration
-from coreinfer_jax.checkpoint.loading import model_path, open_model, stored_fingerprint
+from coreinfer_jax.checkpoint.loading import load_uncalibrated, model_path, open_model, stored_fingerprint
 from coreinfer_jax.evaluation import Texts, calibrate
 from coreinfer_jax.text.documents import Documents
 from coreinfer_jax.training.corpus import read_text
@@ -23,9 +22,9 @@ def write(texts: Path) -> dict[str, Any]:
 
 
 def _model(name: str, documents: tuple[str, ...]) -> dict[str, Any]:
-    params, tokenizer = ci.load(f"embedded:{name}", "float32")
+    path = model_path(f"embedded:{name}")
+    params, tokenizer = load_uncalibrated(path, "float32")
     assert tokenizer is not None, "the embedded models have tokenizers"
     found = calibrate(params, tokenizer, Documents(" and ".join(FILES), "", documents), texts=TEXTS)
-    path = model_path(f"embedded:{name}")
     write_calibration(path, stored_fingerprint(*open_model(path)), found.calibration, found.facts)
     return found.facts

@@ -38,8 +38,9 @@ def _model(name: str, texts: Path) -> dict[str, Any]:
     assert tokenizer is not None, "the embedded models have tokenizers"
     assert params.calibration is not None, "the embedded models are calibrated"
     documents = tuple(document for file in FILES for _, document in read_text(texts / file).held_out)
-    prior = [{"contribution": layer} for layer in params.calibration.prior]
-    results = evaluate(params, tokenizer, Documents("held out", "", documents), _settings(), TEXTS, prior=prior)
+    results = evaluate(
+        params, tokenizer, Documents("held out", "", documents), _settings(), TEXTS, prior=params.calibration.by_rule
+    )
     return {
         "fingerprint": fingerprint(params),
         "texts": results[0]["texts"],

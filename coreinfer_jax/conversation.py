@@ -53,17 +53,17 @@ def converse(
     """The next reply in a conversation, in chunks as `stream` makes them.
 
     Only tokens that the full model has not read are read: what the user said last, and before it the last reply, which
-    narrowed weights had made; its keys and values are replaced by the full model's. Their votes join those of the
-    earlier turns. So the reply is, token for token, that of `stream` over the whole conversation, at the cost of a
-    prefill of its last two turns.
+    narrowed weights had made; its keys and values are replaced by the full model's. What their neurons did joins the
+    sums of the earlier turns. So the reply is, token for token, that of `stream` over the whole conversation, at the
+    cost of a prefill of its last two turns.
 
     Args:
         params: dense weights.
         tokens: the whole conversation so far, for instance by the tokenizer's chat template.
         conversation: what came with the last chunk of the turn before; None for the first. Ids that do not continue
-            its own are read from the start, and so is everything where the model, `core` or `groups` differ, where the
-            budget is `mean`, a mean over all tokens at once, or the method `auto`, which asks what the first half of
-            the whole conversation votes.
+            its own are read from the start, and so is everything where the model, `core` or `groups` differ, where
+            votes have the budget `mean`, a mean over all tokens at once, or the method is `auto`, which asks what the
+            first half of the whole conversation votes.
         core: see `generate`.
         groups: see `generate`.
         max_new_tokens: see `generate`.
@@ -111,5 +111,11 @@ def _continues(
     """Whether keys, values and votes of `conversation` are those that `params` has for the first of `ids`."""
     read = conversation.tokens
     same = params is conversation.params and core == conversation.core and groups is conversation.groups
-    rule_adds_up = not isinstance(core, CoreConfig) or (core.budget == "per_token" and core.method != "auto")
-    return same and rule_adds_up and len(ids) > len(read) and ids[: len(read)] == read
+    return same and _adds_up(core) and len(ids) > len(read) and ids[: len(read)] == read
+
+
+def _adds_up(core: Core) -> bool:
+    """Whether sums over the parts of a conversation are all that the choice needs."""
+    if not isinstance(core, CoreConfig):
+        return True
+    return core.method != "auto" and (core.ranking != "votes" or core.budget == "per_token")

@@ -49,7 +49,8 @@ class Mlp:
     """Projections: gate [F, D] (LLaMA only), up [F, D], down [D, F].
 
     Narrowed to core neurons the F axis is K. With one core set per row the arrays gain a leading B:
-    gate and up [B, K, D] (biases [B, K]), down [B, D, K] (its bias stays [D]).
+    gate and up [B, K, D] (biases [B, K]), down [B, D, K]. Its bias stays [D]; with offsets of core neurons it is
+    float32, and [B, D] where rows have sets of their own.
     """
 
     gate: Linear | None
@@ -83,6 +84,11 @@ class Calibration:
 
     prior: tuple[dict[str, Array], ...]
     core: CoreConfig | None = struct.field(pytree_node=False)
+
+    @property
+    def by_rule(self) -> list[dict[str, dict[str, Array]]]:
+        """The prior as evaluations take one: per layer and rule."""
+        return [{"contribution": layer} for layer in self.prior]
 
 
 @struct.dataclass

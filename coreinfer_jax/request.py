@@ -55,9 +55,9 @@ class Request:
         prompts: what is to be read.
         core: how core neurons are chosen, or which, or None.
         groups: groups of texts to choose them by, or None.
-        voted: the layers whose tokens vote; () when nothing is chosen.
-        voting: how they vote; None when nothing is chosen.
-        voters: int [B], how many tokens of the prompts vote.
+        voted: the layers whose activations are summed up; () when nothing is chosen.
+        voting: which tokens count, and how they vote; None when nothing is chosen.
+        voters: int [B], how many tokens of the prompts count.
         sampling: how tokens are drawn.
         max_new_tokens: per row.
         past: what the full model has read of the rows before; None for nothing.
@@ -171,10 +171,12 @@ def resolved(params: Params, core: Core | Recommended) -> Core:
     Raises:
         CoreInferError: something else.
     """
-    if core == "recommended":
+    if isinstance(core, str) and core == "recommended":
         return CoreConfig() if params.calibration is None else params.calibration.core
     if core is not None and not isinstance(core, CoreConfig | CoreNeurons):
-        raise CoreInferError(f"core={shown(core)}: give CoreConfig, CoreNeurons, or None for all neurons")
+        raise CoreInferError(
+            f"core={shown(core)}: give CoreConfig, CoreNeurons, None for all neurons, or 'recommended'"
+        )
     return core
 
 
@@ -189,7 +191,7 @@ def check_alive(past: Past) -> None:
 def _voting(
     params: Params, prompts: Prompts, core: Core, groups: Groups | None, cached: int
 ) -> tuple[tuple[int, ...], Voting | None, np.ndarray]:
-    """The layers whose tokens vote, who votes how, and how many do; nothing where nothing is to be chosen."""
+    """The layers to sum up, which tokens count and how they vote, how many do; nothing where nothing is chosen."""
     if not isinstance(core, CoreConfig):
         return (), None, np.zeros(len(prompts.lengths), np.int64)
     counted = counted_tokens(core, prompts.tokens, prompts.lengths, cached, params.config)

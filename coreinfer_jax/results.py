@@ -25,8 +25,8 @@ class Stats:
         mlp_size: F.
         prompt_tokens: per row.
         cached_tokens: per row, how many of these were in the KV cache already; above 0 only in `converse`.
-        prefill_seconds: the full model over the prompt, with vote counting, and the first token.
-        selection_seconds: votes to indices.
+        prefill_seconds: the full model over the prompt, its neurons summed up, and the first token.
+        selection_seconds: sums to indices and offsets.
         compaction_seconds: the gather of the narrowed weights, after the first token; 0 before it.
         decode_seconds: all decode steps so far.
         decode_steps: passes of the narrowed model so far; each makes one token per unfinished row.

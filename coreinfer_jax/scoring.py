@@ -34,6 +34,7 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
             outside of a jit, also ids outside the vocabulary and logits that are NaN or infinite.
     """
     check_params(params)
+    params = params.weights
     if not isinstance(tokens, jax.core.Tracer):
         lengths = pad_prompts(tokens, params.config).lengths
         if lengths.max() != lengths.min():

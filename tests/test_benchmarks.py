@@ -314,7 +314,8 @@ def test_a_sweep_measures_every_point_under_every_setting(tiny, monkeypatch):
     fixed, cache = 32 + 96 * 32, 2 * 2 * config.num_kv_heads * config.head_size * 128
     for (rows, setting), point in points.items():
         mlps = {sweeps.DENSE: 64, sweeps.CORE: rows * K, sweeps.SHARED: K}[setting] * 3 * 32
-        step = 2 * (attention + mlps) + fixed + rows * 32
+        offsets = {sweeps.DENSE: 0, sweeps.CORE: rows, sweeps.SHARED: 1}[setting] * 32
+        step = 2 * (attention + mlps + offsets) + fixed + rows * 32
         assert point["bytes_per_token"] == 4 * (step / rows + cache)
         assert point["decode_ms_per_step"]["min"] > 0
         assert point["prefill_temporary_bytes"] > 0

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -304,3 +305,74 @@ def test_a_calibration_compiles_no_pass_anew():
     with traced() as messages:
         ci.generate(replace(params, calibration=nothing), [PROMPTS[0]], max_new_tokens=3)
     assert messages == []
+
+
+def test_a_bad_calibration_can_be_made_anew(tmp_path, stories, capsys):
+    source = Path(ci.__file__).parent / "assets" / "llama"
+    directory = rewritten(tmp_path, source, lambda arrays, metadata: metadata.update(model="0" * 16))
+    sizes = ["--texts", "4", "--prompt-tokens", "16", "--continuation", "16"]
+    assert main(["calibrate", "--model", str(directory), "--data", str(stories), *sizes]) == 0
+    assert "keep 0.7; written to" in capsys.readouterr().out
+    assert ci.load(directory)[0].calibration is not None
+
+
+def test_a_16_bit_copy_keeps_its_calibration(tmp_path):
+    copy = ci.convert("embedded:opt", tmp_path / "half", "float16")
+    half, whole = (ci.load(model, "float32")[0].calibration for model in (copy, "embedded:opt"))
+    np.testing.assert_array_equal(half.prior[3]["squares"], whole.prior[3]["squares"])
+
+
+def test_another_tokenizer_is_refused(tmp_path, model):
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 7}', encoding="utf-8")
+    with pytest.raises(ci.CoreInferError, match="made with another tokenizer"):
+        ci.load(tmp_path)
+
+
+def test_options_replace_what_was_calibrated(tmp_path, capsys):
+    from coreinfer_jax.checkpoint.calibration import write_calibration
+    from coreinfer_jax.checkpoint.loading import open_model, stored_fingerprint
+
+    directory = ci.convert("embedded:opt", tmp_path / "mine")
+    found = replace(ci.load(directory)[0].calibration, core=ci.CoreConfig(beta=0.3))
+    write_calibration(directory, stored_fingerprint(*open_model(directory)), found, {})
+    for options, share in (([], 0.3), (["--prior-tokens", "32"], 0.3), (["--beta", "0.5"], 0.5)):
+        assert (
+            main(["generate", "The king", "--model", str(directory), "--max-new-tokens", "2", "--json", *options]) == 0
+        )
+        kept = json.loads(capsys.readouterr().out)["stats"]["kept_neurons"]
+        assert set(kept) == {int(share * 768 + 1e-9)}
+
+
+def test_narrowed_weights_carry_no_calibration():
+    params = calibrated(random_model(OPT))
+    core = ci.CoreNeurons([range(10)] * OPT.num_layers)
+    assert ci.compact(params, core).calibration is None
+    np.testing.assert_array_equal(ci.forward(params, [PROMPTS[0]]), ci.forward(params.weights, [PROMPTS[0]]))
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_batches_of_calibrated_models_are_chosen_row_by_row_or_together(per_row):
+    params = calibrated(random_model(LLAMA))
+    core = ci.CoreConfig(beta=0.4, per_row=per_row, prior_tokens=10.0)
+    prompts = [PROMPTS[0], PROMPTS[2]]
+    out = ci.generate(params, prompts, core, max_new_tokens=2)
+    a = [prompt_activations(params.weights, prompt) for prompt in prompts]
+    if not per_row:
+        together = [np.concatenate(layer) for layer in zip(*a, strict=True)]
+        check_same_core(out.core, expected_core(params, together, 0.4, 0.5, params.calibration.prior, 10.0))
+        return
+    for b, own in enumerate(a):
+        check_same_core(out.core.row(b), expected_core(params, own, 0.4, 0.5, params.calibration.prior, 10.0))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_weights_decode_with_their_offsets(dtype):
+    params = random_model(LLAMA, dtype=dtype)
+    out = ci.generate(params, [PROMPTS[0]], ci.CoreConfig(beta=0.4), max_new_tokens=1)
+    narrowed = ci.compact(params, out.core)
+    assert narrowed.layers[0].mlp.down.bias.dtype == np.float32
+    wide = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    expected = ci.forward(ci.compact(wide, out.core), [PROMPTS[0]])
+    np.testing.assert_allclose(ci.forward(narrowed, [PROMPTS[0]]), expected, atol=0.03 * float(np.abs(expected).max()))

@@ -70,7 +70,10 @@ def test_text_goes_to_stdout_and_one_line_of_facts_to_stderr(run, generate, tiny
     [
         ([], ci.CoreConfig()),
         (["--method", "dense"], None),
-        (["--alpha", "0.3", "--beta", "0.7", "--budget", "mean"], ci.CoreConfig(0.3, 0.7, "mean")),
+        (
+            ["--rule", "votes", "--alpha", "0.3", "--beta", "0.7", "--budget", "mean"],
+            ci.CoreConfig(0.3, 0.7, "mean", rule="votes"),
+        ),
     ],
     ids=["default", "dense", "mean"],
 )

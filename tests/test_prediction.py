@@ -23,6 +23,7 @@ from tests.test_select import reference_votes
 L, F = OPT.num_layers, OPT.mlp_size
 LAYER, VECTOR = 2, 0.25
 C = 3
+VOTES = ci.CoreConfig.paper()
 SIMILARITY = ci.CoreConfig(beta=0.5, method="similarity")
 AUTO = replace(SIMILARITY, method="auto")
 FUSED = replace(SIMILARITY, method="fused")
@@ -215,7 +216,7 @@ def test_boundaries_of_the_automatic_choice() -> None:
         asked = ci.generate(
             model(),
             [tokens],
-            replace(SIMILARITY, method=method),
+            replace(SIMILARITY, method=method) if method == "similarity" else replace(VOTES, beta=SIMILARITY.beta),
             groups=groups() if method == "similarity" else None,
             max_new_tokens=5,
         )
@@ -238,8 +239,7 @@ def test_an_unstable_prompt_without_groups_stays_with_its_own_neurons_and_says_s
     choice, out = auto(prompt(6, 0))
     assert (choice.method, choice.group) == ("stability", None)
     assert choice.reason == "unstable: 6 voting tokens, fewer than 32; no groups were given to choose from"
-    votes = replace(ci.CoreConfig.paper(), beta=0.5)
-    same(ci.generate(model(), [prompt(6, 0)], votes, max_new_tokens=5), out)
+    same(ci.generate(model(), [prompt(6, 0)], replace(VOTES, beta=0.5), max_new_tokens=5), out)
 
 
 @pytest.mark.parametrize("compacted", [True, False])

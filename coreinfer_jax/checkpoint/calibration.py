@@ -1,5 +1,6 @@
 """The file beside a model's weights with what texts said of its neurons, and the setting found for it."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from coreinfer_jax.checkpoint.files import new_file
 from coreinfer_jax.config import CoreConfig, ModelConfig
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.params import Calibration
+from coreinfer_jax.text import TOKENIZER_FILES
 
 CALIBRATION = "coreinfer-calibration.safetensors"
 VERSION = "1"
@@ -44,6 +46,7 @@ def write_calibration(directory: Path, fingerprint: str, calibration: Calibratio
         "format": "coreinfer_jax calibration",
         "version": VERSION,
         "model": fingerprint,
+        "tokenizer": _tokenizer_digest(directory),
         "core": json.dumps(core),
         "facts": json.dumps(facts),
     }
@@ -67,6 +70,8 @@ def read_calibration(directory: Path, config: ModelConfig, fingerprint: Callable
             f"{path}: is of the model with fingerprint {shown_name(metadata['model'])}, but this one's is {found}; "
             "remove it, or calibrate this model"
         )
+    if metadata["tokenizer"] != _tokenizer_digest(directory):
+        raise CoreInferError(f"{path}: was made with another tokenizer than is there now; calibrate again or remove it")
     try:
         return _calibration(metadata, arrays, config)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -99,9 +104,18 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     if metadata.get("format") != "coreinfer_jax calibration" or metadata.get("version") != VERSION:
         found = f"format {shown(metadata.get('format'))}, version {shown(metadata.get('version'))}"
         raise CoreInferError(f"{path}: {found}; this release reads version {VERSION}, calibrate again or remove it")
-    if not {"model", "core", "facts"} <= set(metadata):
+    if not {"model", "tokenizer", "core", "facts"} <= set(metadata):
         raise _damaged(path, ValueError("its header is incomplete"))
     return metadata, arrays
+
+
+def _tokenizer_digest(directory: Path) -> str:
+    """SHA-256 of the tokenizer's files in `directory`."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            digest.update(name.encode() + (directory / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _damaged(path: Path, error: Exception) -> CoreInferError:
@@ -119,6 +133,8 @@ def _calibration(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray], 
         {name: jnp.asarray(_checked(arrays[f"layers.{l}.{name}"], shape)) for name, shape in shapes.items()}
         for l in range(config.num_layers)
     )
+    if not all((sums["tokens"] > 0) & (sums["weight"] > 0) & (sums["squares"] >= 0).all() for sums in prior):
+        raise ValueError("sums over no tokens, or negative ones")
     return Calibration(prior, _core(metadata))
 
 

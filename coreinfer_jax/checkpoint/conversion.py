@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from coreinfer_jax.checkpoint.calibration import CALIBRATION
+from coreinfer_jax.checkpoint.calibration import read_calibration, read_facts, write_calibration
 from coreinfer_jax.checkpoint.files import (
     check_directory,
     copy_existing,
@@ -16,9 +16,10 @@ from coreinfer_jax.checkpoint.files import (
     to_path,
 )
 from coreinfer_jax.checkpoint.hub import fetch, looks_like_hub_id
-from coreinfer_jax.checkpoint.loading import model_path, open_model
+from coreinfer_jax.checkpoint.loading import model_path, open_model, stored_fingerprint
 from coreinfer_jax.checkpoint.mapping import DTYPES, count_bytes, leaf_shapes, parse_dtype, read_as
 from coreinfer_jax.checkpoint.native import is_native, write_native
+from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.text import TOKENIZER_FILES
 
@@ -62,8 +63,17 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
             partial, config, wanted, ((name, read_as(tensors[name], name, wanted, str(path))) for name in names)
         )
         # The original configs too: tokenizers look there for the model's type.
-        copy_existing(path, partial, (*TOKENIZER_FILES, "config.json", "generation_config.json", CALIBRATION))
+        copy_existing(path, partial, (*TOKENIZER_FILES, "config.json", "generation_config.json"))
+        _copy_calibration(path, partial, config)
     return target
+
+
+def _copy_calibration(source: Path, target: Path, config: ModelConfig) -> None:
+    """Give the model just written in `target` the calibration of the one in `source`, if there is any."""
+    calibration = read_calibration(source, config, lambda: stored_fingerprint(*open_model(source)))
+    known = read_facts(source)
+    if calibration is not None and known is not None:
+        write_calibration(target, stored_fingerprint(*open_model(target)), calibration, known[1])
 
 
 def _check_room(target: Path, needed: int) -> None:

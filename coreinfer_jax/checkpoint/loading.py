@@ -42,15 +42,20 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
             unknown dtype, more weights than the device has room for, another model's calibration.
     """
     path = model_path(DEFAULT if model is None else model)
+    params, tokenizer = load_uncalibrated(path, dtype)
+    calibration = read_calibration(path, params.config, lambda: stored_fingerprint(*open_model(path)))
+    return replace(params, calibration=calibration), tokenizer
+
+
+def load_uncalibrated(path: Path, dtype: object) -> tuple[Params, Tokenizer | None]:
+    """`load` of a directory, whatever calibration lies in it."""
     wanted = default_dtype() if dtype is None else parse_dtype(dtype)
     config, tensors = open_model(path)
     shapes = abstract_params(config, jnp.dtype(wanted))
     check_room(params_bytes(shapes), f"{path}, as {wanted}", "take a 16-bit dtype or a smaller model")
     names = tqdm([name for name, _ in named_leaves(shapes)], desc="loading", unit="tensor", disable=None, leave=False)
     arrays = {name: jax.device_put(read_as(tensors[name], name, wanted, str(path))) for name in names}
-    params = with_leaves(shapes, arrays.__getitem__)
-    calibration = read_calibration(path, config, lambda: stored_fingerprint(config, tensors))
-    return replace(params, calibration=calibration), load_tokenizer(path)
+    return with_leaves(shapes, arrays.__getitem__), load_tokenizer(path)
 
 
 def stored_fingerprint(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 
 from coreinfer_jax.checkpoint.calibration import CALIBRATION, write_calibration
 from coreinfer_jax.checkpoint.embedded import PREFIX
-from coreinfer_jax.checkpoint.files import to_path
+from coreinfer_jax.checkpoint.files import is_directory, to_path
 from coreinfer_jax.checkpoint.loading import open_model, stored_fingerprint
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.cli.eval import table
@@ -42,8 +43,10 @@ def _run(options: argparse.Namespace) -> None:
             f"{options.model}: is calibrated, and part of the package; convert it to a directory to calibrate that"
         )
     directory = to_path(options.model)
+    if is_directory(directory) and not os.access(directory, os.W_OK):
+        raise CoreInferError(f"{directory}: cannot be written into; make it writable, the calibration goes there")
     documents = read_documents(to_path(options.data), options.text_column)
-    params, tokenizer = shared.load_model(options)
+    params, tokenizer = shared.load_model(options, calibrated=False)
     found = calibrate(params, tokenizer, documents, bound, texts)
     write_calibration(directory, stored_fingerprint(*open_model(directory)), found.calibration, found.facts)
     core = found.calibration.core

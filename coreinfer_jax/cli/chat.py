@@ -54,11 +54,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    core = shared.core_config(options)
+    shared.core_config(options)
     shared.check_stops(options)
     if options.system is not None:
         shared.check_text("system message", options.system)
     params, tokenizer = shared.load_model(options)
+    core = shared.core_config(options, params)
     model = _Model(params, tokenizer, core, shared.load_groups(options, params, core))
     check_length(1, _most(options), params.config)
     make_sampling(params.config, **shared.sampling(options, params.config, tokenizer))

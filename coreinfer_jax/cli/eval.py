@@ -14,7 +14,7 @@ from coreinfer_jax.cli import options as shared
 from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.rules import RULES, Sums
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.evaluation.calibrate import RULE as CALIBRATED
+from coreinfer_jax.evaluation.calibrate import RULE as PRIOR_RULE
 from coreinfer_jax.evaluation.free_running import core_of, free_running
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
 from coreinfer_jax.evaluation.run import Texts, check_settings, compare, read_prior
@@ -24,7 +24,6 @@ from coreinfer_jax.text.corpus import Corpus
 from coreinfer_jax.text.documents import read_documents
 
 HELP = "measure what core neurons cost in quality, on texts of your own or on tasks"
-PRESETS = {"paper": CoreConfig.paper(), "default": CoreConfig()}
 
 
 # Options that say something of texts only.
@@ -44,7 +43,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser)
     shared.add_documents(parser, required=False)
     eval_tasks.add_options(parser)
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="what is not named (default %(default)s)")
+    parser.add_argument(
+        "--preset",
+        choices=shared.PRESETS,
+        default="default",
+        help="what is not named: by the paper, or as recommended for the model",
+    )
     parser.add_argument(
         "--rule", nargs="+", choices=(*RULES, *PER_TOKEN), metavar="RULE", help=", ".join((*RULES, *PER_TOKEN))
     )
@@ -75,19 +79,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    preset = PRESETS[options.preset]
     if (options.data is None) == (options.tasks is None):
         raise CoreInferError("eval: give --data FILE, with texts of your own, or --tasks NAME ..., and not both")
     if options.tasks is not None:
         _refuse(options, OF_TEXTS, "--data")
-        eval_tasks.run(options, preset)
+        eval_tasks.run(options)
         return
     _refuse(options, eval_tasks.OF_TASKS, "--tasks")
     texts = replace(shared.texts(options), switched=options.switched)
-    alpha = preset.alpha if options.alpha is None else options.alpha
     documents = read_documents(to_path(options.data), options.text_column)
     corpus = None if options.prior is None else read_documents(to_path(options.prior), options.text_column)
     params, tokenizer = shared.load_model(options)
+    preset = shared.preset(options, params)
+    alpha = preset.alpha if options.alpha is None else options.alpha
     settings = _settings(options, preset, params.calibration is not None)
     check_settings(params.config, settings, texts, alpha)
     cores = [core_of(setting, alpha) for setting in settings] if options.generate else []
@@ -97,7 +101,7 @@ def _run(options: argparse.Namespace) -> None:
     if corpus is not None:
         prior = read_prior(params, tokenizer, corpus, alpha=alpha, seed=options.seed)
     elif params.calibration is not None:
-        prior = [{CALIBRATED: layer} for layer in params.calibration.prior]
+        prior = params.calibration.by_rule
     selection = Corpus(documents, tokenizer, texts.seed).select(texts.tokens, texts.texts)
     results = compare(params, selection, settings, texts, alpha=alpha, prior=prior)
     written = _written(_with_prior(params, prior), selection.rows, cores, texts, options.generate)
@@ -125,7 +129,7 @@ def _settings(options: argparse.Namespace, preset: CoreConfig, calibrated: bool)
     layers = preset.layers if options.layers is None else tuple(options.layers)
 
     def prior_tokens(rule: str) -> float:
-        known = options.prior is not None or (calibrated and rule == CALIBRATED)
+        known = options.prior is not None or (calibrated and rule == PRIOR_RULE)
         return asked if known and rule not in PER_TOKEN else 0.0
 
     return [
@@ -140,7 +144,7 @@ def _with_prior(params: Params, prior: list[dict[str, Sums]] | None) -> Params:
     """`params` that generate with what is known of other texts."""
     if prior is None:
         return params
-    return replace(params, calibration=Calibration(tuple(layer[CALIBRATED] for layer in prior), None))
+    return replace(params, calibration=Calibration(tuple(layer[PRIOR_RULE] for layer in prior), None))
 
 
 def _written(

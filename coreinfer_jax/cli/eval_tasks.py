@@ -27,14 +27,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="put contexts into the model's chat template")
 
 
-def run(options: argparse.Namespace, preset: CoreConfig) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run the tasks on the full model and at every keep ratio."""
-    cores = _cores(options, preset)
+    _cores(options, shared.preset(options))  # refuses what can be refused before anything is loaded
     # Not before it is asked for: the import takes a second, and needs an extra.
     from coreinfer_jax.evaluation.tasks.run import Tasks, evaluate_tasks
 
     tasks = Tasks(options.tasks, options.task_data, limit=options.limit, num_fewshot=options.num_fewshot)
     params, tokenizer = shared.load_model(options)
+    cores = _cores(options, shared.preset(options, params))
     results = evaluate_tasks(
         params,
         tokenizer,
@@ -62,8 +63,8 @@ def _cores(options: argparse.Namespace, preset: CoreConfig) -> list[CoreConfig]:
         named["layers"] = tuple(options.layers)
     return [
         replace(preset, rule=rule, compensation=compensation, beta=beta, **named)
-        for rule in options.rule or [preset.rule]
-        for compensation in options.compensation or [preset.compensation if rule == preset.rule else 0.0]
+        for rule in options.rule or [preset.ranking]
+        for compensation in options.compensation or [preset.compensation if rule == preset.ranking else 0.0]
         for beta in options.beta or [preset.beta]
     ]
 

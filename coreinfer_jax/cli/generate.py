@@ -26,9 +26,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     shared.check_text("prompt", options.prompt)
-    core = shared.core_config(options)
+    shared.core_config(options)
     shared.check_stops(options)
     params, tokenizer = shared.load_model(options)
+    core = shared.core_config(options, params)
     groups = shared.load_groups(options, params, core)
     if options.chat:
         prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])

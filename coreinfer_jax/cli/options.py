@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax
 from coreinfer_jax.checkpoint import load
 from coreinfer_jax.checkpoint.embedded import DEFAULT
 from coreinfer_jax.checkpoint.hf_config import read_sampling
-from coreinfer_jax.checkpoint.loading import model_path
+from coreinfer_jax.checkpoint.loading import load_uncalibrated, model_path
 from coreinfer_jax.checkpoint.mapping import DTYPES
 from coreinfer_jax.clustering import load_clusters
 from coreinfer_jax.config import METHODS, RULE_NAMES, CoreConfig, ModelConfig
@@ -153,10 +154,13 @@ def check_stops(options: argparse.Namespace) -> None:
         check_text("--stop text", stop)
 
 
-def load_model(options: argparse.Namespace) -> tuple[Params, Tokenizer]:
-    """The model and tokenizer that the options name."""
+def load_model(options: argparse.Namespace, calibrated: bool = True) -> tuple[Params, Tokenizer]:
+    """The model and tokenizer that the options name, with the calibration beside them or whatever lies there."""
     _choose_device(options.device)
-    params, tokenizer = load(options.model, options.dtype)
+    if calibrated:
+        params, tokenizer = load(options.model, options.dtype)
+    else:
+        params, tokenizer = load_uncalibrated(model_path(options.model), options.dtype)
     if tokenizer is None:
         raise CoreInferError(
             f"{options.model}: has no tokenizer; add tokenizer.json or tokenizer.model beside the weights"
@@ -177,8 +181,25 @@ def _choose_device(name: str | None) -> None:
             ) from error
 
 
-def core_config(options: argparse.Namespace) -> CoreConfig | Recommended | None:
-    """How core neurons are to be chosen: None for the full model, by the model's calibration where nothing is named."""
+PRESETS = ("default", "paper")
+
+
+def preset(options: argparse.Namespace, params: Params | None = None) -> CoreConfig:
+    """What `--preset` names, for `params` where they are loaded."""
+    return CoreConfig.paper() if options.preset == "paper" else recommended(params)
+
+
+def recommended(params: Params | None) -> CoreConfig:
+    """How core neurons are chosen where the user names nothing: as calibrated, if that is not with all neurons."""
+    calibration = None if params is None else params.calibration
+    return CoreConfig() if calibration is None or calibration.core is None else calibration.core
+
+
+def core_config(options: argparse.Namespace, params: Params | None = None) -> CoreConfig | Recommended | None:
+    """How core neurons are to be chosen: None for the full model; what is not named as is recommended for `params`.
+
+    Without `params`, to refuse what can be refused before they are loaded.
+    """
     if options.clusters is not None and options.method not in ("similarity", "fused", "auto"):
         raise CoreInferError(
             f"--clusters: --method {options.method or 'stability'} uses none; take similarity, fused or auto"
@@ -192,7 +213,11 @@ def core_config(options: argparse.Namespace) -> CoreConfig | Recommended | None:
     named = {name: value for name in CORE_OPTIONS if (value := getattr(options, name)) is not None}
     if not named:
         return "recommended"
-    return CoreConfig(**named | ({"layers": tuple(options.layers)} if options.layers else {}))
+    core = replace(recommended(params), **named | ({"layers": tuple(options.layers)} if options.layers else {}))
+    for name in ("alpha", "budget"):
+        if name in named and "votes" not in core.ranking:
+            raise CoreInferError(f"--{name} {named[name]}: is of votes; add --rule votes, or leave it out")
+    return core
 
 
 def load_groups(options: argparse.Namespace, params: Params, core: CoreConfig | Recommended | None) -> Groups | None:

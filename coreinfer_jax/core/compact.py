@@ -83,7 +83,7 @@ def _with_mlps(params: Params, indices: Indices, offsets: Offsets, gather: _Gath
     gathered = gather([params.layers[l].mlp for l in chosen], list(chosen.values()), [offsets[l] for l in chosen])
     narrowed = dict(zip(chosen, gathered, strict=True))
     layers = tuple(replace(layer, mlp=narrowed[l]) if l in narrowed else layer for l, layer in enumerate(params.layers))
-    return replace(params, layers=layers)
+    return replace(params.weights, layers=layers)
 
 
 def narrowed_bytes(params: Params, layers: tuple[int, ...], kept: int, sets: int) -> int:

@@ -117,15 +117,21 @@ def _checked_offsets(
     """`offsets` as float32 arrays, None for each layer where there are none."""
     if offsets is None:
         return (None,) * len(layers)
+    if isinstance(offsets, str) or not isinstance(offsets, Sequence):
+        raise CoreInferError(f"offsets={shown(offsets)}: give one array, or None, per layer")
     if len(offsets) != len(layers):
         raise CoreInferError(f"offsets for {len(offsets)} layers, core neurons for {len(layers)}; give one per layer")
     return tuple(
-        None if offset is None else _checked_offset(l, indices, np.array(offset, np.float32))
+        None if offset is None else _checked_offset(l, indices, offset)
         for l, (indices, offset) in enumerate(zip(layers, offsets, strict=True))
     )
 
 
-def _checked_offset(layer: int, indices: np.ndarray | None, offset: np.ndarray) -> np.ndarray:
+def _checked_offset(layer: int, indices: np.ndarray | None, given: ArrayLike) -> np.ndarray:
+    try:
+        offset = np.array(given, np.float32)
+    except (TypeError, ValueError) as error:
+        raise CoreInferError(f"offset of layer {layer}: {shown(given)}; give numbers") from error
     if indices is None or offset.shape[:-1] != indices.shape[:-1]:
         rows = "none, the layer is dense" if indices is None else f"an array of shape {(*indices.shape[:-1], 'D')}"
         raise CoreInferError(f"offset of layer {layer}: shape {offset.shape}; give {rows}")

@@ -26,8 +26,12 @@ def core_of(setting: Setting, alpha: float) -> CoreConfig:
     Raises:
         CoreInferError: a rule by which no set can be kept for a generation.
     """
-    if setting.rule in PER_TOKEN or setting.known != "context":
+    if setting.rule in PER_TOKEN:
         raise CoreInferError(f"rule {setting.rule!r}: gives every token neurons of its own, and generates nothing")
+    if setting.known != "context":
+        raise CoreInferError("what is to be generated is not known before: a setting that knows it generates nothing")
+    if setting.prior_tokens and setting.rule != "contribution":
+        raise CoreInferError(f"rule {setting.rule!r}: generates without a prior; give it no prior tokens")
     mean = setting.rule == "votes-mean-budget"
     return CoreConfig(
         alpha=alpha,
@@ -53,9 +57,9 @@ def free_running(
         seed: of the intervals.
 
     Returns:
-        First for the full model, then per core: `departure` (tokens before the first that differs from the full
-        model's; all of them where none does), `repetition` (share of 4-grams that came before in the same
-        continuation) and `length` (tokens), each with `mean` and `ci95` over prompts.
+        First for the full model, then per core, each with `mean` and `ci95` over prompts: `departure`, tokens before
+        the first that differs from the full model's (at least 1, which is the full model's own; all of them where none
+        differs), `repetition`, the share of 4-grams that came before in the same continuation, and `length`, in tokens.
 
     Raises:
         CoreInferError: as `generate`.
@@ -63,10 +67,14 @@ def free_running(
     check_dense(params)
     choices: list[CoreConfig | None] = [None, *cores]
     made: list[list[list[int]]] = [[] for _ in choices]
+    rows = min(ROWS, len(prompts))
     for first in tqdm(range(0, len(prompts), ROWS), desc="generating", unit="batch", disable=None, leave=False):
         for texts, core in zip(made, choices, strict=True):
             batch, eos_ids = prompts[first : first + ROWS], params.config.eos_ids
-            texts += _texts(generate(params, batch, core, max_new_tokens=new_tokens, eos_ids=eos_ids))
+            # Filled up, so that the last batch runs the programs of the others.
+            filled = np.concatenate([batch, np.repeat(batch[:1], rows - len(batch), axis=0)])
+            out = generate(params, filled, core, max_new_tokens=new_tokens, eos_ids=eos_ids)
+            texts += _texts(out)[: len(batch)]
     return [_figures(texts, made[0], seed) for texts in made]
 
 

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.continuation import score_continuations
 from coreinfer_jax.core.groups import Groups
+from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.generation import stream
 from coreinfer_jax.params import Params
+from coreinfer_jax.request import Recommended, resolved
 from coreinfer_jax.text import Tokenizer
 
 try:
@@ -82,7 +84,7 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
         self,
         params: Params,
         tokenizer: Tokenizer,
-        core: CoreConfig | None = CoreConfig(),
+        core: CoreConfig | Recommended | None = "recommended",
         *,
         groups: Groups | None = None,
         batch_size: int = BATCH_SIZE,
@@ -90,11 +92,14 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
         seed: int = 0,
     ) -> None:
         super().__init__()
+        chosen = resolved(params, core)
+        if isinstance(chosen, CoreNeurons):
+            raise CoreInferError("core: neurons of one prompt serve no other; give a CoreConfig, or None")
         if batch_size < 1:
             raise CoreInferError(f"batch_size={shown(batch_size)}: give a whole number of at least 1")
-        if core is not None and not core.per_row:
+        if chosen is not None and not chosen.per_row:
             raise CoreInferError("per_row=False: a score would depend on the rest of its batch; take per_row=True")
-        self._params, self._text, self._core, self._groups = params, tokenizer, core, groups
+        self._params, self._text, self._core, self._groups = params, tokenizer, chosen, groups
         self._batch_size, self._name, self._seed = batch_size, name, seed
         self._start = tokenizer.encode("")  # what a text begins with: BOS or nothing
         self.truncated = 0

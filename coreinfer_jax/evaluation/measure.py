@@ -98,6 +98,10 @@ def measure(
     """
     if prior is None and any(setting.prior_tokens for setting in settings):
         raise CoreInferError("prior tokens are of a prior: give one, from read_prior")
+    unknown = {setting.rule for setting in settings if prior and setting.prior_tokens} - set(prior[0] if prior else ())
+    if unknown:
+        raise CoreInferError(f"the prior has no sums for {', '.join(sorted(unknown))}: give those no prior tokens")
+    params = params.weights
     norms = column_norms(params)
     rules = tuple(sorted({setting.rule for setting in settings if setting.rule in RULES}))
     full, parts = [], []
@@ -125,6 +129,7 @@ def collect(
         CoreInferError: activations that are NaN or infinite.
     """
     total: list[dict[str, Sums]] | None = None
+    params = params.weights
     norms = column_norms(params)
     for tokens, real in _batches(rows, 1, params.config, "reading the corpus"):
         # Rows that fill a batch up do not count.

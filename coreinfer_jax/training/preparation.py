@@ -87,7 +87,7 @@ def _first_weights(model: str | os.PathLike[str], recipe: Recipe) -> Params:
     params, tokenizer = load(model, "float32")
     if tokenizer is None:
         raise CoreInferError(f"{model}: has no tokenizer; put the one it was trained with beside its weights")
-    return params
+    return params.weights
 
 
 def _copy_tokenizer_and_facts(model: Path, run: Path) -> None:
