@@ -17,6 +17,8 @@ RANDOM = ("random", 0.0, 0.0, "context")
 RECOMMENDED = ("contribution", 0.5, 0.0, "context")
 CALIBRATED = ("contribution", 0.5, 64.0, "context")
 PROMPT = 64
+# Below it no difference matters; ceilings fall to 0, which a logarithm has no place for.
+LEAST_KL = 1e-3
 Result = dict[str, Any]
 Key = tuple[str, float, float, str]
 
@@ -135,12 +137,12 @@ def draw() -> None:
     results = [result for result in newest() if not result["switched"]]
     if not results:
         return
-    figure = Figure(figsize=(4.2 * len(results), 4.2), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, len(results), squeeze=False)[0]
+    figure = Figure(figsize=(4.2 * len(results), 5), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
     for axes, result in zip(panels, results, strict=True):
         _draw_model(axes, result)
     panels[0].set_ylabel("KL(all neurons || kept), nats per token")
-    panels[-1].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=3)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=120)
 
@@ -164,6 +166,7 @@ def _draw_model(axes: "Axes", result: Result) -> None:
         low, high = zip(*(value["ci95"] for value in kl), strict=True)
         axes.fill_between(places, low, high, color=colour, alpha=0.15)
     axes.set(title=result["model"], xlabel="MB of weights read per token", yscale="log")
+    axes.set_ylim(bottom=LEAST_KL)
     kept = axes.secondary_xaxis("top")
     kept.set_xticks(places, [f"{keep:.0%}" for keep in keeps])
     kept.set_xlabel("neurons kept")

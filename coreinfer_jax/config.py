@@ -101,9 +101,9 @@ class CoreConfig:
             vote together.
         layers: which layers are narrowed, as fractions of depth: layer l of L when layers[0] <= l / L < layers[1].
         per_row: choose one core set per row of a batch, so that each row equals its single run; every row then
-            reads its own narrowed weights. False chooses one set by the votes of all rows: the narrowed weights are
+            reads its own narrowed weights. False chooses one set for all rows together: the narrowed weights are
             read once per step for the whole batch.
-        count_bos: whether a beginning-of-sequence token at the start of the prompt votes, as in the paper.
+        count_bos: whether a beginning-of-sequence token at the start of the prompt counts, as in the paper.
         method: `stability` takes the prompt's own core neurons; `similarity` those of the group of texts it is nearest
             to; `fused` the most voted when the group's frequencies count as `prior_tokens` more tokens of the prompt;
             `auto` stability for a stable prompt and similarity for others. All but stability need groups, without

@@ -40,7 +40,7 @@ def generate(
         core: a `CoreConfig` chooses core neurons from the prompt; `CoreNeurons` are used as they are; None is dense.
             "recommended" is what the model's calibration found, or `CoreConfig()` where it has none.
             With `per_row=True` each row equals its own single run and a step reads B narrowed MLPs; with
-            `per_row=False` all rows vote for one set, which a step reads once.
+            `per_row=False` all rows together choose one set, which a step reads once.
         groups: groups of texts made ready by `prepare_groups`, for the methods of `core` that use them.
         max_new_tokens: new tokens per row, at most.
         temperature: 0 takes the most probable token; above 0 draws.

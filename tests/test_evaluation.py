@@ -18,6 +18,7 @@ from coreinfer_jax.evaluation.free_running import core_of, departure, free_runni
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Measured, Setting, collect, measure
 from coreinfer_jax.evaluation.run import Texts, evaluate, interval, perplexity, summary
 from coreinfer_jax.models import extend, observe_nothing, unembed
+from coreinfer_jax.params import weight_bytes_per_step
 from coreinfer_jax.text.documents import Documents, read_documents
 from tests.support import MODELS, random_model
 
@@ -228,8 +229,12 @@ def test_phrases_of_four_tokens_count_when_they_come_again():
 def test_a_setting_generates_as_it_is_evaluated():
     assert core_of(Setting("votes", 0.2), 0.4) == replace(ci.CoreConfig.paper(), prior_tokens=0.0)
     assert core_of(Setting("votes-mean-budget", 0.2), 0.3).budget == "mean"
-    for setting in (Setting("token-norm", 0.2), Setting("energy", 0.2, known="continuation")):
-        with pytest.raises(ci.CoreInferError, match="neurons of its own"):
+    for setting, said in (
+        (Setting("token-norm", 0.2), "neurons of its own"),
+        (Setting("energy", 0.2, known="continuation"), "not known before"),
+        (Setting("energy", 0.2, prior_tokens=64), "without a prior"),
+    ):
+        with pytest.raises(ci.CoreInferError, match=said):
             core_of(setting, 0.4)
 
 
@@ -302,6 +307,28 @@ def test_the_default_is_what_generate_uses_and_the_paper_is_the_papers(tmp_path,
     keys = ("rule", "keep", "compensation", "prior_tokens")
     assert [found["default"][key] for key in keys] == ["contribution", ci.CoreConfig().beta, 0.5, 64.0]
     assert [found["paper"][key] for key in keys] == ["votes", 0.2, 0.0, 0.0]
+
+
+def test_alphas_and_ranges_of_layers_are_compared_and_drawn(tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(["Once upon a time there was a king who had a daughter and a garden. " * 4] * 2))
+    arguments = ["eval", "--data", str(path), "--prompt-tokens", "8", "--continuation", "8", "--texts", "2", "--json"]
+    arguments += ["--rule", "votes", "--alpha", "0.2", "0.6", "--beta", "0.2", "0.6", "--layers", "0", "1"]
+    arguments += ["--layers", "0.5", "1", "--chart", str(tmp_path / "chart.png")]
+    assert main(arguments) == 0
+    settings = json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]
+    assert [(s["alpha"], s["layers"], s["keep"]) for s in settings] == [
+        (alpha, layers, keep) for alpha in (0.2, 0.6) for layers in ([0, 1], [0.5, 1]) for keep in (0.2, 0.6)
+    ]
+    assert len({s["kl"]["mean"] for s in settings}) == len(settings)
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+    params, _ = ci.load("embedded:opt")
+    row = 4 * params.config.hidden_size  # bytes of a neuron in one matrix of the two
+    whole = weight_bytes_per_step(params, 1)
+    assert settings[0]["bytes_per_token"] == whole - 8 * 2 * (768 - 153) * row
+    assert settings[2]["bytes_per_token"] == whole - 4 * 2 * (768 - 153) * row
+    assert main([*arguments[:-1], str(tmp_path / "chart.unknown")]) == 2
+    assert "end it in .png or .svg" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

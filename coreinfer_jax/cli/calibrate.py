@@ -10,7 +10,7 @@ from coreinfer_jax.checkpoint.embedded import PREFIX
 from coreinfer_jax.checkpoint.files import is_directory, to_path
 from coreinfer_jax.checkpoint.loading import open_model, stored_fingerprint
 from coreinfer_jax.cli import options as shared
-from coreinfer_jax.cli.eval import table
+from coreinfer_jax.cli.eval_texts import table
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.calibrate import Bound, calibrate
 from coreinfer_jax.text.documents import read_documents

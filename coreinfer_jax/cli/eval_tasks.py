@@ -58,11 +58,19 @@ def run(options: argparse.Namespace) -> None:
 
 def _cores(options: argparse.Namespace, preset: CoreConfig) -> list[CoreConfig]:
     """Every rule, compensation and keep ratio asked for."""
-    named = {name: value for name in ("alpha", "prior_tokens") if (value := getattr(options, name)) is not None}
-    if options.layers is not None:
-        named["layers"] = tuple(options.layers)
+    prior_tokens = preset.prior_tokens if options.prior_tokens is None else options.prior_tokens
     return [
-        replace(preset, rule=rule, compensation=compensation, beta=beta, **named)
+        replace(
+            preset,
+            rule=rule,
+            compensation=compensation,
+            beta=beta,
+            alpha=alpha,
+            layers=tuple(layers),
+            prior_tokens=prior_tokens,
+        )
+        for layers in options.layers or [preset.layers]
+        for alpha in options.alpha or [preset.alpha]
         for rule in options.rule or [preset.ranking]
         for compensation in options.compensation or [preset.compensation if rule == preset.ranking else 0.0]
         for beta in options.beta or [preset.beta]

@@ -1,1 +1,1 @@
-"""The algorithm, as pure functions: activations -> votes -> core neurons -> narrowed weights."""
+"""The algorithm, as pure functions: activations -> sums -> core neurons -> narrowed weights."""

@@ -11,14 +11,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from coreinfer_jax.config import CoreConfig, ModelConfig, RuleName
+from coreinfer_jax.config import CoreConfig, ModelConfig
 from coreinfer_jax.core.compact import Indices, Offsets, narrow, narrowed_shapes, on_device
 from coreinfer_jax.core.groups import Groups
-from coreinfer_jax.core.measures import fused, membership, nearest_group, stability_figure
+from coreinfer_jax.core.measures import fused, nearest_group, stability_figure
 from coreinfer_jax.core.neurons import CoreNeurons
-from coreinfer_jax.core.rules import RULES, Sums, column_norms_of, mean_activations, votes_of, with_prior
+from coreinfer_jax.core.ranking import rank
+from coreinfer_jax.core.rules import Sums, votes_of
 from coreinfer_jax.core.select import Votes, kept_neurons, most_voted
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.params import Calibration, Params
@@ -76,7 +77,7 @@ class Predicted:
 
 
 def voted_layers(core: CoreConfig, config: ModelConfig, groups: Groups | None) -> tuple[int, ...]:
-    """The layers whose votes a prediction needs, ascending."""
+    """The layers whose sums a prediction needs, ascending."""
     own = () if core.method == "similarity" else core.narrowed_layers(config.num_layers)
     return tuple(sorted({*own, groups.clusters.layer} if groups else own))
 
@@ -104,13 +105,13 @@ def check_groups(core: CoreConfig, groups: object, params: Params, rows: int) ->
 def counted_tokens(
     core: CoreConfig, tokens: np.ndarray, lengths: np.ndarray, cached: int, config: ModelConfig
 ) -> np.ndarray:
-    """Which of tokens [B, T] vote: bool [B, T], not padding, and not a leading BOS where the setting excludes it.
+    """Which of tokens [B, T] count: bool [B, T], not padding, and not a leading BOS where the setting excludes it.
 
     Args:
         core: the setting.
         tokens: padded rows.
         lengths: int32 [B], tokens per row before padding.
-        cached: tokens per row that were read, and have voted, before.
+        cached: tokens per row that were read, and counted, before.
         config: the model.
 
     Raises:
@@ -120,7 +121,7 @@ def counted_tokens(
     if not core.count_bos and config.bos_id is not None and not cached:
         counted[:, 0] &= tokens[:, 0] != config.bos_id
     if not counted.any(axis=1).all():
-        raise CoreInferError("a prompt of BOS alone has no token to vote with count_bos=False: lengthen it")
+        raise CoreInferError("a prompt of BOS alone has no token to choose by with count_bos=False: lengthen it")
     return counted
 
 
@@ -173,7 +174,7 @@ def _by_rule(
     narrowed, kept = core.narrowed_layers(config.num_layers), kept_neurons(core.beta, config.mlp_size)
     # A calibration's sums are those of one rule.
     known = calibration is not None and core.ranking == "contribution" and core.prior_tokens > 0
-    indices, offsets = _ranked(
+    indices, offsets = rank(
         [sums[l] for l in narrowed],
         [calibration.prior[l] for l in narrowed] if calibration is not None and known else None,
         [params.layers[l].mlp.down.weight for l in narrowed],
@@ -259,36 +260,6 @@ def _automatic(core: CoreConfig, voters: int, figure: float, group: int | None) 
 def _pooled(sums: dict[int, Sums]) -> dict[int, Sums]:
     """The sums of all rows together, as those of one."""
     return {l: jax.tree.map(lambda array: array.sum(axis=0, keepdims=True), layer) for l, layer in sums.items()}
-
-
-@partial(jax.jit, static_argnames=("rule", "kept", "compensated"))
-def _ranked(
-    sums: list[Sums],
-    prior: list[Sums] | None,
-    weights: list[Array],
-    prior_tokens: Array,
-    compensation: Array,
-    *,
-    rule: RuleName,
-    kept: int,
-    compensated: bool,
-) -> tuple[list[Array], list[Array | None]]:
-    """Ascending indices int32 [R, K] per layer, and what is added to the output for all others, float32 [R, D]."""
-    if prior is not None:
-        sums = [with_prior(own, corpus, prior_tokens) for own, corpus in zip(sums, prior, strict=True)]
-    indices, offsets = [], []
-    for own, weight in zip(sums, weights, strict=True):
-        scores = RULES[rule].score(own, column_norms_of(weight), compensation)
-        indices.append(jnp.sort(jnp.argsort(-scores, axis=-1, stable=True)[:, :kept].astype(jnp.int32), axis=-1))
-        offsets.append(_offset(own, indices[-1], weight, compensation) if compensated else None)
-    return indices, offsets
-
-
-def _offset(sums: Sums, indices: Array, weight: Array, compensation: Array) -> Array:
-    """What neurons other than `indices` [R, K] add to the output at a share of their mean: float32 [R, D]."""
-    dropped = ~membership(indices, weight.shape[1])
-    standing = jnp.where(dropped, compensation * mean_activations(sums), 0)
-    return lax.dot_general(standing, weight.astype(jnp.float32), (((1,), (1,)), ((), ())))
 
 
 @partial(jax.jit, static_argnames=("method", "kept", "vector"))

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from coreinfer_jax.config import MOST_PRIOR_TOKENS, ModelConfig, check_fraction, check_share
-from coreinfer_jax.core.compact import check_dense
+from coreinfer_jax.core.compact import check_dense, narrowed_bytes
 from coreinfer_jax.core.rules import RULES, Sums
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Measured, Setting, collect, measure
-from coreinfer_jax.params import Params
+from coreinfer_jax.params import Params, weight_bytes_per_step
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import LEAST_TEXTS, Corpus, Selection
 from coreinfer_jax.text.documents import Documents
@@ -74,9 +74,9 @@ def evaluate(
         prior: sums over a corpus, from `read_prior`, for settings with `prior_tokens`.
 
     Returns:
-        Per prompt length and setting: `kl` (nats per token), `agreement` (share of tokens), `perplexity`, and that of
-        the full model, each with `mean` and `ci95`, the percentile bootstrap interval over documents; and `kl` and
-        `agreement` by decode position.
+        Per prompt length and setting: `bytes_per_token` (of weights), `kl` (nats per token), `agreement` (share of
+        tokens), `perplexity`, and that of the full model, each of these with `mean` and `ci95`, the percentile
+        bootstrap interval over documents; and `kl` and `agreement` by decode position.
 
     Raises:
         CoreInferError: texts that are too few or too short, sizes that do not fit, a setting outside its range, prior
@@ -107,13 +107,24 @@ def compare(
         full, measured = measure(
             params, rows[:, longest - length :], length, settings, alpha=alpha, prior=prior, name=name
         )
-        common = {"prompt_tokens": length, "texts": len(rows), "too_short": selection.too_short}
+        common = {"prompt_tokens": length, "alpha": alpha, "texts": len(rows), "too_short": selection.too_short}
         dense = perplexity(full, texts.seed)
         results += [
-            common | asdict(setting) | summary(own, texts.seed) | {"dense_perplexity": dense}
+            common
+            | asdict(setting)
+            | {"bytes_per_token": bytes_per_token(params, setting)}
+            | summary(own, texts.seed)
+            | {"dense_perplexity": dense}
             for setting, own in zip(settings, measured, strict=True)
         ]
     return results
+
+
+def bytes_per_token(params: Params, setting: Setting) -> int:
+    """Bytes of weights that a decode step on the setting's neurons reads for one row."""
+    kept, F = setting.kept(params.config), params.config.mlp_size
+    left_out = [narrowed_bytes(params, (l,), F - int(K), 1) for l, K in enumerate(kept)]
+    return weight_bytes_per_step(params, 1) - sum(left_out)
 
 
 def read_prior(
