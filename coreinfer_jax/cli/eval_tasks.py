@@ -80,8 +80,10 @@ def _cores(options: argparse.Namespace, preset: CoreConfig) -> list[CoreConfig]:
 def _rows(results: dict[str, Any]) -> list[list[str]]:
     """A line per task and metric, a column per choice of core neurons."""
     settings = results["settings"]
+    rules = {one["core"]["rule"] for one in settings if one["core"]}
+    names = {rule: "keep" if len(rules) == 1 else rule for rule in rules}
     columns = [
-        "all neurons" if one["core"] is None else f"{one['core']['rule'] or 'keep'} {one['core']['beta']:g}"
+        "all neurons" if one["core"] is None else f"{names[one['core']['rule']]} {one['core']['beta']:g}"
         for one in settings
     ]
     rows = [["task", "shots", "documents", "metric", *columns]]
