@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts, core_neurons, model_card, performance, quality_page
+from benchmarks import charts, core_neurons, gpu_aims, model_card, performance, quality_page
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.tables import made_on, shown_range
 from coreinfer_jax.errors import CoreInferError
@@ -34,7 +34,7 @@ def current() -> dict[Path, str]:
         (README, {**readme, "speed": performance.speed_summary, "quality": quality_page.summary}),
         (model_card.CARD, card),
         (core_neurons.PAGE, core_neurons.tables()),
-        (performance.PAGE, performance.sections()),
+        (performance.PAGE, {**performance.sections(), "gpu aims": gpu_aims.section}),
         (quality_page.PAGE, quality_page.sections()),
     )
     return {path: _filled(path, sections) for path, sections in documents}

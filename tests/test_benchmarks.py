@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
     decode,
     environment,
+    gpu_aims,
     memory,
     performance,
     profile,
@@ -454,3 +455,44 @@ def test_a_quality_result_has_four_digits_and_no_positions():
 def test_passages_are_whole_lines_of_at_least_their_size(monkeypatch):
     monkeypatch.setattr(quality, "PASSAGE", 10)
     assert quality._passages("12345\n6789\nabcdefghijkl\nrest\n") == ["12345\n6789\n", "abcdefghijkl\n"]
+
+
+def gpu_result(contender, keep, milliseconds, share=0.9):
+    spread = {"median": 1.0, "min": 1.0, "max": 1.0}
+    return {
+        "contender": contender,
+        "keep": keep,
+        "dtype": "bfloat16",
+        "model": "opt-6.7b",
+        "layers": 32,
+        "prompt_tokens": 512,
+        "decode_ms_per_token": {"median": milliseconds},
+        "decode_ms_per_token_by_round": [milliseconds],
+        "bandwidth_share": spread | {"median": share},
+        "prefill_seconds": spread | {"median": 1.0 if keep is None else 1.2},
+        "compaction_seconds": spread | {"median": 0.03},
+        "compile_cold_seconds": 50.0,
+        "compile_warm_seconds": spread | {"median": 11.0},
+    }
+
+
+def test_aims_on_a_gpu_are_judged(monkeypatch):
+    results = [
+        gpu_result("coreinfer", None, 5.0),
+        gpu_result("coreinfer", 0.2, 2.5, share=0.8),
+        gpu_result("transformers-eager", None, 30.0),
+    ]
+    monkeypatch.setattr(gpu_aims, "decode_runs", lambda: {"opt-6.7b shape; a card, cuda": results, "x; cpu": []})
+    lines = gpu_aims.section().splitlines()[2:]
+    assert [line.split(" | ")[1].removesuffix(" |") for line in lines] == [
+        "met: 90%",
+        "missed: 80%",
+        "met: x 2.00 of 1.8",
+        "met: x 12.00 of 10.33",
+        "",
+        "missed: x 1.20, 512 tokens",
+        "missed: 6.0 steps",
+        "missed: 50 s, again 11.0 s, 32 layers",
+    ]
+    monkeypatch.setattr(gpu_aims, "decode_runs", lambda: {"x; cpu": results})
+    assert "Nothing was measured on a GPU" in gpu_aims.section()
