@@ -13,6 +13,7 @@ from benchmarks import (
     decode,
     embedded_calibration,
     first_run,
+    free_running,
     group_switch,
     keep_ratio,
     prediction,
@@ -74,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
     _add(commands, "keep-ratio", "perplexity by keep ratio", lambda o: [keep_ratio.measure(o.texts)], _add_texts)
     _add(commands, "quality", "what rules cost", lambda o: quality.measure(o.texts, o.models), _add_quality_options)
+    _add(
+        commands,
+        "free-running",
+        "what generations by themselves look like",
+        lambda o: free_running.measure(o.texts, o.models),
+        _add_quality_options,
+    )
     _add(commands, "calibrate-embedded", "write the embedded models' calibrations", _calibrate, _add_texts)
     _add(commands, "first-run", "what the embedded models write", lambda _: [first_run.measure()])
     suite = commands.add_parser("suite", help="all that docs/performance.md shows, for this machine's device")

@@ -50,7 +50,7 @@ def settings() -> list[Setting]:
 
 def measure(texts: Path, models: Path) -> Iterator[dict[str, Any]]:
     """One result per model and kind of text: continued by itself, or by another text."""
-    for name, params, tokenizer, documents, corpus in _subjects(texts, models):
+    for name, params, tokenizer, documents, corpus in subjects(texts, models):
         made_on = environment()
         prior = read_prior(params, tokenizer, corpus)
         for switched in (False, True):
@@ -76,7 +76,7 @@ def mlp_bytes(params: Params, keep: float) -> int:
     return narrowed_bytes(params, tuple(range(config.num_layers)), kept_neurons(keep, config.mlp_size), 1)
 
 
-def _subjects(texts: Path, models: Path) -> Iterator[tuple[str, Params, Tokenizer, Documents, Documents]]:
+def subjects(texts: Path, models: Path) -> Iterator[tuple[str, Params, Tokenizer, Documents, Documents]]:
     """Each model, texts to measure it on, and others that it may know beforehand."""
     read = [read_text(texts / file) for file in FILES]
     held_out = [document for text in read for _, document in text.held_out]

@@ -59,6 +59,7 @@ def sections() -> dict[str, Callable[[], str]]:
         "quality rules": partial(_by_rule, switched=False),
         "quality switched": partial(_by_rule, switched=True),
         "quality lengths": _by_length,
+        "free running": _free_running,
     }
 
 
@@ -123,6 +124,29 @@ def _by_length() -> str:
                 rows.append([title(key), *(f"{a['kl']['mean'] / b['kl']['mean']:.0%}" for a, b in own)])
             parts.append(f"### {result['model']}\n\n{markdown(rows)}")
     return "\n\n".join(parts) or "No results yet."
+
+
+def _free_running() -> str:
+    """Per model: what greedy continuations look like, in means and their intervals."""
+    parts = []
+    for result in {r["model"]: r for r in read_results("free-running")}.values():
+        rows = [["", "like the full model's, tokens", "repeated 4-grams", "length, tokens"]]
+        rows.append(["all neurons", *_written(result["dense"])])
+        rows += [[f"{s['rule']}, keep {s['keep']:g}", *_written(s)] for s in result["settings"]]
+        told = (
+            f"{result['texts']} texts, prompts of {result['prompt_tokens']} tokens, {result['new_tokens']} new tokens"
+        )
+        calibrated = "calibrated" if result["calibrated"] else "not calibrated"
+        parts.append(f"### {result['model']}\n\n{markdown(rows)}\n\n{told}, {calibrated}; {made_on(result)}")
+    return "\n\n".join(parts) or "No results yet."
+
+
+def _written(figures: Result) -> list[str]:
+    digits = {"departure": 1, "repetition": 3, "length": 1}
+    return [
+        f"{figures[name]['mean']:.{n}f} ({figures[name]['ci95'][0]:.{n}f} .. {figures[name]['ci95'][1]:.{n}f})"
+        for name, n in digits.items()
+    ]
 
 
 def _conditions(result: Result) -> str:

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import coreinfer_jax as ci
 from benchmarks import (
     decode,
     environment,
+    free_running,
     gpu_aims,
     memory,
     performance,
@@ -32,6 +34,7 @@ from coreinfer_jax.cache import KVCache
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.params import abstract_params
 from coreinfer_jax.session import bytes_read_per_token
+from coreinfer_jax.text.documents import Documents
 from tests.support import random_model
 
 TINY = {
@@ -429,7 +432,8 @@ def test_the_quality_page_compares_with_the_papers_votes_and_with_chance(monkeyp
     results = [quality_result("tiny", switched) for switched in (False, True)]
     monkeypatch.setattr(quality_page, "read_results", lambda name: results)
     monkeypatch.setattr(quality_page, "PICTURE", tmp_path / "rules.png")
-    rules, switched, lengths = (make() for make in quality_page.sections().values())
+    sections = quality_page.sections()
+    rules, switched, lengths = (sections[f"quality {name}"]() for name in ("rules", "switched", "lengths"))
     assert "| votes | 0.450, 100% | 0.350, 100% | 0.250, 100% | 0.150, 100% | 50.0% |" in rules
     assert "| random | 0.900, 200% \\* |" in rules
     assert "| energy | 0.225, 50% \\* |" in rules
@@ -496,3 +500,19 @@ def test_aims_on_a_gpu_are_judged(monkeypatch):
     ]
     monkeypatch.setattr(gpu_aims, "decode_runs", lambda: {"x; cpu": results})
     assert "Nothing was measured on a GPU" in gpu_aims.section()
+
+
+def test_free_running_is_measured_and_shown(monkeypatch, tinystories, data):
+    params, tokenizer = ci.load(tinystories)
+    lines = (data / "text" / "tinystories_val.txt").read_text(encoding="utf-8").splitlines()
+    documents = Documents("stories", "", tuple(line for line in lines if len(line) > 400)[:2])
+    monkeypatch.setattr(free_running, "subjects", lambda texts, models: [("tiny", params, tokenizer, documents, None)])
+    monkeypatch.setattr(free_running, "NEW", 4)
+    [result] = free_running.measure(None, None)
+    assert [(s["rule"], s["keep"]) for s in result["settings"]] == [
+        (rule, keep) for rule in ("votes", "contribution") for keep in quality.KEEPS
+    ]
+    monkeypatch.setattr(quality_page, "read_results", lambda name: [result] if name == "free-running" else [])
+    shown = quality_page.sections()["free running"]()
+    assert "| all neurons | 4.0 (4.0 .. 4.0) |" in shown
+    assert shown.count("contribution, keep") == 4
