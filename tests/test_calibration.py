@@ -322,12 +322,16 @@ def test_a_16_bit_copy_keeps_its_calibration(tmp_path):
     np.testing.assert_array_equal(half.prior[3]["squares"], whole.prior[3]["squares"])
 
 
-def test_another_tokenizer_is_refused(tmp_path, model):
-    for file in model.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 7}', encoding="utf-8")
+def test_another_vocabulary_is_refused_and_another_template_is_not(tmp_path):
+    directory = ci.convert("embedded:opt", tmp_path / "mine")
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    template = {"chat_template": "{{ messages[0].content }}"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | template), encoding="utf-8")
+    assert ci.load(directory)[0].calibration is not None
+    vocabulary = directory / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(ci.CoreInferError, match="made with another tokenizer"):
-        ci.load(tmp_path)
+        ci.load(directory)
 
 
 def test_options_replace_what_was_calibrated(tmp_path, capsys):

@@ -68,7 +68,7 @@ CHANGES = {
     "nothing-new": (TURNS[0], ci.CoreConfig()),
     "shorter": (TURNS[0][:5], ci.CoreConfig()),
     "another-alpha": ([*TURNS[0], 9], ci.CoreConfig(alpha=0.7)),
-    "mean": ([*TURNS[0], 9], ci.CoreConfig(budget="mean")),
+    "mean": ([*TURNS[0], 9], replace(ci.CoreConfig.paper(), budget="mean")),
 }
 
 

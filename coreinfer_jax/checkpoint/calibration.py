@@ -16,10 +16,10 @@ from coreinfer_jax.checkpoint.files import new_file
 from coreinfer_jax.config import CoreConfig, ModelConfig
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.params import Calibration
-from coreinfer_jax.text import TOKENIZER_FILES
 
 CALIBRATION = "coreinfer-calibration.safetensors"
 VERSION = "1"
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 # What is summed up of each neuron, and of all tokens.
 _OF_NEURONS, _OF_TOKENS = ("total", "squares"), ("tokens", "weight")
 
@@ -110,9 +110,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 
 def _tokenizer_digest(directory: Path) -> str:
-    """SHA-256 of the tokenizer's files in `directory`."""
+    """SHA-256 of the vocabulary in `directory`; templates and names of special tokens change nothing of it."""
     digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
+    for name in VOCABULARY_FILES:
         if (directory / name).is_file():
             digest.update(name.encode() + (directory / name).read_bytes())
     return digest.hexdigest()
