@@ -10,6 +10,8 @@ Budget = Literal["per_token", "mean"]
 Method = Literal["stability", "similarity", "fused", "auto"]
 RuleName = Literal["contribution", "votes", "magnitude-votes", "griffin", "griffin-norm", "energy", "norm", "random"]
 MOST_PRIOR_TOKENS = 1e9
+# The rule whose sums a calibration holds.
+PRIOR_RULE: RuleName = "contribution"
 METHODS: tuple[Method, ...] = get_args(Method)
 RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
 

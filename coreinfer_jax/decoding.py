@@ -86,8 +86,8 @@ def prefill(
     remaining = iter(params.layers)  # they are traced in order
 
     def observe(activations: Array) -> Sums:
-        norms = column_norms_of(next(remaining).mlp.down.weight)
-        return {} if voting is None else RULES[rule].observe(activations, norms, voting)
+        down = next(remaining).mlp.down
+        return {} if voting is None else RULES[rule].observe(activations, column_norms_of(down.weight), voting)
 
     hidden, cache, observed = extend(params, tokens, cache, start, observe)
     logits = unembed(params, hidden[jnp.arange(tokens.shape[0]), lengths - 1][:, None])[:, 0]

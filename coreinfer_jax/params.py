@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from coreinfer_jax.config import CoreConfig, ModelConfig
+from coreinfer_jax.config import PRIOR_RULE, CoreConfig, ModelConfig
 from coreinfer_jax.errors import CoreInferError
 
 
@@ -78,7 +78,7 @@ class Calibration:
     """What texts said of a model's neurons, from `calibrate`; it lies beside the weights and is loaded with them.
 
     Attributes:
-        prior: per layer, sums over the texts by the rule `contribution`, float32 [] and [F].
+        prior: per layer, sums over the texts by `PRIOR_RULE`, float32 [] and [F].
         core: how to generate where the caller names nothing; None with all neurons.
     """
 
@@ -88,7 +88,7 @@ class Calibration:
     @property
     def by_rule(self) -> list[dict[str, dict[str, Array]]]:
         """The prior as evaluations take one: per layer and rule."""
-        return [{"contribution": layer} for layer in self.prior]
+        return [{PRIOR_RULE: layer} for layer in self.prior]
 
 
 @struct.dataclass

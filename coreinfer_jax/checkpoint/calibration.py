@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from coreinfer_jax.checkpoint.files import new_file
 from coreinfer_jax.config import CoreConfig, ModelConfig
@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        arrays = load_file(path)
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
     if metadata.get("format") != "coreinfer_jax calibration" or metadata.get("version") != VERSION:

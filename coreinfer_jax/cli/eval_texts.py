@@ -9,10 +9,9 @@ import numpy as np
 
 from coreinfer_jax.checkpoint.files import to_path
 from coreinfer_jax.cli import options as shared
-from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.config import PRIOR_RULE, CoreConfig
 from coreinfer_jax.core.rules import Sums
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.evaluation.calibrate import RULE as PRIOR_RULE
 from coreinfer_jax.evaluation.chart import draw, require_matplotlib, title
 from coreinfer_jax.evaluation.free_running import core_of, free_running
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
@@ -36,6 +35,8 @@ def run(options: argparse.Namespace) -> None:
     settings = _settings(options, preset, params.calibration is not None)
     for alpha in alphas:
         check_settings(params.config, settings, texts, alpha)
+    if options.alpha and not any("votes" in setting.rule for setting in settings):
+        raise CoreInferError(f"--alpha {options.alpha[0]:g}: is of votes; add --rule votes, or leave it out")
     cores = [core_of(setting, alpha) for alpha in alphas for setting in settings] if options.generate else []
     if options.generate:
         check_length(max(texts.prompt_tokens), options.generate, params.config)

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import jax
@@ -21,20 +21,7 @@ from coreinfer_jax.params import Params
 from coreinfer_jax.request import Recommended
 from coreinfer_jax.text import Tokenizer
 
-# Options that are settings of `CoreConfig`.
-CORE_OPTIONS = (
-    "method",
-    "rule",
-    "alpha",
-    "beta",
-    "compensation",
-    "gamma",
-    "budget",
-    "layers",
-    "least_stability",
-    "least_tokens",
-    "prior_tokens",
-)
+PRESETS = ("default", "paper")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -181,9 +168,6 @@ def _choose_device(name: str | None) -> None:
             ) from error
 
 
-PRESETS = ("default", "paper")
-
-
 def preset(options: argparse.Namespace, params: Params | None = None) -> CoreConfig:
     """What `--preset` names, for `params` where they are loaded."""
     return CoreConfig.paper() if options.preset == "paper" else recommended(params)
@@ -210,7 +194,8 @@ def core_config(options: argparse.Namespace, params: Params | None = None) -> Co
         raise CoreInferError(f"--gamma {options.gamma}: is of groups; add --clusters DIR, or give --beta")
     if options.method == "dense":
         return None
-    named = {name: value for name in CORE_OPTIONS if (value := getattr(options, name)) is not None}
+    names = (field.name for field in fields(CoreConfig))
+    named = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     if not named:
         return "recommended"
     core = replace(recommended(params), **named | ({"layers": tuple(options.layers)} if options.layers else {}))

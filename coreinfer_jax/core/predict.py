@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from coreinfer_jax.config import CoreConfig, ModelConfig
+from coreinfer_jax.config import PRIOR_RULE, CoreConfig, ModelConfig
 from coreinfer_jax.core.compact import Indices, Offsets, narrow, narrowed_shapes, on_device
 from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.core.measures import fused, nearest_group, stability_figure
@@ -173,7 +173,7 @@ def _by_rule(
     config = params.config
     narrowed, kept = core.narrowed_layers(config.num_layers), kept_neurons(core.beta, config.mlp_size)
     # A calibration's sums are those of one rule.
-    known = calibration is not None and core.ranking == "contribution" and core.prior_tokens > 0
+    known = calibration is not None and core.ranking == PRIOR_RULE and core.prior_tokens > 0
     indices, offsets = rank(
         [sums[l] for l in narrowed],
         [calibration.prior[l] for l in narrowed] if calibration is not None and known else None,

@@ -235,11 +235,6 @@ def best_first(votes: Votes) -> Array:
     return ranked
 
 
-def pooled(votes: Votes) -> Votes:
-    """The votes of all rows of a batch together: [F] from [B, F]."""
-    return jax.tree.map(lambda array: array.sum(axis=0), votes)
-
-
 @partial(jax.jit, static_argnames="kept")
 def _select(activations: Array, voting: Voting, kept: int) -> Array:
     return most_voted(count_votes(activations[None], voting), kept)[0]

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
 
-from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.config import PRIOR_RULE, CoreConfig
 from coreinfer_jax.core.compact import check_dense
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.evaluation.measure import Setting, collect
@@ -15,7 +15,6 @@ from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import Corpus
 from coreinfer_jax.text.documents import Documents
 
-RULE = "contribution"
 # Keep ratios to choose from, the cheapest first.
 KEEPS = tuple(round(0.05 * step, 2) for step in range(2, 20))
 
@@ -91,11 +90,11 @@ def calibrate(
     """
     check_dense(params)
     default = CoreConfig()
-    settings = [Setting(RULE, keep, default.compensation, default.prior_tokens) for keep in KEEPS]
+    settings = [Setting(PRIOR_RULE, keep, default.compensation, default.prior_tokens) for keep in KEEPS]
     check_settings(params.config, settings, texts, default.alpha)
     corpus = Corpus(documents, tokenizer, texts.seed)
     known, held_out = corpus.select(texts.tokens, PRIOR_TEXTS, half=0), corpus.select(texts.tokens, texts.texts, half=1)
-    prior = collect(params, known.rows, rules=(RULE,))
+    prior = collect(params, known.rows, rules=(PRIOR_RULE,))
     bounded = bound != Bound()
     results = compare(params, held_out, settings, texts, alpha=default.alpha, prior=prior) if bounded else []
     core = _cheapest(results, bound) if bounded else default
@@ -107,7 +106,7 @@ def calibrate(
         "bound": asdict(bound),
         "met": core is not None,
     }
-    return Calibrated(Calibration(tuple(layer[RULE] for layer in prior), core), facts, results)
+    return Calibrated(Calibration(tuple(layer[PRIOR_RULE] for layer in prior), core), facts, results)
 
 
 def _cheapest(results: Sequence[dict[str, Any]], bound: Bound) -> CoreConfig | None:

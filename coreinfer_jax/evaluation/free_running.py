@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.config import PRIOR_RULE, CoreConfig
 from coreinfer_jax.core.compact import check_dense
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
@@ -30,7 +30,7 @@ def core_of(setting: Setting, alpha: float) -> CoreConfig:
         raise CoreInferError(f"rule {setting.rule!r}: gives every token neurons of its own, and generates nothing")
     if setting.known != "context":
         raise CoreInferError("what is to be generated is not known before: a setting that knows it generates nothing")
-    if setting.prior_tokens and setting.rule != "contribution":
+    if setting.prior_tokens and setting.rule != PRIOR_RULE:
         raise CoreInferError(f"rule {setting.rule!r}: generates without a prior; give it no prior tokens")
     mean = setting.rule == "votes-mean-budget"
     return CoreConfig(

@@ -94,12 +94,13 @@ def measure(
         name: of the progress bar.
 
     Raises:
-        CoreInferError: settings with `prior_tokens` and no `prior`; logits that are NaN or infinite.
+        CoreInferError: settings with `prior_tokens` and no `prior`, or none of their rule; logits that are NaN or
+            infinite.
     """
-    if prior is None and any(setting.prior_tokens for setting in settings):
+    with_one = {setting.rule for setting in settings if setting.prior_tokens}
+    if with_one and prior is None:
         raise CoreInferError("prior tokens are of a prior: give one, from read_prior")
-    unknown = {setting.rule for setting in settings if prior and setting.prior_tokens} - set(prior[0] if prior else ())
-    if unknown:
+    if unknown := with_one - set(prior[0] if prior else ()):
         raise CoreInferError(f"the prior has no sums for {', '.join(sorted(unknown))}: give those no prior tokens")
     params = params.weights
     norms = column_norms(params)
