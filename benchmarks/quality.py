@@ -6,11 +6,12 @@ from typing import Any
 
 import coreinfer_jax as ci
 from benchmarks.environment import environment
+from coreinfer_jax.config import PRIOR_RULE
 from coreinfer_jax.core.compact import narrowed_bytes
 from coreinfer_jax.core.rules import RULES
 from coreinfer_jax.core.select import kept_neurons
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
-from coreinfer_jax.evaluation.run import PRIOR_TEXTS, Texts, evaluate, read_prior
+from coreinfer_jax.evaluation.run import Texts, evaluate, read_prior
 from coreinfer_jax.fingerprint import fingerprint
 from coreinfer_jax.params import Params, weight_bytes_per_step
 from coreinfer_jax.text import Tokenizer
@@ -62,7 +63,7 @@ def measure(texts: Path, models: Path) -> Iterator[dict[str, Any]]:
                 "fingerprint": fingerprint(params),
                 "texts": found[0]["texts"],
                 "continuation": how.continuation,
-                "prior_texts": min(PRIOR_TEXTS, len(corpus.texts)),
+                "tokens_of_prior": int(prior[0][PRIOR_RULE]["tokens"]),
                 "switched": switched,
                 "mlp_bytes_per_token": {str(keep): mlp_bytes(params, keep) for keep in KEEPS},
                 "bytes_per_token": weight_bytes_per_step(params, 1),
@@ -80,7 +81,7 @@ def subjects(texts: Path, models: Path) -> Iterator[tuple[str, Params, Tokenizer
     """Each model, texts to measure it on, and others that it may know beforehand."""
     read = [read_text(texts / file) for file in FILES]
     held_out = [document for text in read for _, document in text.held_out]
-    known = [document for text in read for document in text.documents[:PRIOR_TEXTS]]
+    known = [document for text in read for document in text.documents]
     for name in ("opt", "llama"):
         params, tokenizer = ci.load(f"embedded:{name}", "float32")
         assert tokenizer is not None, "the embedded models have tokenizers"

@@ -107,7 +107,7 @@ class CoreConfig:
             read once per step for the whole batch.
         count_bos: whether a beginning-of-sequence token at the start of the prompt counts, as in the paper.
         method: `stability` takes the prompt's own core neurons; `similarity` those of the group of texts it is nearest
-            to; `fused` the most voted when the group's frequencies count as `prior_tokens` more tokens of the prompt;
+            to; `fused` the most voted when the group's frequencies count as `group_tokens` more tokens of the prompt;
             `auto` stability for a stable prompt and similarity for others. All but stability need groups, without
             which `auto` stays with stability.
         gamma: keep ratio of a group's neurons, in (0, 1]; None takes `beta`.
@@ -116,8 +116,9 @@ class CoreConfig:
             continuation better than its group's do (docs/core-neurons.md).
         least_tokens: `auto`: the number of voting tokens from which a prompt may be stable, at least 2. The figure of
             a shorter one says little, whatever its value. Where rows share one set the shortest row counts.
-        prior_tokens: how many tokens of the prompt what is known of other texts weighs as much as: a model's
-            calibration (`stability`), or the group's frequencies (`fused`); 0 leaves it out.
+        group_tokens: `fused`: how many tokens of the prompt the group's frequencies weigh as much as.
+        prior_tokens: `stability`: how many tokens of the prompt a model's calibration weighs as much as; 0 leaves it
+            out.
         rule: what ranks neurons, one of `RULE_NAMES` (docs/quality.md). None takes `contribution`, which measured best,
             with `stability`, and the paper's votes with the other methods, whose groups are made of votes.
         compensation: `stability`: the share of its mean activation at which a neuron that is not kept stands, in
@@ -137,7 +138,8 @@ class CoreConfig:
     gamma: float | None = None
     least_stability: float = 0.7
     least_tokens: int = 32
-    prior_tokens: float = 64.0
+    group_tokens: float = 64.0
+    prior_tokens: float = 256.0
     rule: RuleName | None = None
     compensation: float = 0.5
 
@@ -170,8 +172,10 @@ class CoreConfig:
         whole = isinstance(self.least_tokens, int) and not isinstance(self.least_tokens, bool)
         if not whole or self.least_tokens < 2:
             raise CoreInferError(f"least_tokens={shown(self.least_tokens)}: give a whole number of at least 2")
-        if not isinstance(self.prior_tokens, Real) or not 0 <= self.prior_tokens <= MOST_PRIOR_TOKENS:
-            raise CoreInferError(f"prior_tokens={shown(self.prior_tokens)}: give a number from 0 to 1e9")
+        for name in ("group_tokens", "prior_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= value <= MOST_PRIOR_TOKENS:
+                raise CoreInferError(f"{name}={shown(value)}: give a number from 0 to 1e9")
 
     def _check_rule(self) -> None:
         if self.rule is not None and self.rule not in RULE_NAMES:

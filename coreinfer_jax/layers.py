@@ -184,11 +184,17 @@ def _batched(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 
-def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> Array:
-    """Activations a [B, T, F], the input of the down projection: act(up x), or act(gate x) * up x with a gate."""
+def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> tuple[Array, Array]:
+    """Activations a [B, T, F], the input of the down projection, and what the activation function gave.
+
+    Both are act(up x) without a gate; with one they are act(gate x) * up x and act(gate x).
+    """
     act = jax.nn.relu if config.activation == "relu" else jax.nn.silu
     up = linear(x, mlp.up)
-    return act(up) if mlp.gate is None else act(linear(x, mlp.gate)) * up
+    if mlp.gate is None:
+        return act(up), act(up)
+    gated = act(linear(x, mlp.gate))
+    return gated * up, gated
 
 
 def lookup(table: Array, ids: Array) -> Array:

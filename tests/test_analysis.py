@@ -243,7 +243,7 @@ def test_each_token_is_cut_to_its_own_core_neurons() -> None:
             cut[t, kept] = own[kept]
         empty = init_cache(params.config, 1, 160, jnp.dtype("float32"))
         read = jnp.asarray([row[:-1]], jnp.int32)
-        edit = partial(lambda cut, _: jnp.asarray(cut[None]), cut)
+        edit = partial(lambda cut, *_: jnp.asarray(cut[None]), cut)
         hidden, _, _ = extend(params, read, empty, jnp.zeros(1, jnp.int32), observe_nothing, edit)
         losses.append(mean_loss(np.asarray(unembed(params, hidden))[0], row[1:]))
     assert numbers["token"][perplexity.SHARES.index(ALPHA)] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)

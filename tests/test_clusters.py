@@ -532,7 +532,7 @@ def test_settings_of_auto_and_fused_reach_the_prediction(run, built_for_embedded
     assert stats["kept_neurons"] == [768] * 4 + [537] * 4
     assert kept("--method", "auto", "--least-tokens", 2, "--least-stability", 1)["method"] == "similarity"
     status, _, err = run("generate", "x", "--method", "fused", "--clusters", built_for_embedded, "--prior-tokens", -1)
-    assert (status, "prior_tokens=-1.0" in err) == (2, True)
+    assert (status, "group_tokens=-1.0" in err) == (2, True)
 
 
 MISTAKES = {

@@ -19,6 +19,7 @@ from coreinfer_jax.evaluation.measure import PER_TOKEN, Measured, Setting, colle
 from coreinfer_jax.evaluation.run import Texts, evaluate, interval, perplexity, summary
 from coreinfer_jax.models import extend, observe_nothing, unembed
 from coreinfer_jax.params import weight_bytes_per_step
+from coreinfer_jax.text.corpus import Beginnings
 from coreinfer_jax.text.documents import Documents, read_documents
 from tests.support import MODELS, random_model
 
@@ -28,6 +29,10 @@ N = 3
 
 def texts(config, rows=N, size=CONTEXT + REST + 1):
     return np.random.default_rng(1).integers(3, config.vocab_size, (rows, size)).astype(np.int32)
+
+
+def whole(rows):
+    return Beginnings(rows, np.full(len(rows), rows.shape[1], np.int32))
 
 
 def run_tokens(params, tokens, cache, start, observe=observe_nothing):
@@ -97,7 +102,7 @@ def test_paper_votes_are_those_that_generate_decodes_with():
 def test_all_neurons_change_nothing_whatever_the_rule(model):
     params = random_model(MODELS[model])
     rows = texts(params.config)
-    prior = collect(params, rows)
+    prior = collect(params, whole(rows))
     settings = [
         Setting(rule, 1.0, compensation, tokens)
         for rule in RULES
@@ -124,10 +129,13 @@ def test_a_prior_is_what_the_texts_sum_to(monkeypatch):
     empty = init_cache(params.config, 5, rows.shape[1], jnp.dtype("float32"))
     _, _, seen = run_tokens(params, rows, empty, 0, lambda a: a)
     monkeypatch.setattr("coreinfer_jax.evaluation.measure.BATCH_TOKENS", 2 * rows.shape[1])  # the last batch is of one
-    for layer, a in zip(collect(params, rows), seen, strict=True):
-        assert layer["energy"]["tokens"] == rows.size
-        np.testing.assert_allclose(layer["energy"]["squares"], (np.asarray(a) ** 2).sum(axis=(0, 1)), rtol=1e-5)
-        np.testing.assert_allclose(layer["votes"]["total"], np.asarray(a).sum(axis=(0, 1)), rtol=1e-4, atol=1e-4)
+    lengths = rows.shape[1] - np.arange(5, dtype=np.int32)
+    read = np.arange(rows.shape[1])[None, :, None] < lengths[:, None, None]
+    for layer, a in zip(collect(params, Beginnings(rows, lengths)), seen, strict=True):
+        a = np.where(read, np.asarray(a), 0)
+        assert layer["energy"]["tokens"] == lengths.sum()
+        np.testing.assert_allclose(layer["energy"]["squares"], (a**2).sum(axis=(0, 1)), rtol=1e-5)
+        np.testing.assert_allclose(layer["votes"]["total"], a.sum(axis=(0, 1)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", ["opt", "llama"])

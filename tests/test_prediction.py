@@ -173,7 +173,7 @@ def test_rows_that_share_a_set_are_assigned_together() -> None:
 @pytest.mark.parametrize(("length", "prior"), [(1, 64.0), (6, 64.0), (40, 64.0), (40, 3.0)])
 def test_fused_equals_numpy(length: int, prior: float) -> None:
     tokens = prompt(length, 7)
-    core = replace(FUSED, prior_tokens=prior)
+    core = replace(FUSED, group_tokens=prior)
     out = ci.generate(model(), [tokens], core, groups=groups(), max_new_tokens=2)
     group = reference_group(tokens)
     assert out.stats.choices == (ci.Choice("fused", "asked for", None, group),)
@@ -337,6 +337,7 @@ MISTAKES = {
     "a figure above 1": (lambda: ci.CoreConfig(least_stability=1.5), "least_stability=1.5"),
     "half a token": (lambda: ci.CoreConfig(least_tokens=2.5), "least_tokens=2.5"),
     "one token": (lambda: ci.CoreConfig(least_tokens=1), "least_tokens=1"),
+    "a negative group": (lambda: ci.CoreConfig(group_tokens=-1), "group_tokens=-1"),
     "a negative prior": (lambda: ci.CoreConfig(prior_tokens=-1), "prior_tokens=-1"),
     "an unknown rule": (lambda: ci.CoreConfig(rule="best"), "rule='best'"),
     "a rule for groups": (lambda: ci.CoreConfig(rule="energy", method="auto"), "rule='energy'"),

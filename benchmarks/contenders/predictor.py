@@ -143,7 +143,7 @@ def _narrow_mlp(x: Array, mlp: Mlp, chooser: Chooser, kept: int, config: ModelCo
     """The MLP's output for x [1, 1, D], by the `kept` neurons that are chosen for it."""
     chosen = chooser if isinstance(chooser, Array) else _best(x, chooser, kept)
     narrow = replace(mlp, gate=None if mlp.gate is None else _rows(mlp.gate, chosen), up=_rows(mlp.up, chosen))
-    activations = mlp_activations(x, narrow, config)
+    activations, _ = mlp_activations(x, narrow, config)
     down = jnp.take(mlp.down.weight, chosen, axis=0, mode="clip")
     y = matmul(activations, down.T)
     return (y if mlp.down.bias is None else y + mlp.down.bias[None, None].astype(y.dtype)).astype(x.dtype)

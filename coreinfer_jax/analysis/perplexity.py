@@ -112,7 +112,7 @@ def _by_token(params: Params, read: Array, following: Array, voting: Voting) -> 
     B, T = read.shape
     cache = init_cache(params.config, B, T, params.token_embedding.dtype)
 
-    def edit(activations: Array) -> Array:
+    def edit(activations: Array, gated: Array) -> Array:
         return jnp.where(token_core_neurons(activations, voting), activations, 0)
 
     hidden, _, _ = extend(params, read, cache, jnp.zeros(B, jnp.int32), observe_nothing, edit)

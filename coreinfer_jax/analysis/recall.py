@@ -72,7 +72,7 @@ def measure(inputs: Inputs) -> dict[str, Any]:
         "group_sizes": sizes,
         "deciding_layer": groups.layer,
         "vector_beta": VECTORS.beta,
-        "prior_tokens": default.prior_tokens,
+        "group_tokens": default.group_tokens,
         "thresholds": {"least_stability": default.least_stability, "least_tokens": default.least_tokens},
         "continuation_tokens": CONTINUATION,
         "prompt_tokens": lengths,
@@ -127,7 +127,7 @@ def _batch(
     votes = votes_at(inputs.params, tokens, marks, inputs.alpha)
     halves, wholes, ends = _places(marks, lengths)
     assigned = _assigned(votes[groups.layer], wholes, groups.centroids, kept=kept_neurons(VECTORS.beta, F))
-    prior, kept = np.float32(CoreConfig().prior_tokens), kept_neurons(inputs.beta, F)
+    prior, kept = np.float32(CoreConfig().group_tokens), kept_neurons(inputs.beta, F)
     layers = [
         _layer(own, (halves, wholes, ends), frequencies, assigned, prior, kept=kept)
         for own, frequencies in zip(votes, groups.frequencies, strict=True)

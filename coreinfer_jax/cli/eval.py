@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from coreinfer_jax.cli import eval_tasks, eval_texts
 from coreinfer_jax.cli import options as shared
+from coreinfer_jax.config import CoreConfig
 from coreinfer_jax.core.rules import RULES
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.measure import PER_TOKEN
@@ -61,7 +62,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="texts whose activations count beside the prompt's, in place of the calibration's",
     )
-    parser.add_argument("--prior-tokens", type=float, metavar="N", help="as how many tokens of the prompt (64)")
+    parser.add_argument(
+        "--prior-tokens",
+        type=float,
+        metavar="N",
+        help=f"as how many tokens of the prompt ({CoreConfig().prior_tokens:g})",
+    )
     shared.add_texts(parser)
     parser.add_argument("--switched", action="store_true", help="go on with the continuation of another text")
     parser.add_argument(

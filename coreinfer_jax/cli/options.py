@@ -102,9 +102,14 @@ def add_core(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--least-stability", type=float, help=f"auto: of a stable prompt ({default.least_stability})")
     parser.add_argument("--least-tokens", type=int, help=f"auto: of a stable prompt ({default.least_tokens})")
     parser.add_argument(
+        "--group-tokens",
+        type=float,
+        help=f"fused: how many tokens of the prompt the group counts as ({default.group_tokens:g})",
+    )
+    parser.add_argument(
         "--prior-tokens",
         type=float,
-        help=f"how many tokens of the prompt a calibration, or a group, counts as ({default.prior_tokens:g})",
+        help=f"how many tokens of the prompt a calibration counts as ({default.prior_tokens:g})",
     )
 
 

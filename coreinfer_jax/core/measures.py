@@ -50,10 +50,10 @@ def nearest_group(votes: Votes, kept: int, centroids: Array) -> Array:
     return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
 
-def fused(votes: Votes, frequencies: Array, prior_tokens: Array) -> Votes:
-    """Votes [R, F] to which a group with `frequencies` [R, F] adds those of `prior_tokens` average tokens of its own.
+def fused(votes: Votes, frequencies: Array, group_tokens: Array) -> Votes:
+    """Votes [R, F] to which a group with `frequencies` [R, F] adds those of `group_tokens` average tokens of its own.
 
-    The prompt's weight among n voting tokens is n / (n + prior_tokens). (A prior from a corpus beside the prompt's
+    The prompt's weight among n voting tokens is n / (n + group_tokens). (A prior from a corpus beside the prompt's
     own signal: GLASS, arXiv 2508.14302.)
     """
-    return Votes(counts=votes.counts.astype(jnp.float32) + prior_tokens * frequencies, sums=votes.sums)
+    return Votes(counts=votes.counts.astype(jnp.float32) + group_tokens * frequencies, sums=votes.sums)

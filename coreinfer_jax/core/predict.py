@@ -196,7 +196,7 @@ def _by_votes(
         [votes[l] for l in narrowed if l in votes],
         None if groups is None else votes[groups.clusters.layer],
         None if groups is None else (groups.centroids, groups.frequencies),
-        np.float32(core.prior_tokens),
+        np.float32(core.group_tokens),
         method=core.method,
         kept=kept_neurons(core.beta, config.mlp_size),
         vector=0 if groups is None else kept_neurons(groups.clusters.core.beta, config.mlp_size),
@@ -267,7 +267,7 @@ def _measure(
     votes: list[Votes],
     deciding: Votes | None,
     groups: tuple[Array, list[Array]] | None,
-    prior_tokens: Array,
+    group_tokens: Array,
     *,
     method: str,
     kept: int,
@@ -281,7 +281,7 @@ def _measure(
         if method == "similarity":
             return [], None, assigned
         if method == "fused":
-            votes = [fused(own, group[assigned], prior_tokens) for own, group in zip(votes, frequencies, strict=True)]
+            votes = [fused(own, group[assigned], group_tokens) for own, group in zip(votes, frequencies, strict=True)]
     own = [most_voted(layer, kept) for layer in votes]
     return own, stability_figure(votes, own) if method == "auto" else None, assigned
 

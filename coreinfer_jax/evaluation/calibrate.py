@@ -9,7 +9,7 @@ from coreinfer_jax.config import PRIOR_RULE, CoreConfig
 from coreinfer_jax.core.compact import check_dense
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.evaluation.measure import Setting, collect
-from coreinfer_jax.evaluation.run import PRIOR_TEXTS, Texts, check_settings, compare
+from coreinfer_jax.evaluation.run import Texts, check_settings, compare, prior_texts
 from coreinfer_jax.params import Calibration, Params
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import Corpus
@@ -93,15 +93,15 @@ def calibrate(
     settings = [Setting(PRIOR_RULE, keep, default.compensation, default.prior_tokens) for keep in KEEPS]
     check_settings(params.config, settings, texts, default.alpha)
     corpus = Corpus(documents, tokenizer, texts.seed)
-    known, held_out = corpus.select(texts.tokens, PRIOR_TEXTS, half=0), corpus.select(texts.tokens, texts.texts, half=1)
-    prior = collect(params, known.rows, rules=(PRIOR_RULE,))
+    held_out, known = corpus.select(texts.tokens, texts.texts, half=1), prior_texts(corpus, params.config, half=0)
+    prior = collect(params, known, rules=(PRIOR_RULE,))
     bounded = bound != Bound()
     results = compare(params, held_out, settings, texts, alpha=default.alpha, prior=prior) if bounded else []
     core = _cheapest(results, bound) if bounded else default
     facts = {
         "data": documents.name,
         "prior_texts": len(known.rows),
-        "prior_tokens": int(known.rows.size),
+        "prior_tokens": int(known.lengths.sum()),
         "texts": asdict(texts) | {"texts": len(held_out.rows)},
         "bound": asdict(bound),
         "met": core is not None,

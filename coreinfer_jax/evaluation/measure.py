@@ -26,11 +26,17 @@ from coreinfer_jax.evaluation.passes import (
 )
 from coreinfer_jax.inputs import check_finite
 from coreinfer_jax.params import Params
+from coreinfer_jax.text.corpus import Beginnings
 
 # A batch's logits, float32 [B, T, V] of continuations, and a layer's activations are its largest arrays.
 BATCH_LOGITS, BATCH_TOKENS = 1 << 24, 4096
-# Rules that give every token neurons of its own, and whether magnitudes count with the norm of what a neuron writes.
-PER_TOKEN = {"token-magnitude": False, "token-norm": True}
+# Rules that give every token neurons of its own, by a magnitude: of the activation (as TEAL does, arXiv 2408.14690), of
+# what the neuron writes (WINA, 2505.19427), of the gate (CATS, 2404.08763, which thereby need not read all of `up`).
+PER_TOKEN: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "token-magnitude": lambda activations, gated, norms: jnp.abs(activations),
+    "token-norm": lambda activations, gated, norms: jnp.abs(activations) * norms[None, None, :],
+    "token-gate": lambda activations, gated, norms: jnp.abs(gated),
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ def measure(
     norms = column_norms(params)
     rules = tuple(sorted({setting.rule for setting in settings if setting.rule in RULES}))
     full, parts = [], []
-    for tokens, real in _batches(rows, rows.shape[1] - 1 - context, params.config, name):
+    for chosen, real in _batches(rows, rows.shape[1] - 1 - context, params.config, name):
+        tokens = rows[chosen]
         reading = _read(params, tokens, norms, context, alpha, rules)
         check_finite(reading.finite)
         rest, following = jnp.asarray(tokens[:, context:-1]), jnp.asarray(tokens[:, context + 1 :])
@@ -122,9 +129,9 @@ def measure(
 
 
 def collect(
-    params: Params, rows: np.ndarray, alpha: float = 0.4, rules: Sequence[str] = tuple(RULES)
+    params: Params, texts: Beginnings, alpha: float = 0.4, rules: Sequence[str] = tuple(RULES)
 ) -> list[dict[str, Sums]]:
-    """A prior: per layer and rule, the sums [] and [F] over all tokens of texts int32 [n, T].
+    """A prior: per layer and rule, the sums [] and [F] over all tokens of texts.
 
     Raises:
         CoreInferError: activations that are NaN or infinite.
@@ -132,9 +139,11 @@ def collect(
     total: list[dict[str, Sums]] | None = None
     params = params.weights
     norms = column_norms(params)
-    for tokens, real in _batches(rows, 1, params.config, "reading the corpus"):
+    for chosen, real in _batches(texts.rows, 1, params.config, "reading the corpus"):
+        tokens = texts.rows[chosen]
         # Rows that fill a batch up do not count.
-        counted = np.broadcast_to(np.arange(len(tokens))[:, None] < real, tokens.shape)
+        lengths = np.where(np.arange(len(chosen)) < real, texts.lengths[chosen], 0)
+        counted = np.arange(tokens.shape[1])[None, :] < lengths[:, None]
         votings = _votings(counted, params.config.mlp_size, alpha, tuple(rules))
         sums, finite = read_corpus(params, jnp.asarray(tokens), norms, votings, rules=tuple(rules))
         check_finite(finite, "activations")
@@ -144,14 +153,14 @@ def collect(
 
 
 def _batches(rows: np.ndarray, scored: int, config: ModelConfig, name: str) -> Iterator[tuple[np.ndarray, int]]:
-    """Texts in batches of one shape, the last filled up with its first row, and how many rows are real.
+    """Which of the texts are in each batch, the last filled up with its first row, and how many rows are real.
 
     They are as large as their activations and the logits of `scored` tokens each allow.
     """
     B = max(1, min(len(rows), BATCH_LOGITS // (scored * config.vocab_size), BATCH_TOKENS // rows.shape[1]))
     for first in tqdm(range(0, len(rows), B), desc=name, unit="batch", disable=None, leave=False):
-        batch = rows[first : first + B]
-        yield np.concatenate([batch, np.repeat(batch[:1], B - len(batch), axis=0)]), len(batch)
+        batch = np.arange(first, min(first + B, len(rows)))
+        yield np.concatenate([batch, np.full(B - len(batch), first)]), len(batch)
 
 
 def _votings(counted: np.ndarray, mlp_size: int, alpha: float, rules: tuple[str, ...]) -> dict[str, Voting]:
@@ -222,7 +231,7 @@ def _difference(
 ) -> Differences:
     kept = setting.kept(params.config)
     if setting.rule in PER_TOKEN:
-        weights = norms if PER_TOKEN[setting.rule] else [jnp.ones_like(norm) for norm in norms]
-        return with_best_of_each_token(params, reading, rest, following, weights, kept)
+        own = PER_TOKEN[setting.rule]
+        return with_best_of_each_token(params, reading, rest, following, norms, kept, magnitude=own)
     ranked, filled = choose(setting)
     return with_fixed_sets(params, reading, rest, following, _first(ranked, kept), filled)

@@ -20,7 +20,7 @@ from coreinfer_jax.core.select import Voting
 from coreinfer_jax.models import extend, observe_nothing, unembed
 from coreinfer_jax.params import Params
 
-Edit = Callable[[Array], Array]
+Edit = Callable[[Array, Array], Array]
 
 
 @struct.dataclass
@@ -135,27 +135,42 @@ def with_fixed_sets(
     """
     remaining = iter(zip(kept, filled, strict=True))
 
-    def edit(activations: Array) -> Array:
+    def edit(activations: Array, gated: Array) -> Array:
         mask, fill = next(remaining)  # the decoder's layers are traced in order
         return jnp.where(mask[:, None, :], activations, fill[:, None, :].astype(activations.dtype))
 
     return _differences(params, reading, rest, following, edit)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="magnitude")
 def with_best_of_each_token(
-    params: Params, reading: Reading, rest: Array, following: Array, weights: list[Array], kept: Array
+    params: Params,
+    reading: Reading,
+    rest: Array,
+    following: Array,
+    norms: list[Array],
+    kept: Array,
+    *,
+    magnitude: Callable[[Array, Array, Array], Array],
 ) -> Differences:
-    """The continuation with each token's own `kept` [L] neurons: those with the largest |a| times `weights` [F].
+    """The continuation with each token's own `kept` [L] neurons, those with the largest `magnitude`.
 
-    What no set that is fixed beforehand can do: a ceiling, and what methods without sets per text compute (TEAL, arXiv
-    2408.14690, with weights of 1; WINA, arXiv 2505.19427, with column norms).
+    What no set that is fixed beforehand can do: a ceiling, and what methods without sets per text compute.
+
+    Args:
+        params: dense weights.
+        reading: of the same texts.
+        rest: tokens of the continuation.
+        following: the token after each.
+        norms: `column_norms`.
+        kept: int32 [L].
+        magnitude: (activations, what the activation function gave, both [B, T, F], ||w|| [F]) to [B, T, F].
     """
-    remaining = iter(zip(weights, kept, strict=True))
+    remaining = iter(zip(norms, kept, strict=True))
 
-    def edit(activations: Array) -> Array:
-        weight, most = next(remaining)
-        magnitudes = jnp.abs(activations.astype(jnp.float32)) * weight[None, None, :]
+    def edit(activations: Array, gated: Array) -> Array:
+        norm, most = next(remaining)
+        magnitudes = magnitude(activations, gated, norm).astype(jnp.float32)
         cut = jnp.sort(magnitudes, axis=-1)[..., magnitudes.shape[-1] - most][..., None]
         return jnp.where(magnitudes >= cut, activations, 0)
 

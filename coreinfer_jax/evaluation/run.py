@@ -13,13 +13,13 @@ from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Measured, Setting, collect, measure
 from coreinfer_jax.params import Params, weight_bytes_per_step
 from coreinfer_jax.text import Tokenizer
-from coreinfer_jax.text.corpus import LEAST_TEXTS, Corpus, Selection
+from coreinfer_jax.text.corpus import LEAST_TEXTS, Beginnings, Corpus, Selection
 from coreinfer_jax.text.documents import Documents
 
 PROMPT_TOKENS, CONTINUATION, TEXTS = (64,), 64, 64
 RESAMPLES = 1000
-# A corpus: how many of its texts, and how much of each.
-PRIOR_TEXTS, PRIOR_LENGTH = 128, 256
+# A prior: how much of each text, as neurons of models with learned positions differ by position, and in all.
+PRIOR_LENGTH, PRIOR_TOKENS = 1024, 1 << 16
 # Figures against decode position are means over as many tokens.
 POSITIONS_PER_BIN = 16
 
@@ -130,13 +130,13 @@ def bytes_per_token(params: Params, setting: Setting) -> int:
 def read_prior(
     params: Params, tokenizer: Tokenizer, documents: Documents, *, alpha: float = 0.4, seed: int = 0
 ) -> list[dict[str, Sums]]:
-    """What a model's neurons do over a corpus, for the `prior` of `evaluate`: sums over the first tokens of its texts.
+    """What a model's neurons do over a corpus, for the `prior` of `evaluate`: sums over the beginnings of its texts.
 
     Args:
         params: dense weights.
         tokenizer: of the model.
-        documents: texts, other ones than those to evaluate; 128 at most, 256 tokens of each (fewer where the model has
-            fewer positions).
+        documents: texts, other ones than those to evaluate; at most 1024 tokens of each (fewer where the model has
+            fewer positions), until there are 65536.
         alpha: share of a token's positive neurons that it votes for.
         seed: of the order of documents.
 
@@ -146,9 +146,12 @@ def read_prior(
     Raises:
         CoreInferError: texts that are too few or too short, activations that are NaN or infinite.
     """
-    length = min(PRIOR_LENGTH, params.config.max_positions)
-    rows = Corpus(documents, tokenizer, seed).select(length, PRIOR_TEXTS).rows
-    return collect(params, rows, alpha)
+    return collect(params, prior_texts(Corpus(documents, tokenizer, seed), params.config), alpha)
+
+
+def prior_texts(corpus: Corpus, config: ModelConfig, half: int | None = None) -> Beginnings:
+    """What a prior is read from: of all documents, or of one half of them."""
+    return corpus.beginnings(min(PRIOR_LENGTH, config.max_positions), PRIOR_TOKENS, half)
 
 
 def check_settings(config: ModelConfig, settings: Sequence[Setting], texts: Texts, alpha: float) -> None:

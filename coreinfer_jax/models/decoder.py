@@ -23,7 +23,7 @@ def observe_nothing(activations: Array) -> None:
     """The `observe` of passes that keep no activations."""
 
 
-def as_they_are(activations: Array) -> Array:
+def as_they_are(activations: Array, gated: Array) -> Array:
     """The `edit` of passes that compute what the model computes."""
     return activations
 
@@ -34,7 +34,7 @@ def extend(
     cache: KVCache,
     start: Array,
     observe: Callable[[Array], Observed],
-    edit: Callable[[Array], Array] = as_they_are,
+    edit: Callable[[Array, Array], Array] = as_they_are,
 ) -> tuple[Array, KVCache, tuple[Observed, ...]]:
     """Run T more tokens of every row through the model.
 
@@ -48,8 +48,8 @@ def extend(
         start: int32 [B], position of each row's first token.
         observe: what to keep of each layer's MLP activations [B, T, F], for instance votes; it runs inside the
             layer, so that no more than one layer's activations are alive at a time.
-        edit: what the down projection reads instead of the activations [B, T, F], for studies of the model; `observe`
-            sees them as they were.
+        edit: what the down projection reads instead of the activations [B, T, F], for studies of the model; also told
+            what the activation function gave, with a gate before it is multiplied; `observe` sees the activations.
 
     Returns:
         Hidden states [B, T, E] ready for `unembed`, the extended cache, and one `observe` result per layer.

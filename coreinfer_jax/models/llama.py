@@ -23,15 +23,15 @@ def block(
     past: tuple[Array, Array],
     positions: Array,
     context: tuple[Array, Array],
-    edit: Callable[[Array], Array],
+    edit: Callable[[Array, Array], Array],
     config: ModelConfig,
 ) -> tuple[Array, tuple[Array, Array], Array]:
     """One layer over x [B, T, D]: the new x, the extended keys and values, the MLP activations [B, T, F]."""
     normed = rms_norm(x, layer.attention_norm, config.norm_eps)
     attended, past = attention(normed, layer.attention, past, positions, context, config)
     x = x + attended
-    activations = mlp_activations(rms_norm(x, layer.mlp_norm, config.norm_eps), layer.mlp, config)
-    return x + linear(edit(activations), layer.mlp.down), past, activations
+    activations, gated = mlp_activations(rms_norm(x, layer.mlp_norm, config.norm_eps), layer.mlp, config)
+    return x + linear(edit(activations, gated), layer.mlp.down), past, activations
 
 
 def finish(params: Params, x: Array) -> Array:

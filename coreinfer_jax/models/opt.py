@@ -29,7 +29,7 @@ def block(
     past: tuple[Array, Array],
     positions: Array,
     context: None,
-    edit: Callable[[Array], Array],
+    edit: Callable[[Array, Array], Array],
     config: ModelConfig,
 ) -> tuple[Array, tuple[Array, Array], Array]:
     """One layer over x [B, T, D]: the new x, the extended keys and values, the MLP activations [B, T, F]."""
@@ -42,8 +42,8 @@ def block(
 
     attended, past = attention(before(x, layer.attention_norm), layer.attention, past, positions, context, config)
     x = after(x + attended, layer.attention_norm)
-    activations = mlp_activations(before(x, layer.mlp_norm), layer.mlp, config)
-    x = after(x + linear(edit(activations), layer.mlp.down), layer.mlp_norm)
+    activations, gated = mlp_activations(before(x, layer.mlp_norm), layer.mlp, config)
+    x = after(x + linear(edit(activations, gated), layer.mlp.down), layer.mlp_norm)
     return x, past, activations
 
 

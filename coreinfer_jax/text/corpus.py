@@ -1,4 +1,4 @@
-"""Texts of equal length, out of documents of any length."""
+"""Tokens of documents: texts of equal length to measure on, beginnings of any length to learn from."""
 
 from dataclasses import dataclass
 
@@ -26,6 +26,19 @@ class Selection:
     too_short: int
 
 
+@dataclass(frozen=True)
+class Beginnings:
+    """Texts of any length.
+
+    Attributes:
+        rows: int32 [n, T], zeros after the end of each.
+        lengths: int32 [n], tokens of each.
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+
+
 class Corpus:
     """Documents in an order drawn by a seed, each tokenised when it is first wanted."""
 
@@ -47,8 +60,7 @@ class Corpus:
         Raises:
             CoreInferError: fewer than 2 documents are long enough.
         """
-        middle = len(self._order) // 2
-        order = self._order if half is None else (self._order[:middle], self._order[middle:])[half]
+        order = self._half(half)
         rows: list[list[int]] = []
         looked_at = 0
         with tqdm(total=count, desc="choosing texts", unit="text", disable=None, leave=False) as bar:
@@ -66,6 +78,36 @@ class Corpus:
                 f"{len(order)} documents{part} are as long; give longer texts, or more"
             )
         return Selection(np.array(rows, np.int32), looked_at - len(rows))
+
+    def beginnings(self, most: int, total: int, half: int | None = None) -> Beginnings:
+        """The first tokens of documents of any length, until there are enough.
+
+        Args:
+            most: tokens of each, at most.
+            total: tokens after which no further document is taken.
+            half: 0 or 1: only from this half of the documents; None for all.
+
+        Raises:
+            CoreInferError: fewer than 2 documents have any tokens.
+        """
+        rows: list[list[int]] = []
+        with tqdm(total=total, desc="choosing texts", unit="token", disable=None, leave=False) as bar:
+            for number in self._half(half):
+                if bar.n >= total:
+                    break
+                if row := self._encoded(number)[:most]:
+                    rows.append(row)
+                    bar.update(len(row))
+        if len(rows) < LEAST_TEXTS:
+            raise CoreInferError(f"{self.name}: {len(rows)} document(s) with tokens; give at least {LEAST_TEXTS}")
+        lengths = np.array([len(row) for row in rows], np.int32)
+        padded = np.zeros((len(rows), lengths.max()), np.int32)
+        padded[np.arange(padded.shape[1])[None, :] < lengths[:, None]] = np.concatenate(rows)
+        return Beginnings(padded, lengths)
+
+    def _half(self, half: int | None) -> list[int]:
+        middle = len(self._order) // 2
+        return self._order if half is None else (self._order[:middle], self._order[middle:])[half]
 
     def _encoded(self, number: int) -> list[int]:
         if number not in self._tokens:
