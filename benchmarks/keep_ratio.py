@@ -1,4 +1,4 @@
-"""What each keep ratio costs the embedded models in perplexity, by the paper's rule and by the recommended one.
+"""What each keep ratio costs the embedded models in perplexity, as in the paper and as recommended.
 
 Prompts and continuations come from the documents that training held out. The full model reads the prompt; the
 continuation, given token by token, is read on the prompt's core neurons over the prompt's cache, as in decoding.
@@ -38,27 +38,23 @@ def _model(name: str, texts: Path) -> dict[str, Any]:
     assert tokenizer is not None, "the embedded models have tokenizers"
     assert params.calibration is not None, "the embedded models are calibrated"
     documents = tuple(document for file in FILES for _, document in read_text(texts / file).held_out)
-    results = evaluate(
-        params, tokenizer, Documents("held out", "", documents), _settings(), TEXTS, prior=params.calibration.by_rule
-    )
+    held_out = Documents("held out", "", documents)
+    core, known = ci.CoreConfig(), params.calibration.by_rule
+    results = {
+        "paper": evaluate(params.weights, tokenizer, held_out, [Setting("votes", keep) for keep in KEEPS], TEXTS),
+        "recommended": evaluate(params.weights, tokenizer, held_out, _recommended(core, 0), TEXTS),
+        "calibrated": evaluate(params, tokenizer, held_out, _recommended(core, core.prior_tokens), TEXTS, prior=known),
+    }
     return {
         "fingerprint": fingerprint(params),
-        "texts": results[0]["texts"],
+        "texts": results["paper"][0]["texts"],
         "bytes_share": {str(keep): _bytes_share(params, keep) for keep in KEEPS},
-        "perplexity": {str(n): _by_rule(results, n) for n in TEXTS.prompt_tokens},
+        "perplexity": {str(n): _of_length(results, n) for n in TEXTS.prompt_tokens},
     }
 
 
-def _settings() -> list[Setting]:
-    core = ci.CoreConfig()
-    return [
-        setting
-        for keep in KEEPS
-        for setting in (
-            Setting("votes", keep),
-            Setting(core.ranking, keep, core.compensation, core.prior_tokens),
-        )
-    ]
+def _recommended(core: ci.CoreConfig, prior_tokens: float) -> list[Setting]:
+    return [Setting(core.ranking, keep, core.compensation, prior_tokens, allocation=core.allocation) for keep in KEEPS]
 
 
 def _bytes_share(params: Params, keep: float) -> float:
@@ -67,10 +63,11 @@ def _bytes_share(params: Params, keep: float) -> float:
     return weight_bytes_per_step(narrowed, 1) / weight_bytes_per_step(abstract_params(params.config, FLOAT32), 1)
 
 
-def _by_rule(results: list[dict[str, Any]], length: int) -> dict[str, Any]:
-    """Perplexity after prompts of `length` tokens: dense, and per rule and keep ratio."""
-    of_length = [result for result in results if result["prompt_tokens"] == length]
-    by_rule: dict[str, Any] = {"dense": of_length[0]["dense_perplexity"]["mean"]}
-    for result in of_length:
-        by_rule.setdefault(result["rule"], {})[str(result["keep"])] = result["perplexity"]["mean"]
-    return by_rule
+def _of_length(results: dict[str, list[dict[str, Any]]], length: int) -> dict[str, Any]:
+    """Perplexity after prompts of `length` tokens: dense, and of each way by keep ratio."""
+    perplexity: dict[str, Any] = {}
+    for name, found in results.items():
+        of_length = [result for result in found if result["prompt_tokens"] == length]
+        perplexity["dense"] = of_length[0]["dense_perplexity"]["mean"]
+        perplexity[name] = {str(result["keep"]): result["perplexity"]["mean"] for result in of_length}
+    return perplexity

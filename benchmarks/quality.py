@@ -1,6 +1,7 @@
 """What rules of choosing core neurons cost in quality: every rule on the same texts, at equal bytes per token."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from coreinfer_jax.config import PRIOR_RULE
 from coreinfer_jax.core.compact import narrowed_bytes
 from coreinfer_jax.core.rules import RULES
 from coreinfer_jax.core.select import kept_neurons
+from coreinfer_jax.evaluation.calibrate import calibrate
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
 from coreinfer_jax.evaluation.run import Texts, evaluate, read_prior
 from coreinfer_jax.fingerprint import fingerprint
@@ -26,26 +28,45 @@ TEXTS = Texts(prompt_tokens=(16, 64, 256), continuation=64, texts=64)
 # Characters of a passage: enough for the longest prompt and its continuation.
 PASSAGE = 1800
 
-# (rule, compensation, prior tokens, known) of what is compared at every keep ratio.
-VARIANTS: tuple[tuple[str, float, float, str], ...] = (
-    *((rule, 0.0, 0.0, "context") for rule in RULES),
-    *(("votes", share, 0.0, "context") for share in (0.5, 1.0)),
-    *((rule, share, 0.0, "context") for rule in ("energy", "contribution") for share in (0.5, 1.0)),
-    *((rule, 0.0, 64.0, "context") for rule in ("votes", "griffin", "energy")),
-    *(("contribution", share, 64.0, "context") for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
-    *(("contribution", 0.5, tokens, "context") for tokens in (16.0, 256.0)),
-    ("contribution", 0.0, 0.0, "continuation"),
-    ("contribution", 0.5, 0.0, "continuation"),
-    *((rule, 0.0, 0.0, "context") for rule in PER_TOKEN),
+# What is compared at every keep ratio: (rule, compensation, prior tokens, known, allocation), of models without a
+# calibration and with one.
+Variant = tuple[str, float, float, str, str]
+UNCALIBRATED: tuple[Variant, ...] = (
+    *((rule, 0.0, 0.0, "context", "equal") for rule in RULES),
+    *(("votes", share, 0.0, "context", "equal") for share in (0.5, 1.0)),
+    *((rule, share, 0.0, "context", "equal") for rule in ("energy", "contribution") for share in (0.5, 1.0)),
+    ("votes", 0.0, 0.0, "context", "sensitivity"),
+    ("contribution", 0.5, 0.0, "context", "sensitivity"),
+    *(("contribution", share, 0.0, "continuation", "equal") for share in (0.0, 0.5)),
+    *((rule, 0.0, 0.0, "context", "equal") for rule in PER_TOKEN),
 )
+CALIBRATED: tuple[Variant, ...] = (
+    *((rule, 0.0, 256.0, "context", "equal") for rule in ("votes", "griffin", "energy")),
+    *(("contribution", share, 256.0, "context", "equal") for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
+    *(("contribution", 0.5, tokens, "context", "equal") for tokens in (64.0, 1024.0)),
+    ("votes", 0.0, 256.0, "context", "sensitivity"),
+    *(("contribution", 0.5, tokens, "context", "sensitivity") for tokens in (0.0, 256.0)),
+    ("contribution", 0.5, 0.0, "continuation", "sensitivity"),
+)
+# Further sweeps, at one prompt length: of the paper's alpha, and of the layers that are narrowed.
+ALPHAS = (0.1, 0.2, 0.4, 0.6, 1.0)
+LAYERS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (0.2, 1.0))
+PROMPT, SWEPT_KEEP = 64, 0.4
 
 
-def settings() -> list[Setting]:
+def settings(variants: Sequence[Variant]) -> list[Setting]:
     """Every variant at every keep ratio."""
     return [
-        Setting(rule, keep, compensation, tokens, "context" if known == "context" else "continuation")
+        Setting(
+            rule,
+            keep,
+            compensation,
+            tokens,
+            "context" if known == "context" else "continuation",
+            allocation="equal" if allocation == "equal" else "sensitivity",
+        )
         for keep in KEEPS
-        for rule, compensation, tokens, known in VARIANTS
+        for rule, compensation, tokens, known, allocation in variants
     ]
 
 
@@ -54,9 +75,15 @@ def measure(texts: Path, models: Path) -> Iterator[dict[str, Any]]:
     for name, params, tokenizer, documents, corpus in subjects(texts, models):
         made_on = environment()
         prior = read_prior(params, tokenizer, corpus)
+        known = _calibrated(params, tokenizer, corpus)
         for switched in (False, True):
-            how = Texts(TEXTS.prompt_tokens, TEXTS.continuation, TEXTS.texts, switched)
-            found = evaluate(params, tokenizer, documents, settings(), how, prior=prior)
+            how = replace(TEXTS, switched=switched)
+            found = [
+                result | {"calibrated": calibrated}
+                for calibrated, model, variants in ((False, params.weights, UNCALIBRATED), (True, known, CALIBRATED))
+                for result in evaluate(model, tokenizer, documents, settings(variants), how, prior=prior)
+            ]
+            swept = [] if switched else _swept(params.weights, tokenizer, documents)
             yield made_on | {
                 "benchmark": "quality",
                 "model": name,
@@ -68,7 +95,25 @@ def measure(texts: Path, models: Path) -> Iterator[dict[str, Any]]:
                 "mlp_bytes_per_token": {str(keep): mlp_bytes(params, keep) for keep in KEEPS},
                 "bytes_per_token": weight_bytes_per_step(params, 1),
                 "settings": [_short(one) for one in found],
+                "swept": [_short(one) for one in swept],
             }
+
+
+def _calibrated(params: Params, tokenizer: Tokenizer, corpus: Documents) -> Params:
+    """The model with its own calibration, or one from texts it may know."""
+    if params.calibration is not None:
+        return params
+    how = Texts(prompt_tokens=(PROMPT,), continuation=TEXTS.continuation)
+    return replace(params, calibration=calibrate(params, tokenizer, corpus, texts=how).calibration)
+
+
+def _swept(params: Params, tokenizer: Tokenizer, documents: Documents) -> list[dict[str, Any]]:
+    """The paper's votes by alpha, then votes and contribution by the layers that are narrowed."""
+    how = replace(TEXTS, prompt_tokens=(PROMPT,))
+    votes = [Setting("votes", SWEPT_KEEP)]
+    found = [result for a in ALPHAS for result in evaluate(params, tokenizer, documents, votes, how, alpha=a)]
+    ranges = [Setting(rule, SWEPT_KEEP, layers=layers) for rule in ("votes", "contribution") for layers in LAYERS]
+    return found + evaluate(params, tokenizer, documents, ranges, how)
 
 
 def mlp_bytes(params: Params, keep: float) -> int:
@@ -108,9 +153,9 @@ def _passages(text: str) -> list[str]:
 
 
 def _short(result: dict[str, Any]) -> dict[str, Any]:
-    """A setting's figures of four significant digits, without those by position."""
-    kept = {name: value for name, value in result.items() if not name.endswith("by_position") and name != "too_short"}
-    return {name: _rounded(value) for name, value in kept.items()}
+    """A setting's figures of four significant digits, without what no table shows."""
+    left_out = {"too_short", "agreement_by_position"}
+    return {name: _rounded(value) for name, value in result.items() if name not in left_out}
 
 
 def _rounded(value: Any) -> Any:

@@ -5,32 +5,36 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.environment import REPOSITORY, read_results
+from benchmarks.quality import PROMPT, SWEPT_KEEP
 from benchmarks.tables import made_on, markdown
+from coreinfer_jax.evaluation.run import POSITIONS_PER_BIN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAGE = REPOSITORY / "docs" / "quality.md"
 PICTURE = PAGE.parent / "quality" / "rules.png"
-PAPER = ("votes", 0.0, 0.0, "context")
-RANDOM = ("random", 0.0, 0.0, "context")
-RECOMMENDED = ("contribution", 0.5, 0.0, "context")
-CALIBRATED = ("contribution", 0.5, 64.0, "context")
-PROMPT = 64
+Result = dict[str, Any]
+# Whether the model is calibrated, then rule, compensation, prior tokens, known, allocation.
+Key = tuple[bool, str, float, float, str, str]
+PAPER: Key = (False, "votes", 0.0, 0.0, "context", "equal")
+RANDOM: Key = (False, "random", 0.0, 0.0, "context", "equal")
+RECOMMENDED: Key = (False, "contribution", 0.5, 0.0, "context", "sensitivity")
+CALIBRATED: Key = (True, "contribution", 0.5, 256.0, "context", "sensitivity")
 # Below it no difference matters; ceilings fall to 0, which a logarithm has no place for.
 LEAST_KL = 1e-3
-Result = dict[str, Any]
-Key = tuple[str, float, float, str]
 
 # What the picture shows, with the look of its line.
 DRAWN: dict[Key, tuple[str, str, str]] = {
     RANDOM: ("0.6", ":", "x"),
     PAPER: ("k", "-", "o"),
-    ("griffin", 0.0, 0.0, "context"): ("tab:orange", "--", "v"),
+    (False, "griffin", 0.0, 0.0, "context", "equal"): ("tab:orange", "--", "v"),
+    (False, "contribution", 0.5, 0.0, "context", "equal"): ("tab:blue", ":", "s"),
     RECOMMENDED: ("tab:blue", "--", "s"),
     CALIBRATED: ("tab:blue", "-", "D"),
-    ("contribution", 0.5, 0.0, "continuation"): ("tab:green", "-.", "^"),
-    ("token-norm", 0.0, 0.0, "context"): ("tab:red", "-.", "*"),
+    (False, "contribution", 0.5, 0.0, "continuation", "equal"): ("tab:green", ":", "^"),
+    (True, "contribution", 0.5, 0.0, "continuation", "sensitivity"): ("tab:green", "-.", "^"),
+    (False, "token-norm", 0.0, 0.0, "context", "equal"): ("tab:red", "-.", "*"),
 }
 
 
@@ -41,15 +45,18 @@ def newest() -> list[Result]:
 
 def key_of(setting: Result) -> Key:
     """What a setting does, whatever it keeps and of which prompts."""
-    return setting["rule"], setting["compensation"], setting["prior_tokens"], setting["known"]
+    named = ("calibrated", "rule", "compensation", "prior_tokens", "known", "allocation")
+    calibrated, rule, compensation, prior, known, allocation = (setting[name] for name in named)
+    return calibrated, rule, compensation, prior, known, allocation
 
 
 def title(key: Key) -> str:
     """A variant in words."""
-    rule, compensation, prior, known = key
+    calibrated, rule, compensation, prior, known, allocation = key
     extras = [f"prior of {prior:g} tokens"] if prior else []
     extras += [f"{compensation:.0%} of the mean kept"] if compensation else []
     extras += ["of the continuation itself"] if known == "continuation" else []
+    extras += [("layers by need" if calibrated else "most of the first layer")] if allocation == "sensitivity" else []
     return ", ".join([rule, *extras])
 
 
@@ -59,6 +66,8 @@ def sections() -> dict[str, Callable[[], str]]:
         "quality rules": partial(_by_rule, switched=False),
         "quality switched": partial(_by_rule, switched=True),
         "quality lengths": _by_length,
+        "quality positions": _by_position,
+        "quality sweeps": _sweeps,
         "free running": _free_running,
     }
 
@@ -126,6 +135,41 @@ def _by_length() -> str:
     return "\n\n".join(parts) or "No results yet."
 
 
+def _by_position() -> str:
+    """KL divergence at keep 0.4 against decode position, of what the picture shows."""
+    results = [result for result in newest() if not result["switched"]]
+    rows: list[list[str]] = []
+    for result in results:
+        settings = _settings(result, PROMPT)
+        own = {key: settings[key, SWEPT_KEEP]["kl_by_position"] for key in (PAPER, RECOMMENDED, CALIBRATED)}
+        bins = range(len(own[PAPER]))
+        ends = [min((i + 1) * POSITIONS_PER_BIN, result["continuation"]) for i in bins]
+        head = ["", *(f"{i * POSITIONS_PER_BIN + 1} to {end}" for i, end in zip(bins, ends, strict=True))]
+        rows = rows or [head]
+        rows += [[f"{result['model']}, {title(key)}", *(f"{kl:.3f}" for kl in means)] for key, means in own.items()]
+    return markdown(rows) if rows else "No results yet."
+
+
+def _sweeps() -> str:
+    """KL divergence by alpha, and by layers with the bytes they leave to read."""
+    results = [result for result in newest() if not result["switched"]]
+    if not results:
+        return "No results yet."
+    rows = [["", *(f"{r['model']}: KL, MB per token" for r in results)]]
+    rows += [
+        [_swept_title(same[0]), *(f"{s['kl']['mean']:.3f}, {s['bytes_per_token'] / 1e6:.1f}" for s in same)]
+        for same in zip(*(result["swept"] for result in results), strict=True)
+    ]
+    return markdown(rows)
+
+
+def _swept_title(setting: Result) -> str:
+    layers = tuple(setting["layers"])
+    if layers == (0.0, 1.0) and setting["rule"] == "votes":
+        return f"votes, alpha {setting['alpha']:g}"
+    return f"{setting['rule']}, layers {layers[0]:g} to {layers[1]:g} of depth"
+
+
 def _free_running() -> str:
     """Per model: what greedy continuations look like, in means and their intervals."""
     parts = []
@@ -151,7 +195,7 @@ def _written(figures: Result) -> list[str]:
 
 def _conditions(result: Result) -> str:
     what = f"{result['texts']} texts, prompts of {PROMPT} tokens, {result['continuation']} tokens scored"
-    return f"{what}; prior from {result['prior_texts']} texts; {made_on(result)}"
+    return f"{what}; prior from {result['tokens_of_prior']} tokens; {made_on(result)}"
 
 
 def draw() -> None:

@@ -117,26 +117,26 @@ def _keep_ratio(result: dict[str, Any]) -> str:
     models = result["models"]
     columns = [(name, length) for name in models for length in models[name]["perplexity"]]
     keeps = list(next(iter(models.values()))["bytes_share"])
-    rules = [rule for rule in next(iter(models.values()))["perplexity"]["64"] if rule != "dense"]
+    ways = [way for way in next(iter(models.values()))["perplexity"]["64"] if way != "dense"]
     head = [f"embedded:{name}, {length}" for name, length in columns]
     rows = [f"| kept | weight bytes read | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
     for keep in reversed(keeps):
         shares = " / ".join(f"{models[name]['bytes_share'][keep]:.0%}" for name in models)
-        ratios = [_ratios(models[name]["perplexity"][length], rules, keep) for name, length in columns]
+        ratios = [_ratios(models[name]["perplexity"][length], ways, keep) for name, length in columns]
         rows.append(f"| {float(keep):.0%} | {shares} | {' | '.join(ratios)} |")
     dense = [f"{models[name]['perplexity'][length]['dense']:.1f}" for name, length in columns]
     rows.insert(2, f"| all | 100% | {' | '.join(dense)} |")
     texts = ", ".join(f"{models[name]['texts']} ({name})" for name in models)
     what = (
         f"Perplexity of {result['continuation_tokens']} true next tokens: that of the full model, then how many times "
-        f"larger it is on core neurons chosen from a prompt of 16, 64 or 256 tokens by {' and by '.join(rules)} (as "
-        f"recommended, with the calibration); held-out texts: {texts}. "
+        "larger it is on core neurons chosen from a prompt of 16, 64 or 256 tokens: as in the paper, as recommended "
+        f"without a calibration, and with one; held-out texts: {texts}. "
     )
     return "\n".join([*rows, "", what + made_on(result)])
 
 
-def _ratios(perplexity: dict[str, Any], rules: list[str], keep: str) -> str:
-    return ", ".join(f"x {perplexity[rule][keep] / perplexity['dense']:.2f}" for rule in rules)
+def _ratios(perplexity: dict[str, Any], ways: list[str], keep: str) -> str:
+    return "x " + ", ".join(f"{perplexity[way][keep] / perplexity['dense']:.2f}" for way in ways)
 
 
 def _first_run(result: dict[str, Any]) -> str:

@@ -8,11 +8,13 @@ from coreinfer_jax.errors import CoreInferError, shown
 
 Budget = Literal["per_token", "mean"]
 Method = Literal["stability", "similarity", "fused", "auto"]
+Allocation = Literal["sensitivity", "equal"]
 RuleName = Literal["contribution", "votes", "magnitude-votes", "griffin", "griffin-norm", "energy", "norm", "random"]
 MOST_PRIOR_TOKENS = 1e9
 # The rule whose sums a calibration holds.
 PRIOR_RULE: RuleName = "contribution"
 METHODS: tuple[Method, ...] = get_args(Method)
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 RULE_NAMES: tuple[RuleName, ...] = get_args(RuleName)
 
 
@@ -95,9 +97,10 @@ class CoreConfig:
 
     Attributes:
         alpha: `votes`: share of a token's positive neurons that become its token-wise core neurons, in (0, 1].
-        beta: keep ratio: share of F kept as sentence-wise core neurons, in (0, 1]; K = max(1, floor(beta F)). The
-            default is the smallest that raises the perplexity of neither embedded model by a fifth, on prompts of 64
-            tokens or more (benchmarks/results/keep-ratio.jsonl).
+        beta: keep ratio: share of F kept as sentence-wise core neurons, in (0, 1]; K = max(1, floor(beta F)) in each
+            layer, or on average over them (`allocation`). The default is the smallest that raises the perplexity of
+            neither embedded model by a fifth, calibrated or not, on prompts of 64 tokens or more
+            (benchmarks/results/keep-ratio.jsonl).
         budget: `votes`: `per_token` gives each token alpha times its own count of positive neurons (the paper's text);
             `mean` gives every token alpha times its own prompt's mean count (the authors' code), also where rows
             vote together.
@@ -123,13 +126,16 @@ class CoreConfig:
             with `stability`, and the paper's votes with the other methods, whose groups are made of votes.
         compensation: `stability`: the share of its mean activation at which a neuron that is not kept stands, in
             [0, 1]; per layer a constant vector in the MLP's output. A half measured best.
+        allocation: `stability`: how `beta` is shared out over the narrowed layers, the total being the same: by
+            `sensitivity` each gets what it is worth by the model's calibration, and without one the first gets more;
+            `equal` gives all the same, as in the paper.
 
     Raises:
         CoreInferError: a value outside its range.
     """
 
     alpha: float = 0.4
-    beta: float = 0.7
+    beta: float = 0.5
     budget: Budget = "per_token"
     layers: tuple[float, float] = (0.0, 1.0)
     per_row: bool = True
@@ -142,6 +148,7 @@ class CoreConfig:
     prior_tokens: float = 256.0
     rule: RuleName | None = None
     compensation: float = 0.5
+    allocation: Allocation = "sensitivity"
 
     def __post_init__(self) -> None:
         check_fraction("alpha", self.alpha)
@@ -185,6 +192,8 @@ class CoreConfig:
                 f"rule={self.rule!r}: groups are made of votes; with method={self.method!r} leave it out"
             )
         check_share("compensation", self.compensation)
+        if self.allocation not in ALLOCATIONS:
+            raise CoreInferError(f"allocation={shown(self.allocation)}: give {', '.join(map(repr, ALLOCATIONS))}")
 
     @classmethod
     def paper(cls) -> "CoreConfig":
@@ -194,7 +203,14 @@ class CoreConfig:
         similarity it narrows from the fourth layer on: `layers=(3 / L, 1.0)`.
         """
         return cls(
-            alpha=0.4, beta=0.2, budget="per_token", layers=(0.0, 1.0), count_bos=True, rule="votes", compensation=0
+            alpha=0.4,
+            beta=0.2,
+            budget="per_token",
+            layers=(0.0, 1.0),
+            count_bos=True,
+            rule="votes",
+            compensation=0,
+            allocation="equal",
         )
 
     @property

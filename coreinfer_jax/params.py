@@ -11,6 +11,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -79,10 +80,13 @@ class Calibration:
 
     Attributes:
         prior: per layer, sums over the texts by `PRIOR_RULE`, float32 [] and [F].
+        gains: float32 [L, PARTS], what each further part of a layer's neurons is worth (evaluation/sensitivity.py);
+            None where that is not known.
         core: how to generate where the caller names nothing; None with all neurons.
     """
 
     prior: tuple[dict[str, Array], ...]
+    gains: np.ndarray | None
     core: CoreConfig | None = struct.field(pytree_node=False)
 
     @property

@@ -412,20 +412,24 @@ def test_memory_is_told_apart():
 def quality_result(model, switched):
     """KL divergences that fall with the keep ratio, of the paper's votes half of chance, of all others a quarter."""
 
-    def share(setting):
-        return {quality_page.RANDOM: 1.0, quality_page.PAPER: 0.5}.get(quality_page.key_of(asdict(setting)), 0.25)
+    def share(setting, calibrated):
+        key = quality_page.key_of(asdict(setting) | {"calibrated": calibrated})
+        return {quality_page.RANDOM: 1.0, quality_page.PAPER: 0.5}.get(key, 0.25)
 
     settings = [
         asdict(setting)
-        | {"prompt_tokens": n, "agreement": {"mean": 0.5}}
-        | {"kl": {"mean": (kl := share(setting) * (1.1 - setting.keep)), "ci95": [0.9 * kl, 1.1 * kl]}}
+        | {"prompt_tokens": n, "agreement": {"mean": 0.5}, "calibrated": calibrated, "kl_by_position": [0.1] * 4}
+        | {"kl": {"mean": (kl := share(setting, calibrated) * (1.1 - setting.keep)), "ci95": [0.9 * kl, 1.1 * kl]}}
         for n in quality.TEXTS.prompt_tokens
-        for setting in quality.settings()
+        for calibrated, variants in ((False, quality.UNCALIBRATED), (True, quality.CALIBRATED))
+        for setting in quality.settings(variants)
     ]
+    one = {"rule": "votes", "kl": {"mean": 0.25}, "bytes_per_token": 2e6}
+    swept = [one | {"alpha": 0.4, "layers": [0.0, 1.0]}, one | {"alpha": 0.4, "layers": [0.5, 1.0]}]
     made_on = {"hardware": "a machine", "versions": {}, "git_revision": "abc", "date": "today"}
     read = {str(keep): int(1e6 * keep) for keep in quality.KEEPS}
-    sizes = {"texts": 9, "continuation": 64, "prior_texts": 5, "bytes_per_token": 3e6, "mlp_bytes_per_token": read}
-    return made_on | sizes | {"model": model, "switched": switched, "settings": settings}
+    sizes = {"texts": 9, "continuation": 64, "tokens_of_prior": 5, "bytes_per_token": 3e6, "mlp_bytes_per_token": read}
+    return made_on | sizes | {"model": model, "switched": switched, "settings": settings, "swept": swept}
 
 
 def test_the_quality_page_compares_with_the_papers_votes_and_with_chance(monkeypatch, tmp_path):
@@ -440,7 +444,13 @@ def test_the_quality_page_compares_with_the_papers_votes_and_with_chance(monkeyp
     assert "no better than chance" not in rules
     assert "rules.png" in rules
     assert "rules.png" not in switched
-    assert "| contribution, prior of 64 tokens, 50% of the mean kept | " + " | ".join(["50%"] * 12) + " |" in lengths
+    calibrated = "contribution, prior of 256 tokens, 50% of the mean kept, layers by need"
+    assert f"| {calibrated} | " + " | ".join(["50%"] * 12) + " |" in lengths
+    positions, swept = sections["quality positions"](), sections["quality sweeps"]()
+    assert "| 1 to 16 | 17 to 32 | 33 to 48 | 49 to 64 |" in positions
+    assert f"| tiny, {calibrated} | 0.100 | 0.100 | 0.100 | 0.100 |" in positions
+    assert "| votes, alpha 0.4 | 0.250, 2.0 |" in swept
+    assert "| votes, layers 0.5 to 1 of depth | 0.250, 2.0 |" in swept
     results[0]["settings"] = [
         s | {"kl": {"mean": 2.0, "ci95": [1.9, 2.1]}} if s["rule"] == "norm" else s for s in results[0]["settings"]
     ]
@@ -451,9 +461,9 @@ def test_the_quality_page_compares_with_the_papers_votes_and_with_chance(monkeyp
     assert (tmp_path / "rules.png").stat().st_size > 10_000
 
 
-def test_a_quality_result_has_four_digits_and_no_positions():
-    found = {"kl": {"mean": 0.123456, "ci95": [0.1, 1.23456]}, "kl_by_position": [1.0], "texts": 3, "too_short": 0}
-    assert quality._short(found) == {"kl": {"mean": 0.1235, "ci95": [0.1, 1.235]}, "texts": 3}
+def test_a_quality_result_has_four_digits_of_what_is_shown():
+    found = {"kl": {"mean": 0.123456, "ci95": [0.1, 1.23456]}, "agreement_by_position": [1.0], "too_short": 0}
+    assert quality._short(found | {"texts": 3}) == {"kl": {"mean": 0.1235, "ci95": [0.1, 1.235]}, "texts": 3}
 
 
 def test_passages_are_whole_lines_of_at_least_their_size(monkeypatch):

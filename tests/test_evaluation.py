@@ -133,7 +133,7 @@ def test_a_prior_is_what_the_texts_sum_to(monkeypatch):
     read = np.arange(rows.shape[1])[None, :, None] < lengths[:, None, None]
     for layer, a in zip(collect(params, Beginnings(rows, lengths)), seen, strict=True):
         a = np.where(read, np.asarray(a), 0)
-        assert layer["energy"]["tokens"] == lengths.sum()
+        assert int(layer["energy"]["tokens"]) == lengths.sum()
         np.testing.assert_allclose(layer["energy"]["squares"], (a**2).sum(axis=(0, 1)), rtol=1e-5)
         np.testing.assert_allclose(layer["votes"]["total"], a.sum(axis=(0, 1)), rtol=1e-4, atol=1e-4)
 
@@ -165,7 +165,7 @@ def test_compensation_is_a_constant_added_to_the_output(model):
 def test_layers_that_are_not_narrowed_keep_all_neurons():
     params = random_model(MODELS["opt"])
     rows = texts(params.config)
-    assert Setting("energy", 0.2, layers=(0.5, 1.0)).kept(params.config).tolist() == [96, 96, 19]
+    assert Setting("energy", 0.2, layers=(0.5, 1.0)).kept(params).tolist() == [96, 96, 19]
     _, (partly, whole) = measure(
         params, rows, CONTEXT, [Setting("energy", 0.2, layers=(0.5, 1.0)), Setting("energy", 0.2)]
     )
@@ -313,7 +313,7 @@ def test_the_default_is_what_generate_uses_and_the_paper_is_the_papers(tmp_path,
         assert main(["eval", "--data", str(path), "--preset", preset, *sizes]) == 0
         found[preset] = json.loads(capsys.readouterr().out.splitlines()[-1])["settings"][0]
     keys = ("rule", "keep", "compensation", "prior_tokens")
-    assert [found["default"][key] for key in keys] == ["contribution", ci.CoreConfig().beta, 0.5, 64.0]
+    assert [found["default"][key] for key in keys] == ["contribution", ci.CoreConfig().beta, 0.5, 256.0]
     assert [found["paper"][key] for key in keys] == ["votes", 0.2, 0.0, 0.0]
 
 

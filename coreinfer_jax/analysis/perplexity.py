@@ -1,6 +1,6 @@
 """Perplexity with fewer neurons: against alpha, token by token, and against beta, text by text (paper, Fig. 2)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,11 @@ from coreinfer_jax.config import ModelConfig
 from coreinfer_jax.core.select import Votes, Voting, kept_neurons, token_core_neurons
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.inputs import check_finite
-from coreinfer_jax.models import extend, observe_nothing, unembed
+from coreinfer_jax.models import Edit, extend, observe_nothing, unembed
 from coreinfer_jax.params import Params
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MOST_PROMPT, CONTINUATION = 256, 128
-
-Edit = Callable[[Array], Array]
 
 
 def tokens_needed(config: ModelConfig) -> int | None:
@@ -132,7 +130,7 @@ def _narrowed(params: Params, read: Array, following: Array, cache: KVCache, sta
 def _layer_by_layer(masks: list[Array]) -> Edit:
     """An `edit` that applies one mask after the other; the decoder's layers are traced in order."""
     remaining = iter(masks)
-    return lambda activations: jnp.where(next(remaining)[:, None, :], activations, 0)
+    return lambda activations, gated: jnp.where(next(remaining)[:, None, :], activations, 0)
 
 
 def _losses(params: Params, hidden: Array, following: Array) -> Array:

@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 from coreinfer_jax.checkpoint.files import new_file
 from coreinfer_jax.config import CoreConfig, ModelConfig
+from coreinfer_jax.core.allocation import PARTS
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.params import Calibration
 
 CALIBRATION = "coreinfer-calibration.safetensors"
-VERSION = "1"
+VERSION = "2"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 # What is summed up of each neuron, and of all tokens.
 _OF_NEURONS, _OF_TOKENS = ("total", "squares"), ("tokens", "weight")
@@ -41,6 +42,8 @@ def write_calibration(directory: Path, fingerprint: str, calibration: Calibratio
         for l, sums in enumerate(calibration.prior)
         for name, array in sums.items()
     }
+    assert calibration.gains is not None, "what calibrate finds is whole"
+    arrays["gains"] = calibration.gains
     core = None if calibration.core is None else asdict(calibration.core)
     metadata = {
         "format": "coreinfer_jax calibration",
@@ -135,7 +138,10 @@ def _calibration(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray], 
     )
     if not all((sums["tokens"] > 0) & (sums["weight"] > 0) & (sums["squares"] >= 0).all() for sums in prior):
         raise ValueError("sums over no tokens, or negative ones")
-    return Calibration(prior, _core(metadata))
+    gains = _checked(arrays["gains"], (config.num_layers, PARTS))
+    if (np.diff(gains, axis=1) > 0).any():
+        raise ValueError("gains that rise along a layer")
+    return Calibration(prior, gains, _core(metadata))
 
 
 def _checked(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

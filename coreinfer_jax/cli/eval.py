@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from coreinfer_jax.cli import eval_tasks, eval_texts
 from coreinfer_jax.cli import options as shared
-from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.config import ALLOCATIONS, CoreConfig
 from coreinfer_jax.core.rules import RULES
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.measure import PER_TOKEN
@@ -56,6 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHARE",
         help="of their mean at which dropped neurons stand, [0, 1]",
+    )
+    parser.add_argument(
+        "--allocation",
+        nargs="+",
+        choices=ALLOCATIONS,
+        help="how the kept share is divided among layers: by what the calibration found each to need, or equal",
     )
     parser.add_argument(
         "--prior",

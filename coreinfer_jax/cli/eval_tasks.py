@@ -64,6 +64,7 @@ def _cores(options: argparse.Namespace, preset: CoreConfig) -> list[CoreConfig]:
             preset,
             rule=rule,
             compensation=compensation,
+            allocation=allocation,
             beta=beta,
             alpha=alpha,
             layers=tuple(layers),
@@ -73,6 +74,7 @@ def _cores(options: argparse.Namespace, preset: CoreConfig) -> list[CoreConfig]:
         for alpha in options.alpha or [preset.alpha]
         for rule in options.rule or [preset.ranking]
         for compensation in options.compensation or [preset.compensation if rule == preset.ranking else 0.0]
+        for allocation in options.allocation or [preset.allocation if rule == preset.ranking else "equal"]
         for beta in options.beta or [preset.beta]
     ]
 

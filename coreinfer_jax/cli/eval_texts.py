@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     alphas = options.alpha or [preset.alpha]
     settings = _settings(options, preset, params.calibration is not None)
     for alpha in alphas:
-        check_settings(params.config, settings, texts, alpha)
+        check_settings(params, settings, texts, alpha)
     if options.alpha and not any("votes" in setting.rule for setting in settings):
         raise CoreInferError(f"--alpha {options.alpha[0]:g}: is of votes; add --rule votes, or leave it out")
     cores = [core_of(setting, alpha) for alpha in alphas for setting in settings] if options.generate else []
@@ -71,10 +71,11 @@ def _settings(options: argparse.Namespace, preset: CoreConfig, calibrated: bool)
         return asked if known and rule not in PER_TOKEN else 0.0
 
     return [
-        Setting(rule, keep, compensation, prior_tokens(rule), layers=layers)
+        Setting(rule, keep, compensation, prior_tokens(rule), layers=layers, allocation=allocation)
         for layers in ranges
         for rule in options.rule or [preset.ranking]
         for compensation in options.compensation or [preset.compensation if rule == preset.ranking else 0.0]
+        for allocation in options.allocation or [preset.allocation if rule == preset.ranking else "equal"]
         for keep in options.beta or [preset.beta]
     ]
 
@@ -83,7 +84,8 @@ def _with_prior(params: Params, prior: list[dict[str, Sums]] | None) -> Params:
     """`params` that generate with what is known of other texts."""
     if prior is None:
         return params
-    return replace(params, calibration=Calibration(tuple(layer[PRIOR_RULE] for layer in prior), None))
+    gains = None if params.calibration is None else params.calibration.gains
+    return replace(params, calibration=Calibration(tuple(layer[PRIOR_RULE] for layer in prior), gains, None))
 
 
 def _written(

@@ -13,7 +13,7 @@ from coreinfer_jax.checkpoint.hf_config import read_sampling
 from coreinfer_jax.checkpoint.loading import load_uncalibrated, model_path
 from coreinfer_jax.checkpoint.mapping import DTYPES
 from coreinfer_jax.clustering import load_clusters
-from coreinfer_jax.config import METHODS, RULE_NAMES, CoreConfig, ModelConfig
+from coreinfer_jax.config import ALLOCATIONS, METHODS, RULE_NAMES, CoreConfig, ModelConfig
 from coreinfer_jax.core.groups import Groups, prepare_groups
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.run import Texts
@@ -88,6 +88,9 @@ def add_core(parser: argparse.ArgumentParser) -> None:
         "--compensation",
         type=float,
         help=f"share of its mean at which a dropped neuron stands ({default.compensation})",
+    )
+    parser.add_argument(
+        "--allocation", choices=ALLOCATIONS, help=f"of the kept share among layers ({default.allocation})"
     )
     parser.add_argument("--gamma", type=float, help="share of a group's neurons kept, (0, 1] (default: --beta)")
     parser.add_argument("--clusters", metavar="DIR", help="groups for similarity, fused and auto (coreinfer clusters)")

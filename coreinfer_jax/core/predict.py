@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.config import PRIOR_RULE, CoreConfig, ModelConfig
+from coreinfer_jax.core.allocation import allocate
 from coreinfer_jax.core.compact import Indices, Offsets, narrow, narrowed_shapes, on_device
 from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.core.measures import fused, nearest_group, stability_figure
@@ -171,7 +172,8 @@ def _by_rule(
 ) -> Predicted:
     """The neurons that the prompt itself ranks highest, the others at a share of their mean."""
     config = params.config
-    narrowed, kept = core.narrowed_layers(config.num_layers), kept_neurons(core.beta, config.mlp_size)
+    narrowed = core.narrowed_layers(config.num_layers)
+    kept = allocate(core, config, None if calibration is None else calibration.gains)
     # A calibration's sums are those of one rule.
     known = calibration is not None and core.ranking == PRIOR_RULE and core.prior_tokens > 0
     indices, offsets = rank(
@@ -181,8 +183,8 @@ def _by_rule(
         np.float32(core.prior_tokens),
         np.float32(core.compensation),
         rule=core.ranking,
-        kept=kept,
-        compensated=core.compensation > 0 and kept < config.mlp_size,
+        kept=tuple(kept[l] for l in narrowed),
+        compensated=core.compensation > 0 and min(kept) < config.mlp_size,
     )
     return _gathered(indices, offsets, narrowed, config, (Choice("stability", ASKED),) * rows)
 

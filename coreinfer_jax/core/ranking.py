@@ -20,7 +20,7 @@ def rank(
     compensation: Array,
     *,
     rule: RuleName,
-    kept: int,
+    kept: tuple[int, ...],
     compensated: bool,
 ) -> tuple[list[Array], list[Array | None]]:
     """The K best neurons of each layer, and what is added to the MLP's output for all others.
@@ -32,7 +32,7 @@ def rank(
         prior_tokens: as how many tokens of the prompt the prior counts, [].
         compensation: share of its mean at which a neuron that is not kept stands, [].
         rule: of `sums`.
-        kept: K.
+        kept: per layer, K.
         compensated: whether anything stands for them.
 
     Returns:
@@ -41,9 +41,9 @@ def rank(
     if prior is not None:
         sums = [with_prior(own, corpus, prior_tokens) for own, corpus in zip(sums, prior, strict=True)]
     indices, offsets = [], []
-    for own, weight in zip(sums, weights, strict=True):
+    for own, weight, K in zip(sums, weights, kept, strict=True):
         scores = RULES[rule].score(own, column_norms_of(weight), compensation)
-        indices.append(jnp.sort(jnp.argsort(-scores, axis=-1, stable=True)[:, :kept].astype(jnp.int32), axis=-1))
+        indices.append(jnp.sort(jnp.argsort(-scores, axis=-1, stable=True)[:, :K].astype(jnp.int32), axis=-1))
         offsets.append(_offset(own, indices[-1], weight, compensation) if compensated else None)
     return indices, offsets
 

@@ -1,7 +1,7 @@
 """`calibrate`: a prior from texts like those to come, and the cheapest setting that meets a bound on others of them."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -10,13 +10,16 @@ from coreinfer_jax.core.compact import check_dense
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.evaluation.measure import Setting, collect
 from coreinfer_jax.evaluation.run import Texts, check_settings, compare, prior_texts
+from coreinfer_jax.evaluation.sensitivity import layer_gains
 from coreinfer_jax.params import Calibration, Params
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import Corpus
 from coreinfer_jax.text.documents import Documents
 
 # Keep ratios to choose from, the cheapest first.
-KEEPS = tuple(round(0.05 * step, 2) for step in range(2, 20))
+KEEPS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+# Texts on which each layer is narrowed alone.
+LAYER_TEXTS = 16
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,11 @@ def calibrate(
     bound: Bound = Bound(),
     texts: Texts = Texts(),
 ) -> Calibrated:
-    """Learn what a model's neurons do on texts, and how many of them are needed.
+    """Learn what a model's neurons do on texts, which layers need most of them, and how many are needed.
 
-    One half of the documents gives the prior. On the other half every keep ratio from 0.1 to 0.95 is evaluated as
-    decoding would use it, and the smallest that meets the bound after prompts of each length is taken.
+    One half of the documents gives the prior and the gains of layers. On the other half every keep ratio from 0.05 to
+    0.95 is evaluated as decoding would use it, and the smallest that meets the bound after prompts of each length is
+    taken.
 
     Args:
         params: dense weights.
@@ -90,23 +94,30 @@ def calibrate(
     """
     check_dense(params)
     default = CoreConfig()
-    settings = [Setting(PRIOR_RULE, keep, default.compensation, default.prior_tokens) for keep in KEEPS]
-    check_settings(params.config, settings, texts, default.alpha)
+    settings = [
+        Setting(PRIOR_RULE, keep, default.compensation, default.prior_tokens, allocation=default.allocation)
+        for keep in KEEPS
+    ]
+    check_settings(params, settings, texts, default.alpha)
     corpus = Corpus(documents, tokenizer, texts.seed)
     held_out, known = corpus.select(texts.tokens, texts.texts, half=1), prior_texts(corpus, params.config, half=0)
     prior = collect(params, known, rules=(PRIOR_RULE,))
-    bounded = bound != Bound()
-    results = compare(params, held_out, settings, texts, alpha=default.alpha, prior=prior) if bounded else []
+    tried = corpus.select(texts.tokens, LAYER_TEXTS, half=0)
+    gains = layer_gains(params, tried.rows, max(texts.prompt_tokens), prior)
+    found = Calibration(tuple(layer[PRIOR_RULE] for layer in prior), gains, default)
+    bounded, calibrated = bound != Bound(), replace(params, calibration=found)
+    results = compare(calibrated, held_out, settings, texts, alpha=default.alpha, prior=prior) if bounded else []
     core = _cheapest(results, bound) if bounded else default
     facts = {
         "data": documents.name,
         "prior_texts": len(known.rows),
         "prior_tokens": int(known.lengths.sum()),
+        "layer_texts": len(tried.rows),
         "texts": asdict(texts) | {"texts": len(held_out.rows)},
         "bound": asdict(bound),
         "met": core is not None,
     }
-    return Calibrated(Calibration(tuple(layer[PRIOR_RULE] for layer in prior), core), facts, results)
+    return Calibrated(replace(found, core=core), facts, results)
 
 
 def _cheapest(results: Sequence[dict[str, Any]], bound: Bound) -> CoreConfig | None:

@@ -41,6 +41,7 @@ def core_of(setting: Setting, alpha: float) -> CoreConfig:
         prior_tokens=setting.prior_tokens,
         rule="votes" if mean else setting.rule,  # type: ignore[arg-type]
         compensation=setting.compensation,
+        allocation=setting.allocation,
     )
 
 

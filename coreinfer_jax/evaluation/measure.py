@@ -11,9 +11,10 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from coreinfer_jax.config import CoreConfig, ModelConfig
+from coreinfer_jax.config import Allocation, CoreConfig, ModelConfig
+from coreinfer_jax.core.allocation import allocate
 from coreinfer_jax.core.rules import RULES, Sums, column_norms, mean_activations, places, with_prior
-from coreinfer_jax.core.select import Voting, kept_neurons, make_voting
+from coreinfer_jax.core.select import Voting, make_voting
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.passes import (
     Differences,
@@ -50,6 +51,7 @@ class Setting:
         prior_tokens: how many tokens of its own a corpus adds to the context's sums.
         known: what the rule sees: the context, or, as a ceiling, the continuation itself.
         layers: which layers are narrowed, as fractions of depth.
+        allocation: how `keep` is shared out over them.
 
     Rules of `PER_TOKEN` take `keep` and `layers` only.
     """
@@ -60,12 +62,13 @@ class Setting:
     prior_tokens: float = 0.0
     known: Literal["context", "continuation"] = "context"
     layers: tuple[float, float] = (0.0, 1.0)
+    allocation: Allocation = "equal"
 
-    def kept(self, config: ModelConfig) -> np.ndarray:
-        """Neurons kept per layer: int32 [L], F where a layer stays dense."""
-        narrowed = CoreConfig(beta=self.keep, layers=self.layers).narrowed_layers(config.num_layers)
-        few = kept_neurons(self.keep, config.mlp_size)
-        return np.array([few if l in narrowed else config.mlp_size for l in range(config.num_layers)], np.int32)
+    def kept(self, params: Params) -> np.ndarray:
+        """Neurons kept per layer of a model, by its calibration: int32 [L], F where a layer stays dense."""
+        core = CoreConfig(beta=self.keep, layers=self.layers, allocation=self.allocation)
+        gains = None if params.calibration is None else params.calibration.gains
+        return np.array(allocate(core, params.config, gains), np.int32)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def measure(
     """Losses of the full model on continuations, float32 [n, T], and what each setting changes.
 
     Args:
-        params: dense weights.
+        params: dense weights; by their calibration settings may be allocated.
         rows: texts int32 [n, context + T + 1]; the last token is only foretold. The first token after the context comes
             from the full model in any case and is not scored.
         context: tokens that the full model reads.
@@ -108,6 +111,7 @@ def measure(
         raise CoreInferError("prior tokens are of a prior: give one, from read_prior")
     if unknown := with_one - set(prior[0] if prior else ()):
         raise CoreInferError(f"the prior has no sums for {', '.join(sorted(unknown))}: give those no prior tokens")
+    kept = [setting.kept(params) for setting in settings]
     params = params.weights
     norms = column_norms(params)
     rules = tuple(sorted({setting.rule for setting in settings if setting.rule in RULES}))
@@ -118,7 +122,10 @@ def measure(
         check_finite(reading.finite)
         rest, following = jnp.asarray(tokens[:, context:-1]), jnp.asarray(tokens[:, context + 1 :])
         choose = _chooser(reading, norms, prior)
-        differences = [_difference(params, reading, rest, following, norms, s, choose) for s in settings]
+        differences = [
+            _difference(params, reading, rest, following, norms, setting, own, choose)
+            for setting, own in zip(settings, kept, strict=True)
+        ]
         full.append(np.asarray(losses(reading.logits, following))[:real])
         parts.append([Measured(*(np.asarray(x)[:real] for x in (d.kl, d.agreement, d.loss))) for d in differences])
     joined = [
@@ -227,9 +234,9 @@ def _difference(
     following: Array,
     norms: list[Array],
     setting: Setting,
+    kept: np.ndarray,
     choose: Callable[[Setting], Chosen],
 ) -> Differences:
-    kept = setting.kept(params.config)
     if setting.rule in PER_TOKEN:
         own = PER_TOKEN[setting.rule]
         return with_best_of_each_token(params, reading, rest, following, norms, kept, magnitude=own)

@@ -17,10 +17,8 @@ from jax import Array
 from coreinfer_jax.cache import KVCache, init_cache
 from coreinfer_jax.core.rules import RULES, Sums
 from coreinfer_jax.core.select import Voting
-from coreinfer_jax.models import extend, observe_nothing, unembed
+from coreinfer_jax.models import Edit, extend, observe_nothing, unembed
 from coreinfer_jax.params import Params
-
-Edit = Callable[[Array, Array], Array]
 
 
 @struct.dataclass

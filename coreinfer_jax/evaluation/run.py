@@ -83,7 +83,7 @@ def evaluate(
             tokens without a prior, logits that are NaN or infinite.
     """
     check_dense(params)
-    check_settings(params.config, settings, texts, alpha)
+    check_settings(params, settings, texts, alpha)
     selection = Corpus(documents, tokenizer, texts.seed).select(texts.tokens, texts.texts)
     return compare(params, selection, settings, texts, alpha=alpha, prior=prior)
 
@@ -122,7 +122,7 @@ def compare(
 
 def bytes_per_token(params: Params, setting: Setting) -> int:
     """Bytes of weights that a decode step on the setting's neurons reads for one row."""
-    kept, F = setting.kept(params.config), params.config.mlp_size
+    kept, F = setting.kept(params), params.config.mlp_size
     left_out = [narrowed_bytes(params, (l,), F - int(K), 1) for l, K in enumerate(kept)]
     return weight_bytes_per_step(params, 1) - sum(left_out)
 
@@ -154,7 +154,7 @@ def prior_texts(corpus: Corpus, config: ModelConfig, half: int | None = None) ->
     return corpus.beginnings(min(PRIOR_LENGTH, config.max_positions), PRIOR_TOKENS, half)
 
 
-def check_settings(config: ModelConfig, settings: Sequence[Setting], texts: Texts, alpha: float) -> None:
+def check_settings(params: Params, settings: Sequence[Setting], texts: Texts, alpha: float) -> None:
     """Refuse what can be refused without reading a text."""
     check_fraction("alpha", alpha)
     for setting in settings:
@@ -164,17 +164,17 @@ def check_settings(config: ModelConfig, settings: Sequence[Setting], texts: Text
         check_share("compensation", setting.compensation)
         if not 0 <= setting.prior_tokens <= MOST_PRIOR_TOKENS:
             raise CoreInferError(f"prior tokens {setting.prior_tokens}: give a number from 0 to 1e9")
-        setting.kept(config)  # refuses layers that select none
+        setting.kept(params)  # refuses layers that select none
     sizes = (*texts.prompt_tokens, texts.continuation)
     if not texts.prompt_tokens or min(sizes) < 1:
         raise CoreInferError("prompt and continuation tokens: give whole numbers of at least 1")
     if texts.texts < LEAST_TEXTS:
         raise CoreInferError(f"texts={texts.texts}: give at least {LEAST_TEXTS}")
-    whole = max(texts.prompt_tokens) + texts.continuation
-    if whole > config.max_positions:
+    whole, most = max(texts.prompt_tokens) + texts.continuation, params.config.max_positions
+    if whole > most:
         raise CoreInferError(
             f"{max(texts.prompt_tokens)} prompt tokens and {texts.continuation} of the continuation exceed the model's "
-            f"{config.max_positions} positions; take fewer"
+            f"{most} positions; take fewer"
         )
 
 

@@ -13,6 +13,8 @@ from coreinfer_jax.models import llama, opt
 from coreinfer_jax.params import Params
 
 Observed = TypeVar("Observed")
+# What the down projection reads, of a layer's activations and of what the activation function gave, [B, T, F] each.
+Edit = Callable[[Array, Array], Array]
 
 # A family is three functions: embed(params, tokens, positions) -> x, context;
 # block(x, layer, past, positions, context, edit, config) -> x, past, activations; finish(params, x) -> x.
@@ -34,7 +36,7 @@ def extend(
     cache: KVCache,
     start: Array,
     observe: Callable[[Array], Observed],
-    edit: Callable[[Array, Array], Array] = as_they_are,
+    edit: Edit = as_they_are,
 ) -> tuple[Array, KVCache, tuple[Observed, ...]]:
     """Run T more tokens of every row through the model.
 

@@ -91,12 +91,14 @@ class Corpus:
             CoreInferError: fewer than 2 documents have any tokens.
         """
         rows: list[list[int]] = []
+        taken = 0
         with tqdm(total=total, desc="choosing texts", unit="token", disable=None, leave=False) as bar:
             for number in self._half(half):
-                if bar.n >= total:
+                if taken >= total:
                     break
                 if row := self._encoded(number)[:most]:
                     rows.append(row)
+                    taken += len(row)
                     bar.update(len(row))
         if len(rows) < LEAST_TEXTS:
             raise CoreInferError(f"{self.name}: {len(rows)} document(s) with tokens; give at least {LEAST_TEXTS}")
