@@ -70,7 +70,7 @@ def measure(model: str, layers: int | None, dtype: str, keep: float | None) -> d
 
 def _traced(params: Params, trial: Trial) -> tuple[Mapping[str, float], float, Params]:
     """Milliseconds per step of every operation, of a whole step, and the weights it reads."""
-    core = None if trial.keep is None else ci.CoreConfig(beta=trial.keep)
+    core = None if trial.keep is None else ci.CoreConfig(beta=trial.keep, allocation="equal")
     chunks = ci.stream(params, random_prompts(params.config, 1, PROMPT_TOKENS), core, max_new_tokens=NEW_TOKENS)
     next(chunks)
     before = next(chunks).stats  # everything is compiled

@@ -89,7 +89,7 @@ def _fits(point: Point, config: ModelConfig) -> bool:
 
 
 def _generation(params: Params, point: Point, setting: str) -> ci.Stats:
-    core = None if setting == DENSE else ci.CoreConfig(beta=point.keep, per_row=setting != SHARED)
+    core = None if setting == DENSE else ci.CoreConfig(beta=point.keep, per_row=setting != SHARED, allocation="equal")
     prompts = random_prompts(params.config, point.rows, point.prompt_tokens)
     return ci.generate(_cut(params, point.layers), prompts, core, max_new_tokens=point.new_tokens).stats
 
@@ -125,7 +125,7 @@ def _prefill_temporaries(params: Params, point: Point, setting: str) -> int | No
     config, rows = params.config, point.rows
     lengths = np.full(rows, point.prompt_tokens, np.int32)
     padded = np.zeros((rows, bucket(point.prompt_tokens)), np.int32)
-    core = ci.CoreConfig(beta=point.keep)
+    core = ci.CoreConfig(beta=point.keep, allocation="equal")
     voted: tuple[int, ...] = () if setting == DENSE else voted_layers(core, config, None)
     counted = counted_tokens(core, padded, lengths, 0, config)
     voting = None if setting == DENSE else make_voting(counted, config.mlp_size, core.alpha, core.budget)

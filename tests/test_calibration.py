@@ -321,7 +321,7 @@ def test_a_bad_calibration_can_be_made_anew(tmp_path, stories, capsys):
     directory = rewritten(tmp_path, source, lambda arrays, metadata: metadata.update(model="0" * 16))
     sizes = ["--texts", "4", "--prompt-tokens", "16", "--continuation", "16"]
     assert main(["calibrate", "--model", str(directory), "--data", str(stories), *sizes]) == 0
-    assert "keep 0.7; written to" in capsys.readouterr().out
+    assert "keep 0.5; written to" in capsys.readouterr().out
     assert ci.load(directory)[0].calibration is not None
 
 

@@ -529,10 +529,30 @@ def test_settings_of_auto_and_fused_reach_the_prediction(run, built_for_embedded
 
     stats = kept("--method", "auto", "--least-tokens", 2, "--least-stability", -1, "--layers", 0.5, 1)
     assert stats["method"] == "stability"
-    assert stats["kept_neurons"] == [768] * 4 + [537] * 4
+    assert stats["kept_neurons"] == [768] * 4 + [384] * 4
     assert kept("--method", "auto", "--least-tokens", 2, "--least-stability", 1)["method"] == "similarity"
-    status, _, err = run("generate", "x", "--method", "fused", "--clusters", built_for_embedded, "--prior-tokens", -1)
+    status, _, err = run("generate", "x", "--method", "fused", "--clusters", built_for_embedded, "--group-tokens", -1)
     assert (status, "group_tokens=-1.0" in err) == (2, True)
+
+
+UNUSED = [
+    (("--method", "fused", "--compensation", 0.2), "--compensation 0.2: is of --method stability"),
+    (("--method", "auto", "--allocation", "equal"), "--allocation equal: is of --method stability"),
+    (("--method", "similarity", "--prior-tokens", 5), "--prior-tokens 5.0: is of --method stability"),
+    (("--method", "auto", "--group-tokens", 5), "--group-tokens 5.0: is of --method fused"),
+    (("--method", "fused", "--least-tokens", 5), "--least-tokens 5: is of --method auto"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), UNUSED)
+def test_options_that_would_change_nothing_are_refused(options, said, run, built_for_embedded: Path) -> None:
+    status, _, err = run("generate", "x", "--clusters", built_for_embedded, *options)
+    assert (status, said in err) == (2, True), err
+
+
+def test_prior_tokens_without_a_calibration_are_refused(run, tinystories: Path) -> None:
+    status, _, err = run("generate", "x", "--model", tinystories, "--prior-tokens", 5)
+    assert (status, "is of a calibration, and the model has none" in err) == (2, True), err
 
 
 MISTAKES = {

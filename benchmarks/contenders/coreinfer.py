@@ -19,7 +19,8 @@ def run(trial: Trial) -> Report:
     began = perf_counter()
     params = jax.block_until_ready(shape_params(shape_config(trial.fields), trial.dtype))
     loaded = perf_counter()
-    core = None if trial.keep is None else ci.CoreConfig(beta=trial.keep)
+    # Random weights give no layer reason to keep more than another, and equal widths are those the tables count.
+    core = None if trial.keep is None else ci.CoreConfig(beta=trial.keep, allocation="equal")
     prompts = random_prompts(params.config, trial.rows, trial.prompt_tokens)
     ci.generate(params, prompts, core, max_new_tokens=trial.new_tokens)
     first_call = perf_counter() - loaded

@@ -1,7 +1,7 @@
 """Options that several subcommands take, and what they mean."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -22,6 +22,16 @@ from coreinfer_jax.request import Recommended
 from coreinfer_jax.text import Tokenizer
 
 PRESETS = ("default", "paper")
+
+# Options that change nothing with any other method.
+OF_METHODS = {
+    "compensation": "stability",
+    "allocation": "stability",
+    "prior_tokens": "stability",
+    "group_tokens": "fused",
+    "least_stability": "auto",
+    "least_tokens": "auto",
+}
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -207,10 +217,23 @@ def core_config(options: argparse.Namespace, params: Params | None = None) -> Co
     if not named:
         return "recommended"
     core = replace(recommended(params), **named | ({"layers": tuple(options.layers)} if options.layers else {}))
+    _refuse_unused(named, core, calibrated=params is None or params.calibration is not None)
+    return core
+
+
+def _refuse_unused(named: Mapping[str, Any], core: CoreConfig, calibrated: bool) -> None:
+    """Refuse what was asked for and would change nothing."""
+    for name, method in OF_METHODS.items():
+        if name in named and core.method != method:
+            raise CoreInferError(f"--{name.replace('_', '-')} {named[name]}: is of --method {method}; leave it out")
+    if "prior_tokens" in named and not calibrated:
+        raise CoreInferError(
+            f"--prior-tokens {named['prior_tokens']:g}: is of a calibration, and the model has none; "
+            "make one with 'coreinfer calibrate', or leave it out"
+        )
     for name in ("alpha", "budget"):
         if name in named and "votes" not in core.ranking:
             raise CoreInferError(f"--{name} {named[name]}: is of votes; add --rule votes, or leave it out")
-    return core
 
 
 def load_groups(options: argparse.Namespace, params: Params, core: CoreConfig | Recommended | None) -> Groups | None:
