@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import coreinfer_jax as ci
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.quality import PROMPT, SWEPT_KEEP
 from benchmarks.tables import made_on, markdown
+from coreinfer_jax.core.allocation import PARTS, allocate
 from coreinfer_jax.evaluation.run import POSITIONS_PER_BIN
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def sections() -> dict[str, Callable[[], str]]:
     return {
         "quality rules": partial(_by_rule, switched=False),
         "quality switched": partial(_by_rule, switched=True),
+        "quality layers": _by_layer,
         "quality lengths": _by_length,
         "quality positions": _by_position,
         "quality sweeps": _sweeps,
@@ -117,6 +120,23 @@ def summary() -> str:
                 rows.append([f"{result['model']}, {keep:g}", *cells])
     told = f"Prompts of {PROMPT} tokens: KL divergence in nats per token, and tokens with the full model's choice"
     return f"{markdown(rows)}\n\n{told}; {made_on(*newest())}"
+
+
+def _by_layer() -> str:
+    """What each layer of the embedded models is worth, and what it keeps, by their calibrations."""
+    totals = (0.2, 0.4, 0.6)
+    head = ["", "KL where it alone keeps a quarter", *(f"kept of {total:.0%}" for total in totals)]
+    rows = [head]
+    for name in ("opt", "llama"):
+        params, _ = ci.load(f"embedded:{name}")
+        assert params.calibration is not None
+        gains = params.calibration.gains
+        assert gains is not None
+        kept = [allocate(ci.CoreConfig(beta=total), params.config, gains) for total in totals]
+        for l, lost in enumerate(gains[:, PARTS // 4 :].sum(axis=1)):
+            shares = (f"{layers[l] / params.config.mlp_size:.0%}" for layers in kept)
+            rows.append([f"embedded:{name}, layer {l}", f"{lost:.4f}", *shares])
+    return markdown(rows)
 
 
 def _by_length() -> str:

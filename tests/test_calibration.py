@@ -211,7 +211,9 @@ def test_the_command_calibrates_a_model_in_place(model, stories, capsys):
     assert main(["generate", "Once", "--model", str(model), "--max-new-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stats"]["kept_neurons"] == kept
     assert main(["info", str(model)]) == 0
-    assert f"{min(within):g} of the neurons, from {stories.name}" in capsys.readouterr().out
+    shares = ", ".join(f"{width / params.config.mlp_size:.0%}" for width in kept)
+    told = f"keep {min(within):g} ({shares}, layer by layer), from {stories.name}, within max_kl 0.2"
+    assert told in capsys.readouterr().out
     assert main([*arguments, "--prompt-tokens", "16", "--max-kl", "1e-9"]) == 0
     assert "no keep ratio meets the bound: all neurons" in capsys.readouterr().out
     assert ci.generate(ci.load(model)[0], [prompt], max_new_tokens=2).stats.method == "dense"
@@ -321,7 +323,7 @@ def test_a_bad_calibration_can_be_made_anew(tmp_path, stories, capsys):
     directory = rewritten(tmp_path, source, lambda arrays, metadata: metadata.update(model="0" * 16))
     sizes = ["--texts", "4", "--prompt-tokens", "16", "--continuation", "16"]
     assert main(["calibrate", "--model", str(directory), "--data", str(stories), *sizes]) == 0
-    assert "keep 0.5; written to" in capsys.readouterr().out
+    assert "keep 0.5 (" in capsys.readouterr().out
     assert ci.load(directory)[0].calibration is not None
 
 

@@ -11,6 +11,7 @@ from coreinfer_jax.checkpoint.files import is_directory, to_path
 from coreinfer_jax.checkpoint.loading import open_model, stored_fingerprint
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.cli.eval_texts import table
+from coreinfer_jax.cli.info import setting_in_words
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.calibrate import Bound, calibrate
 from coreinfer_jax.text.documents import read_documents
@@ -56,5 +57,5 @@ def _run(options: argparse.Namespace) -> None:
         return
     if found.results:
         print(table(found.results))
-    chosen = "no keep ratio meets the bound: all neurons" if core is None else f"keep {core.beta:g}"
-    print(f"{chosen}; written to {directory / CALIBRATION}")
+    chosen = setting_in_words(core, found.facts, params.config.mlp_size)
+    print(f"{'no keep ratio meets the bound: ' if core is None else ''}{chosen}; written to {directory / CALIBRATION}")

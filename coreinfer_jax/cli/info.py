@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 from coreinfer_jax.checkpoint.summary import Summary, summarise
 from coreinfer_jax.config import CoreConfig
@@ -59,12 +61,22 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
+def setting_in_words(core: CoreConfig | None, facts: Mapping[str, Any], mlp_size: int) -> str:
+    """What a calibration found: how many neurons are kept, and in which layers how many of them."""
+    if core is None:
+        return "all neurons"
+    shares = ", ".join(f"{kept / mlp_size:.0%}" for kept in facts.get("kept_neurons", ()))
+    return f"keep {core.beta:g}" + (f" ({shares}, layer by layer)" if shares else "")
+
+
 def _calibration(summary: Summary) -> str:
     if summary.calibration is None:
         return "none"
     core, facts = summary.calibration
-    found = "all neurons" if core is None else f"{core.beta:g} of the neurons"
-    return f"{found}, from {facts.get('data', 'texts')}"
+    found = f"{setting_in_words(core, facts, summary.config.mlp_size)}, from {facts.get('data', 'texts')}"
+    bounds = {name: bound for name, bound in facts.get("bound", {}).items() if bound is not None}
+    met = "within" if facts.get("met") else "as none is within"
+    return found + (f", {met} {' and '.join(f'{name} {bound:g}' for name, bound in bounds.items())}" if bounds else "")
 
 
 def _tokenizer(summary: Summary) -> str:

@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any
 
 from coreinfer_jax.config import PRIOR_RULE, CoreConfig
+from coreinfer_jax.core.allocation import allocate
 from coreinfer_jax.core.compact import check_dense
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.evaluation.measure import Setting, collect
@@ -116,6 +117,7 @@ def calibrate(
         "texts": asdict(texts) | {"texts": len(held_out.rows)},
         "bound": asdict(bound),
         "met": core is not None,
+        "kept_neurons": None if core is None else allocate(core, params.config, gains),
     }
     return Calibrated(replace(found, core=core), facts, results)
 
