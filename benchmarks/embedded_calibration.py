@@ -11,7 +11,7 @@ from coreinfer_jax.text.documents import Documents
 from coreinfer_jax.training.corpus import read_text
 
 FILES = ("stories.txt", "prose.txt")
-# 256 tokens of each document, as many as training read at a time.
+# For narrowing each layer alone: 256 tokens of a document, as many as training read at a time.
 TEXTS = Texts(prompt_tokens=(191,), continuation=64)
 
 

@@ -18,7 +18,7 @@ from coreinfer_jax.fingerprint import fingerprint
 GROUPS = 4
 ROUNDS = 15
 PROMPT_LENGTHS = (16, 64, 256)
-CORE = ci.CoreConfig(beta=0.4)
+CORE = ci.CoreConfig(beta=0.4, allocation="equal")
 SETTINGS = {
     "stability": CORE,
     "auto, stable": replace(CORE, method="auto", least_stability=-1.0, least_tokens=2),

@@ -176,9 +176,11 @@ def _sweeps() -> str:
     if not results:
         return "No results yet."
     rows = [["", *(f"{r['model']}: KL, MB per token" for r in results)]]
+    # The setting that both sweeps have stands once.
+    by_title = {_swept_title(same[0]): same for same in zip(*(result["swept"] for result in results), strict=True)}
     rows += [
-        [_swept_title(same[0]), *(f"{s['kl']['mean']:.3f}, {s['bytes_per_token'] / 1e6:.1f}" for s in same)]
-        for same in zip(*(result["swept"] for result in results), strict=True)
+        [name, *(f"{s['kl']['mean']:.3f}, {s['bytes_per_token'] / 1e6:.1f}" for s in same)]
+        for name, same in by_title.items()
     ]
     return markdown(rows)
 

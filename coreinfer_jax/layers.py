@@ -191,10 +191,8 @@ def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> tuple[Array, Arr
     """
     act = jax.nn.relu if config.activation == "relu" else jax.nn.silu
     up = linear(x, mlp.up)
-    if mlp.gate is None:
-        return act(up), act(up)
-    gated = act(linear(x, mlp.gate))
-    return gated * up, gated
+    gated = act(up if mlp.gate is None else linear(x, mlp.gate))
+    return (gated if mlp.gate is None else gated * up), gated
 
 
 def lookup(table: Array, ids: Array) -> Array:

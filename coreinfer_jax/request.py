@@ -8,6 +8,7 @@ import numpy as np
 
 from coreinfer_jax.cache import KVCache, bucket, cache_bytes
 from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.core.allocation import allocate
 from coreinfer_jax.core.compact import narrowed_bytes
 from coreinfer_jax.core.groups import Groups
 from coreinfer_jax.core.neurons import CoreNeurons
@@ -104,6 +105,10 @@ class Request:
         groups = self.groups if core.method in ("similarity", "auto") else None
         if groups is not None and groups.narrowed and sets == 1:
             return 0  # the group's weights are there already
+        if core.method == "stability":
+            allocated = allocate(core, config, None if self.calibration is None else self.calibration.gains)
+            kept = [0 if width == config.mlp_size else width for width in allocated]
+            return sum(narrowed_bytes(self.params, (l,), width, sets) for l, width in enumerate(kept))
         ratio = core.beta if groups is None else min(core.beta, core.group_ratio)
         layers = core.narrowed_layers(config.num_layers)
         return narrowed_bytes(self.params, layers, kept_neurons(ratio, config.mlp_size), sets)

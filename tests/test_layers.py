@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from coreinfer_jax.decoding import DECODE_OPTIONS
-from coreinfer_jax.layers import linear, matmul
+from coreinfer_jax.layers import linear, matmul, mlp_activations
 from coreinfer_jax.params import Linear
+from tests.support import MODELS, random_model
 
 # One part, the last width of one part, two parts, three of unequal width.
 SIZES = (7, 4095, 4096, 8193)
@@ -34,6 +35,18 @@ def test_rows_of_their_own_weights_equal_single_rows():
     for b in range(3):
         alone = linear(x[b : b + 1], Linear(weight=weight[b]))
         assert np.array_equal(np.asarray(together[b], np.float32), np.asarray(alone[0], np.float32))
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "relu-llama"])
+def test_activations_and_what_the_activation_function_gave_are_those_of_numpy(name):
+    params = random_model(MODELS[name])
+    mlp, x = params.layers[1].mlp, np.asarray(drawn((2, 3, params.config.hidden_size), 5, "float32"))
+    linear_of = lambda m: x @ np.asarray(m.weight).T + (0 if m.bias is None else np.asarray(m.bias))  # noqa: E731
+    act = (lambda v: np.maximum(v, 0)) if params.config.activation == "relu" else (lambda v: v / (1 + np.exp(-v)))
+    gated = act(linear_of(mlp.up if mlp.gate is None else mlp.gate))
+    found, found_gated = mlp_activations(jnp.asarray(x), mlp, params.config)
+    np.testing.assert_allclose(found_gated, gated, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, gated if mlp.gate is None else gated * linear_of(mlp.up), rtol=1e-4, atol=1e-5)
 
 
 def test_infinity_and_nan_come_through_a_decode_program():

@@ -65,7 +65,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gamma",
         type=float,
-        help="share of neurons to compare, (0, 1] (default 0.7, or what published lists are long enough for)",
+        help=f"share of neurons to compare, (0, 1] (default {CoreConfig().group_ratio:g}, or what published lists "
+        "are long enough for)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_inspect)

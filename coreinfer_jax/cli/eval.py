@@ -61,7 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--allocation",
         nargs="+",
         choices=ALLOCATIONS,
-        help="how the kept share is divided among layers: by what the calibration found each to need, or equal",
+        help="how the kept share is divided among layers: by what the calibration found each to need, without one more "
+        "for the first, or equal",
     )
     parser.add_argument(
         "--prior",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from coreinfer_jax.cli import options as shared
-from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.config import PRIOR_RULE, CoreConfig
 
 # Options that say something of tasks only.
 OF_TASKS = ("task_data", "limit", "num_fewshot", "batch_size", "chat")
@@ -36,6 +36,9 @@ def run(options: argparse.Namespace) -> None:
     tasks = Tasks(options.tasks, options.task_data, limit=options.limit, num_fewshot=options.num_fewshot)
     params, tokenizer = shared.load_model(options)
     cores = _cores(options, shared.preset(options, params))
+    rules = [core.ranking for core in cores]
+    known = params.calibration is not None and PRIOR_RULE in rules
+    shared.refuse_unused_by_rules(options, rules, known, f"take --rule {PRIOR_RULE} of a calibrated model")
     results = evaluate_tasks(
         params,
         tokenizer,
@@ -82,13 +85,7 @@ def _cores(options: argparse.Namespace, preset: CoreConfig) -> list[CoreConfig]:
 def _rows(results: dict[str, Any]) -> list[list[str]]:
     """A line per task and metric, a column per choice of core neurons."""
     settings = results["settings"]
-    rules = {one["core"]["rule"] for one in settings if one["core"]}
-    names = {rule: "keep" if len(rules) == 1 else rule for rule in rules}
-    columns = [
-        "all neurons" if one["core"] is None else f"{names[one['core']['rule']]} {one['core']['beta']:g}"
-        for one in settings
-    ]
-    rows = [["task", "shots", "documents", "metric", *columns]]
+    rows = [["task", "shots", "documents", "metric", *shared.labels([one["core"] for one in settings])]]
     for name, about in results["tasks"].items():
         facts = [name, str(about["num_fewshot"]), str(about["documents"])]
         rows += [

@@ -11,7 +11,6 @@ from coreinfer_jax.checkpoint.files import to_path
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.config import PRIOR_RULE, CoreConfig
 from coreinfer_jax.core.rules import Sums
-from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.chart import draw, require_matplotlib, title
 from coreinfer_jax.evaluation.free_running import core_of, free_running
 from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
@@ -35,8 +34,10 @@ def run(options: argparse.Namespace) -> None:
     settings = _settings(options, preset, params.calibration is not None)
     for alpha in alphas:
         check_settings(params, settings, texts, alpha)
-    if options.alpha and not any("votes" in setting.rule for setting in settings):
-        raise CoreInferError(f"--alpha {options.alpha[0]:g}: is of votes; add --rule votes, or leave it out")
+    rules = [setting.rule for setting in settings]
+    fixed = [rule for rule in rules if rule not in PER_TOKEN]
+    known = bool(fixed) if corpus else params.calibration is not None and PRIOR_RULE in rules
+    shared.refuse_unused_by_rules(options, rules, known, "give --prior FILE, or leave it out")
     cores = [core_of(setting, alpha) for alpha in alphas for setting in settings] if options.generate else []
     if options.generate:
         check_length(max(texts.prompt_tokens), options.generate, params.config)
@@ -61,8 +62,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _settings(options: argparse.Namespace, preset: CoreConfig, calibrated: bool) -> list[Setting]:
     """Every rule at every keep ratio; of what is not named, the preset's own rule takes the preset's."""
-    if options.prior is None and not calibrated and options.prior_tokens is not None:
-        raise CoreInferError(f"--prior-tokens {options.prior_tokens:g}: is of --prior FILE; give that too")
     asked = preset.prior_tokens if options.prior_tokens is None else options.prior_tokens
     ranges = [preset.layers] if options.layers is None else [(first, last) for first, last in options.layers]
 
@@ -107,13 +106,10 @@ def _written(
 
 
 def _table_of_written(written: list[dict[str, Any]]) -> str:
-    head = ["prompt", "rule", "kept", "like the full model's, tokens", "repeated 4-grams", "length"]
-    rows = [head]
-    for one in written:
-        core = one["core"]
-        rule = ["all neurons", ""] if core is None else [core["rule"], f"{core['beta']:g}"]
+    rows = [["prompt", "setting", "like the full model's, tokens", "repeated 4-grams", "length"]]
+    for label, one in zip(shared.labels([one["core"] for one in written]), written, strict=True):
         figures = (_shown(one[name], digits) for name, digits in (("departure", 1), ("repetition", 3), ("length", 1)))
-        rows.append([str(one["prompt_tokens"]), *rule, *figures])
+        rows.append([str(one["prompt_tokens"]), label, *figures])
     return shared.table(rows)
 
 

@@ -52,7 +52,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("bytes", ", ".join(f"{part} {_size(size)}" for part, size in summary.bytes_per_part.items())),
         (
             "read per token",
-            f"{dense} dense; {core} with {summary.kept_neurons} core neurons per layer ({saved:.2f}x less)",
+            f"{dense} dense; {core} with {summary.kept_neurons} core neurons per layer on average ({saved:.2f}x less)",
         ),
         ("KV cache", f"{_size(summary.cache_bytes_per_position)} per position, read besides"),
         ("tokenizer", _tokenizer(summary)),
@@ -75,7 +75,7 @@ def _calibration(summary: Summary) -> str:
     core, facts = summary.calibration
     found = f"{setting_in_words(core, facts, summary.config.mlp_size)}, from {facts.get('data', 'texts')}"
     bounds = {name: bound for name, bound in facts.get("bound", {}).items() if bound is not None}
-    met = "within" if facts.get("met") else "as none is within"
+    met = "within" if facts.get("met") else "as no keep ratio is within"
     return found + (f", {met} {' and '.join(f'{name} {bound:g}' for name, bound in bounds.items())}" if bounds else "")
 
 

@@ -13,7 +13,7 @@ from coreinfer_jax.checkpoint.hf_config import read_sampling
 from coreinfer_jax.checkpoint.loading import load_uncalibrated, model_path
 from coreinfer_jax.checkpoint.mapping import DTYPES
 from coreinfer_jax.clustering import load_clusters
-from coreinfer_jax.config import ALLOCATIONS, METHODS, RULE_NAMES, CoreConfig, ModelConfig
+from coreinfer_jax.config import ALLOCATIONS, METHODS, PRIOR_RULE, RULE_NAMES, CoreConfig, ModelConfig
 from coreinfer_jax.core.groups import Groups, prepare_groups
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.evaluation.run import Texts
@@ -100,7 +100,9 @@ def add_core(parser: argparse.ArgumentParser) -> None:
         help=f"share of its mean at which a dropped neuron stands ({default.compensation})",
     )
     parser.add_argument(
-        "--allocation", choices=ALLOCATIONS, help=f"of the kept share among layers ({default.allocation})"
+        "--allocation",
+        choices=ALLOCATIONS,
+        help=f"how the kept share is divided among layers: by need, or equal ({default.allocation})",
     )
     parser.add_argument("--gamma", type=float, help="share of a group's neurons kept, (0, 1] (default: --beta)")
     parser.add_argument("--clusters", metavar="DIR", help="groups for similarity, fused and auto (coreinfer clusters)")
@@ -210,10 +212,14 @@ def core_config(options: argparse.Namespace, params: Params | None = None) -> Co
         raise CoreInferError(f"--method {options.method}: needs --clusters DIR, made by 'coreinfer clusters build'")
     if options.clusters is None and options.gamma is not None:
         raise CoreInferError(f"--gamma {options.gamma}: is of groups; add --clusters DIR, or give --beta")
-    if options.method == "dense":
-        return None
     names = (field.name for field in fields(CoreConfig))
     named = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    if options.method == "dense":
+        if unused := [name for name in named if name != "method"]:
+            raise CoreInferError(
+                f"--{unused[0].replace('_', '-')}: is of core neurons, which --method dense has none of"
+            )
+        return None
     if not named:
         return "recommended"
     core = replace(recommended(params), **named | ({"layers": tuple(options.layers)} if options.layers else {}))
@@ -226,6 +232,10 @@ def _refuse_unused(named: Mapping[str, Any], core: CoreConfig, calibrated: bool)
     for name, method in OF_METHODS.items():
         if name in named and core.method != method:
             raise CoreInferError(f"--{name.replace('_', '-')} {named[name]}: is of --method {method}; leave it out")
+    if "prior_tokens" in named and core.ranking != PRIOR_RULE:
+        raise CoreInferError(
+            f"--prior-tokens {named['prior_tokens']:g}: is of --rule {PRIOR_RULE}; take that, or leave it out"
+        )
     if "prior_tokens" in named and not calibrated:
         raise CoreInferError(
             f"--prior-tokens {named['prior_tokens']:g}: is of a calibration, and the model has none; "
@@ -234,6 +244,31 @@ def _refuse_unused(named: Mapping[str, Any], core: CoreConfig, calibrated: bool)
     for name in ("alpha", "budget"):
         if name in named and "votes" not in core.ranking:
             raise CoreInferError(f"--{name} {named[name]}: is of votes; add --rule votes, or leave it out")
+
+
+def refuse_unused_by_rules(options: argparse.Namespace, rules: Sequence[str], with_prior: bool, remedy: str) -> None:
+    """Refuse `--alpha` and `--prior-tokens` of an evaluation where no rule takes them."""
+    if options.alpha and not any("votes" in rule for rule in rules):
+        raise CoreInferError(f"--alpha {options.alpha[0]:g}: is of votes; add --rule votes, or leave it out")
+    if options.prior_tokens is not None and not with_prior:
+        raise CoreInferError(f"--prior-tokens {options.prior_tokens:g}: no rule here has a prior to weigh; {remedy}")
+
+
+def labels(cores: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """What tells settings of core neurons apart, of each its keep ratio; None is all neurons."""
+    named = ("allocation", "compensation", "alpha", "layers", "prior_tokens")
+    chosen = [core for core in cores if core is not None]
+    differing = [name for name in named if len({str(core[name]) for core in chosen}) > 1]
+    rules = len({core["rule"] for core in chosen}) > 1
+    return [
+        "all neurons"
+        if core is None
+        else ", ".join(
+            [*([core["rule"]] if rules else []), f"keep {core['beta']:g}"]
+            + [f"{name.replace('_', ' ')} {core[name]}" for name in differing]
+        )
+        for core in cores
+    ]
 
 
 def load_groups(options: argparse.Namespace, params: Params, core: CoreConfig | Recommended | None) -> Groups | None:

@@ -28,7 +28,7 @@ def allocate(core: CoreConfig, config: ModelConfig, gains: np.ndarray | None) ->
     narrowed, kept = core.narrowed_layers(L), kept_neurons(core.beta, F)
     shares = np.full(len(narrowed), kept)
     if core.allocation == "sensitivity" and gains is not None:
-        shares = _by_gain(gains[list(narrowed)], kept, F)
+        shares = _by_gain(np.asarray(gains)[list(narrowed)], kept, F)
     elif core.allocation == "sensitivity" and narrowed[0] == 0:
         shares = _first_most(len(narrowed), core.beta, kept, F)
     by_layer = dict(zip(narrowed, shares.tolist(), strict=True))
@@ -39,12 +39,12 @@ def _by_gain(gains: np.ndarray, kept: int, F: int) -> np.ndarray:
     """The most valuable parts of all `gains` [n, PARTS], at least one of each layer, together no more than n `kept`."""
     n = len(gains)
     parts = n * kept * PARTS // F
-    if parts < n or kept == F:
+    if parts < n or F < PARTS:  # not a part, or not a neuron, for each
         return np.full(n, kept)
     # Parts of one layer come in order, as their gains never rise and ties go to the earlier.
     best = np.argsort(-gains[:, 1:], axis=None, kind="stable")[: parts - n]
     own = 1 + np.bincount(best // (PARTS - 1), minlength=n)
-    return np.maximum(1, own * F // PARTS)
+    return own * F // PARTS
 
 
 def _first_most(n: int, beta: float, kept: int, F: int) -> np.ndarray:
@@ -55,4 +55,5 @@ def _first_most(n: int, beta: float, kept: int, F: int) -> np.ndarray:
     if n == 1:
         return np.array([kept])
     first = max(kept, min(kept_neurons(beta + FIRST_KEEPS * (1 - beta), F), 2 * n * kept // 3))
-    return np.array([first, *[max(1, (n * kept - first) // (n - 1))] * (n - 1)])
+    first = min(first, n * kept - (n - 1))  # one for each of the others
+    return np.array([first, *[(n * kept - first) // (n - 1)] * (n - 1)])

@@ -172,8 +172,9 @@ def _by_rule(
 ) -> Predicted:
     """The neurons that the prompt itself ranks highest, the others at a share of their mean."""
     config = params.config
-    narrowed = core.narrowed_layers(config.num_layers)
     kept = allocate(core, config, None if calibration is None else calibration.gains)
+    # A layer that keeps all is read as it is.
+    narrowed = tuple(l for l in core.narrowed_layers(config.num_layers) if kept[l] < config.mlp_size)
     # A calibration's sums are those of one rule.
     known = calibration is not None and core.ranking == PRIOR_RULE and core.prior_tokens > 0
     indices, offsets = rank(
@@ -184,7 +185,7 @@ def _by_rule(
         np.float32(core.compensation),
         rule=core.ranking,
         kept=tuple(kept[l] for l in narrowed),
-        compensated=core.compensation > 0 and min(kept) < config.mlp_size,
+        compensated=core.compensation > 0,
     )
     return _gathered(indices, offsets, narrowed, config, (Choice("stability", ASKED),) * rows)
 

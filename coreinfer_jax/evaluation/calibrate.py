@@ -101,9 +101,9 @@ def calibrate(
     ]
     check_settings(params, settings, texts, default.alpha)
     corpus = Corpus(documents, tokenizer, texts.seed)
-    held_out, known = corpus.select(texts.tokens, texts.texts, half=1), prior_texts(corpus, params.config, half=0)
+    tried, held_out = corpus.select(texts.tokens, LAYER_TEXTS, half=0), corpus.select(texts.tokens, texts.texts, half=1)
+    known = prior_texts(corpus, params.config, half=0)
     prior = collect(params, known, rules=(PRIOR_RULE,))
-    tried = corpus.select(texts.tokens, LAYER_TEXTS, half=0)
     gains = layer_gains(params, tried.rows, max(texts.prompt_tokens), prior)
     found = Calibration(tuple(layer[PRIOR_RULE] for layer in prior), gains, default)
     bounded, calibrated = bound != Bound(), replace(params, calibration=found)

@@ -7,7 +7,6 @@ from typing import Any
 
 from coreinfer_jax.checkpoint.files import new_file
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.evaluation.measure import PER_TOKEN
 
 MARKERS = "osD^vPX*<>"
 
@@ -61,6 +60,6 @@ def title(result: dict[str, Any]) -> str:
     parts += [f"{result['compensation']:g} of the mean"] if result["compensation"] else []
     parts += [f"prior {result['prior_tokens']:g}"] if result["prior_tokens"] else []
     parts += [f"alpha {result['alpha']:g}"] if "votes" in result["rule"] else []
-    parts += ["layers alike"] if result["allocation"] == "equal" and result["rule"] not in PER_TOKEN else []
+    parts += ["layers alike"] if result["allocation"] == "equal" else []
     layers = tuple(result["layers"])
     return ", ".join(parts + ([f"layers {layers[0]:g} to {layers[1]:g}"] if layers != (0.0, 1.0) else []))

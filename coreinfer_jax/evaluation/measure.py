@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from coreinfer_jax.cache import bucket
 from coreinfer_jax.config import Allocation, CoreConfig, ModelConfig
 from coreinfer_jax.core.allocation import allocate
 from coreinfer_jax.core.rules import RULES, Sums, column_norms, mean_activations, places, with_prior
@@ -53,7 +54,7 @@ class Setting:
         layers: which layers are narrowed, as fractions of depth.
         allocation: how `keep` is shared out over them.
 
-    Rules of `PER_TOKEN` take `keep` and `layers` only.
+    Rules of `PER_TOKEN` take `keep`, `layers` and `allocation` only.
     """
 
     rule: str
@@ -146,11 +147,7 @@ def collect(
     total: list[dict[str, Sums]] | None = None
     params = params.weights
     norms = column_norms(params)
-    for chosen, real in _batches(texts.rows, 1, params.config, "reading the corpus"):
-        tokens = texts.rows[chosen]
-        # Rows that fill a batch up do not count.
-        lengths = np.where(np.arange(len(chosen)) < real, texts.lengths[chosen], 0)
-        counted = np.arange(tokens.shape[1])[None, :] < lengths[:, None]
+    for tokens, counted in _by_width(texts, params.config):
         votings = _votings(counted, params.config.mlp_size, alpha, tuple(rules))
         sums, finite = read_corpus(params, jnp.asarray(tokens), norms, votings, rules=tuple(rules))
         check_finite(finite, "activations")
@@ -168,6 +165,17 @@ def _batches(rows: np.ndarray, scored: int, config: ModelConfig, name: str) -> I
     for first in tqdm(range(0, len(rows), B), desc=name, unit="batch", disable=None, leave=False):
         batch = np.arange(first, min(first + B, len(rows)))
         yield np.concatenate([batch, np.full(B - len(batch), first)]), len(batch)
+
+
+def _by_width(texts: Beginnings, config: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Texts in batches of about their own lengths, [B, T], and which of their tokens count."""
+    widths = np.array([min(bucket(int(length)), texts.rows.shape[1]) for length in texts.lengths])
+    for width in sorted(set(widths.tolist())):
+        rows, lengths = texts.rows[widths == width, :width], texts.lengths[widths == width]
+        for chosen, real in _batches(rows, 1, config, f"reading the corpus, texts of up to {width} tokens"):
+            # Rows that fill a batch up do not count.
+            ends = np.where(np.arange(len(chosen)) < real, lengths[chosen], 0)
+            yield rows[chosen], np.arange(width)[None, :] < ends[:, None]
 
 
 def _votings(counted: np.ndarray, mlp_size: int, alpha: float, rules: tuple[str, ...]) -> dict[str, Voting]:

@@ -162,13 +162,13 @@ def with_best_of_each_token(
         following: the token after each.
         norms: `column_norms`.
         kept: int32 [L].
-        magnitude: (activations, what the activation function gave, both [B, T, F], ||w|| [F]) to [B, T, F].
+        magnitude: (activations, what the activation function gave, both float32 [B, T, F], ||w|| [F]) to [B, T, F].
     """
     remaining = iter(zip(norms, kept, strict=True))
 
     def edit(activations: Array, gated: Array) -> Array:
         norm, most = next(remaining)
-        magnitudes = magnitude(activations, gated, norm).astype(jnp.float32)
+        magnitudes = magnitude(activations.astype(jnp.float32), gated.astype(jnp.float32), norm)
         cut = jnp.sort(magnitudes, axis=-1)[..., magnitudes.shape[-1] - most][..., None]
         return jnp.where(magnitudes >= cut, activations, 0)
 

@@ -72,10 +72,9 @@ class Corpus:
                     rows.append(row[:tokens])
                     bar.update()
         if len(rows) < LEAST_TEXTS:
-            part = "" if half is None else f" of one half of {self.name}"
             raise CoreInferError(
                 f"{self.name}: texts of {tokens} tokens are needed, at least {LEAST_TEXTS}; {len(rows)} of "
-                f"{len(order)} documents{part} are as long; give longer texts, or more"
+                f"{len(order)} documents{self._part(half)} are as long; give longer texts, or more"
             )
         return Selection(np.array(rows, np.int32), looked_at - len(rows))
 
@@ -101,7 +100,10 @@ class Corpus:
                     taken += len(row)
                     bar.update(len(row))
         if len(rows) < LEAST_TEXTS:
-            raise CoreInferError(f"{self.name}: {len(rows)} document(s) with tokens; give at least {LEAST_TEXTS}")
+            raise CoreInferError(
+                f"{self.name}: {len(rows)} of {len(self._half(half))} documents{self._part(half)} have any tokens, and "
+                f"at least {LEAST_TEXTS} are needed; give more texts"
+            )
         lengths = np.array([len(row) for row in rows], np.int32)
         padded = np.zeros((len(rows), lengths.max()), np.int32)
         padded[np.arange(padded.shape[1])[None, :] < lengths[:, None]] = np.concatenate(rows)
@@ -110,6 +112,9 @@ class Corpus:
     def _half(self, half: int | None) -> list[int]:
         middle = len(self._order) // 2
         return self._order if half is None else (self._order[:middle], self._order[middle:])[half]
+
+    def _part(self, half: int | None) -> str:
+        return "" if half is None else f" of one half of {self.name}"
 
     def _encoded(self, number: int) -> list[int]:
         if number not in self._tokens:
