@@ -1,7 +1,7 @@
 """What an evaluation measures, against plain NumPy and decoding token by token on narrowed weights."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,7 @@ import coreinfer_jax as ci
 from coreinfer_jax.cache import init_cache
 from coreinfer_jax.checkpoint.calibration import CALIBRATION
 from coreinfer_jax.cli import main
+from coreinfer_jax.cli.options import labels
 from coreinfer_jax.core.neurons import CoreNeurons
 from coreinfer_jax.core.rules import RULES, column_norms
 from coreinfer_jax.core.select import kept_neurons
@@ -388,6 +389,33 @@ def test_alphas_and_ranges_of_layers_are_compared_and_drawn(tmp_path, capsys):
     assert settings[2]["bytes_per_token"] == whole - 4 * 2 * (768 - 153) * row
     assert main([*arguments[:-1], str(tmp_path / "chart.unknown")]) == 2
     assert "end it in .png or .svg" in capsys.readouterr().err
+
+
+def test_tables_tell_settings_apart_by_what_differs(tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(["Once upon a time there was a king who had a daughter and a garden. " * 4] * 2))
+    sizes = ["--prompt-tokens", "8", "--continuation", "8", "--texts", "2", "--generate", "3"]
+    arguments = ["--beta", "0.2", "0.4", "--allocation", "sensitivity", "equal"]
+    assert main(["eval", "--data", str(path), *sizes, *arguments]) == 0
+    measured, written = capsys.readouterr().out.split("\n\n")
+    assert [line.count("layers alike") for line in measured.splitlines()] == [0, 0, 0, 1, 1]
+    for line, label in zip(
+        written.splitlines()[1:],
+        ("all neurons", *(f"keep {keep}, allocation {way}" for way in ("sensitivity", "equal") for keep in (0.2, 0.4))),
+        strict=True,
+    ):
+        assert f"  {label}  " in line
+
+
+def test_a_setting_is_named_by_its_keep_ratio_and_what_others_do_not_share():
+    cores = [None, asdict(ci.CoreConfig(beta=0.3)), asdict(ci.CoreConfig(beta=0.3, rule="votes", compensation=0))]
+    first = {**cores[1], "rule": "contribution"}
+    assert labels([None, first]) == ["all neurons", "keep 0.3"]
+    assert labels([None, first, cores[2]]) == [
+        "all neurons",
+        "contribution, keep 0.3, compensation 0.5",
+        "votes, keep 0.3, compensation 0",
+    ]
 
 
 @pytest.mark.parametrize(
