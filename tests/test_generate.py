@@ -146,7 +146,9 @@ def test_keeping_all_neurons_equals_dense(name: str) -> None:
     dense = ci.generate(params, PROMPTS, None, max_new_tokens=12)
     whole = ci.generate(params, PROMPTS, ci.CoreConfig(beta=1.0), max_new_tokens=12)
     np.testing.assert_array_equal(whole.tokens, dense.tokens)
-    assert whole.core.layers[0].shape == (3, 96)
+    assert whole.core == ci.CoreNeurons([None] * params.config.num_layers)
+    gathered = ci.CoreNeurons([[range(96)] * 3] * params.config.num_layers)
+    np.testing.assert_array_equal(ci.generate(params, PROMPTS, gathered, max_new_tokens=12).tokens, dense.tokens)
 
 
 @pytest.mark.parametrize(
