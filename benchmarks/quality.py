@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import coreinfer_jax as ci
 from benchmarks.environment import environment
-from coreinfer_jax.config import PRIOR_RULE
+from coreinfer_jax.config import PRIOR_RULE, Allocation
 from coreinfer_jax.core.compact import narrowed_bytes
 from coreinfer_jax.core.rules import RULES
 from coreinfer_jax.core.select import kept_neurons
@@ -30,7 +30,7 @@ PASSAGE = 1800
 
 # What is compared at every keep ratio: (rule, compensation, prior tokens, known, allocation), of models without a
 # calibration and with one.
-Variant = tuple[str, float, float, str, str]
+Variant = tuple[str, float, float, Literal["context", "continuation"], Allocation]
 UNCALIBRATED: tuple[Variant, ...] = (
     *((rule, 0.0, 0.0, "context", "equal") for rule in RULES),
     *(("votes", share, 0.0, "context", "equal") for share in (0.5, 1.0)),
@@ -57,14 +57,7 @@ PROMPT, SWEPT_KEEP = 64, 0.4
 def settings(variants: Sequence[Variant]) -> list[Setting]:
     """Every variant at every keep ratio."""
     return [
-        Setting(
-            rule,
-            keep,
-            compensation,
-            tokens,
-            "context" if known == "context" else "continuation",
-            allocation="equal" if allocation == "equal" else "sensitivity",
-        )
+        Setting(rule, keep, compensation, tokens, known, allocation=allocation)
         for keep in KEEPS
         for rule, compensation, tokens, known, allocation in variants
     ]
@@ -154,8 +147,8 @@ def _passages(text: str) -> list[str]:
 
 def _short(result: dict[str, Any]) -> dict[str, Any]:
     """A setting's figures of four significant digits, without what no table shows."""
-    left_out = {"too_short", "agreement_by_position"}
-    return {name: _rounded(value) for name, value in result.items() if name not in left_out}
+    kept = [name for name in result if name == "kl_by_position" or not name.endswith("by_position")]
+    return {name: _rounded(result[name]) for name in kept if name != "too_short"}
 
 
 def _rounded(value: Any) -> Any:

@@ -326,6 +326,8 @@ def test_summaries_are_means_over_texts_and_by_position():
     found = summary(Measured(kl, kl / 40, kl / 10), 0)
     assert found["kl"]["mean"] == kl.mean()
     np.testing.assert_allclose(found["kl_by_position"], [kl[:, :16].mean(), kl[:, 16:].mean()])
+    means = np.array([kl[:, :16].mean(), kl[:, 16:].mean()]) / 10
+    np.testing.assert_allclose(found["perplexity_by_position"], np.exp(means), rtol=1e-6)
     np.testing.assert_allclose(found["perplexity"]["mean"], np.exp(kl.mean() / 10), rtol=1e-6)
     np.testing.assert_allclose(perplexity(kl[:, :1] * 0 + 2, 0)["ci95"], [np.exp(2), np.exp(2)])
 

@@ -43,7 +43,7 @@ def write_calibration(directory: Path, fingerprint: str, calibration: Calibratio
         for name, array in sums.items()
     }
     assert calibration.gains is not None, "what calibrate finds is whole"
-    arrays["gains"] = calibration.gains
+    arrays["gains"] = np.asarray(calibration.gains, np.float32)
     core = None if calibration.core is None else asdict(calibration.core)
     metadata = {
         "format": "coreinfer_jax calibration",

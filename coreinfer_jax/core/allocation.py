@@ -1,7 +1,7 @@
 """How many neurons each layer keeps: a keep ratio shared out over the layers, the same total for all ways.
 
-Layers differ far more than rules do: where one layer's neurons are missed most, a few more of them are worth many of
-another's. (Non-uniform sparsity by measured error: TEAL, arXiv 2408.14690, section 4.3.)
+Layers differ from each other more than rules do: where one layer's neurons are missed most, a few more of them are
+worth many of another's. (Non-uniform sparsity by measured error: TEAL, arXiv 2408.14690.)
 """
 
 import numpy as np
@@ -23,6 +23,9 @@ def allocate(core: CoreConfig, config: ModelConfig, gains: np.ndarray | None) ->
         config: the model.
         gains: [L, PARTS], what each further part of a layer's neurons is worth, never rising along a layer; None where
             nothing is known.
+
+    Raises:
+        CoreInferError: layers that select none.
     """
     L, F = config.num_layers, config.mlp_size
     narrowed, kept = core.narrowed_layers(L), kept_neurons(core.beta, F)

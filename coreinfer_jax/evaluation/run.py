@@ -76,7 +76,7 @@ def evaluate(
     Returns:
         Per prompt length and setting: `bytes_per_token` (of weights), `kl` (nats per token), `agreement` (share of
         tokens), `perplexity`, and that of the full model, each of these with `mean` and `ci95`, the percentile
-        bootstrap interval over documents; and `kl` and `agreement` by decode position.
+        bootstrap interval over documents; and each of them by decode position.
 
     Raises:
         CoreInferError: texts that are too few or too short, sizes that do not fit, a setting outside its range, prior
@@ -108,13 +108,16 @@ def compare(
             params, rows[:, longest - length :], length, settings, alpha=alpha, prior=prior, name=name
         )
         common = {"prompt_tokens": length, "alpha": alpha, "texts": len(rows), "too_short": selection.too_short}
-        dense = perplexity(full, texts.seed)
+        dense = {
+            "dense_perplexity": perplexity(full, texts.seed),
+            "dense_perplexity_by_position": perplexity_by_position(full),
+        }
         results += [
             common
             | asdict(setting)
             | {"bytes_per_token": bytes_per_token(params, setting)}
             | summary(own, texts.seed)
-            | {"dense_perplexity": dense}
+            | dense
             for setting, own in zip(settings, measured, strict=True)
         ]
     return results
@@ -191,6 +194,7 @@ def summary(measured: Measured, seed: int) -> dict[str, Any]:
         "perplexity": perplexity(measured.loss, seed),
         "kl_by_position": _binned(measured.kl),
         "agreement_by_position": _binned(measured.agreement),
+        "perplexity_by_position": perplexity_by_position(measured.loss),
     }
 
 
@@ -212,6 +216,11 @@ def perplexity(losses: np.ndarray, seed: int) -> dict[str, Any]:
     """The perplexity of texts with `losses` [n, T] in nats, and its interval over documents."""
     found = interval(losses.mean(axis=1), seed)
     return {"mean": float(np.exp(found["mean"])), "ci95": [float(np.exp(bound)) for bound in found["ci95"]]}
+
+
+def perplexity_by_position(losses: np.ndarray) -> list[float]:
+    """The perplexity of texts with `losses` [n, T] in nats, by decode position."""
+    return [float(np.exp(mean)) for mean in _binned(losses)]
 
 
 def _binned(values: np.ndarray) -> list[float]:

@@ -26,6 +26,9 @@ def layer_gains(params: Params, rows: np.ndarray, context: int, prior: list[dict
     Returns:
         Float32 [L, PARTS] in nats per token, never rising along a layer: the slopes of the convex curve below the
         measured one, so that parts may be handed out one by one, the most valuable first.
+
+    Raises:
+        CoreInferError: logits that are NaN or infinite.
     """
     L, core = params.config.num_layers, CoreConfig()
     settings = [
