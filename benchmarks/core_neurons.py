@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.environment import REPOSITORY
-from coreinfer_jax.analysis.recall import METHODS
+from coreinfer_jax.lab.analysis.recall import METHODS
 
 PAGE = REPOSITORY / "docs" / "core-neurons.md"
 MODELS = ("opt", "llama")

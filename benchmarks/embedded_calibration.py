@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
-from coreinfer_jax.checkpoint.calibration import write_calibration
-from coreinfer_jax.checkpoint.loading import load_uncalibrated, model_path, open_model, stored_fingerprint
-from coreinfer_jax.evaluation import Texts, calibrate
+from coreinfer_jax.io.calibration_file import write_calibration
+from coreinfer_jax.io.loading import load_uncalibrated, model_path, open_model, stored_fingerprint
+from coreinfer_jax.lab.evaluation import Texts, calibrate
+from coreinfer_jax.lab.training.windows import read_text
 from coreinfer_jax.text.documents import Documents
-from coreinfer_jax.training.corpus import read_text
 
 FILES = ("stories.txt", "prose.txt")
 # For narrowing each layer alone: 256 tokens of a document, as many as training read at a time.

@@ -7,7 +7,7 @@ from typing import Any
 import coreinfer_jax as ci
 from benchmarks.environment import environment
 from coreinfer_jax.cli import main
-from coreinfer_jax.fingerprint import fingerprint
+from coreinfer_jax.model.fingerprint import fingerprint
 
 PROMPT = "Once upon a time, there was a little"
 

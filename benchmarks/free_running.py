@@ -8,8 +8,8 @@ from typing import Any
 import coreinfer_jax as ci
 from benchmarks.environment import environment
 from benchmarks.quality import KEEPS, subjects
-from coreinfer_jax.evaluation.free_running import free_running
-from coreinfer_jax.fingerprint import fingerprint
+from coreinfer_jax.lab.evaluation.free_running import free_running
+from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.text.corpus import Corpus
 
 PROMPT, NEW, TEXTS = 64, 128, 64

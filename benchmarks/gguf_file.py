@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quantize
 
 from benchmarks.shapes import Fields, shape_config
-from coreinfer_jax.config import ModelConfig
+from coreinfer_jax.model.config import ModelConfig
 
 FILE_TYPES = {
     "F16": LlamaFileType.MOSTLY_F16,

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from benchmarks.environment import environment, spread
 from benchmarks.static_argument import KEEP, compacted_step, opt_125m, random_sets, static_step, timed
 from coreinfer_jax import CoreNeurons, Params, compact
-from coreinfer_jax.cache import KVCache, init_cache
-from coreinfer_jax.params import leaf_bytes
+from coreinfer_jax.model.cache import KVCache, init_cache
+from coreinfer_jax.model.weights import leaf_bytes
 
 GROUPS = 4
 ROUNDS = 24

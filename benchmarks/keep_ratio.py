@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 import coreinfer_jax as ci
 from benchmarks.environment import environment
-from coreinfer_jax.core.select import kept_neurons
-from coreinfer_jax.evaluation import Setting, Texts, evaluate
-from coreinfer_jax.fingerprint import fingerprint
-from coreinfer_jax.params import Params, abstract_params, weight_bytes_per_step
+from coreinfer_jax.lab.evaluation import Setting, Texts, evaluate
+from coreinfer_jax.lab.training.windows import read_text
+from coreinfer_jax.model.fingerprint import fingerprint
+from coreinfer_jax.model.weights import Params, abstract_params, weight_bytes_per_step
+from coreinfer_jax.sparsity.votes import kept_neurons
 from coreinfer_jax.text.documents import Documents
-from coreinfer_jax.training.corpus import read_text
 
 FILES = ("stories.txt", "prose.txt")
 FLOAT32 = jnp.dtype("float32")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coreinfer_jax.hardware import usable_cores
+from coreinfer_jax.device import usable_cores
 
 READ_BYTES = 1 << 30
 COPY_BYTES = 1 << 31

@@ -13,7 +13,7 @@ from tqdm import tqdm
 import coreinfer_jax as ci
 from benchmarks.environment import environment, spread
 from benchmarks.static_argument import opt_125m
-from coreinfer_jax.fingerprint import fingerprint
+from coreinfer_jax.model.fingerprint import fingerprint
 
 GROUPS = 4
 ROUNDS = 15

@@ -7,18 +7,18 @@ from typing import Any, Literal
 
 import coreinfer_jax as ci
 from benchmarks.environment import environment
-from coreinfer_jax.config import PRIOR_RULE, Allocation
-from coreinfer_jax.core.compact import narrowed_bytes
-from coreinfer_jax.core.rules import RULES
-from coreinfer_jax.core.select import kept_neurons
-from coreinfer_jax.evaluation.calibrate import calibrate
-from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
-from coreinfer_jax.evaluation.run import Texts, evaluate, read_prior
-from coreinfer_jax.fingerprint import fingerprint
-from coreinfer_jax.params import Params, weight_bytes_per_step
+from coreinfer_jax.lab.evaluation.calibrating import calibrate
+from coreinfer_jax.lab.evaluation.comparison import Texts, evaluate, read_prior
+from coreinfer_jax.lab.evaluation.measure import PER_TOKEN, Setting
+from coreinfer_jax.lab.training.windows import read_text
+from coreinfer_jax.model.config import PRIOR_RULE, Allocation
+from coreinfer_jax.model.fingerprint import fingerprint
+from coreinfer_jax.model.weights import Params, weight_bytes_per_step
+from coreinfer_jax.sparsity.narrow import narrowed_bytes
+from coreinfer_jax.sparsity.rules import RULES
+from coreinfer_jax.sparsity.votes import kept_neurons
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import Documents
-from coreinfer_jax.training.corpus import read_text
 
 # The held-out texts of the embedded models' training, and what `tinystories-656k` was trained to write.
 FILES = ("stories.txt", "prose.txt")

@@ -8,8 +8,8 @@ import coreinfer_jax as ci
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.quality import PROMPT, SWEPT_KEEP
 from benchmarks.tables import made_on, markdown
-from coreinfer_jax.core.allocation import PARTS, allocate
-from coreinfer_jax.evaluation.run import POSITIONS_PER_BIN
+from coreinfer_jax.lab.evaluation.comparison import POSITIONS_PER_BIN
+from coreinfer_jax.sparsity.allocate import PARTS, allocate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

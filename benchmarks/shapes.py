@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from coreinfer_jax.checkpoint.files import read_json
-from coreinfer_jax.checkpoint.hf_config import model_config
-from coreinfer_jax.config import ModelConfig
+from coreinfer_jax.device import check_memory
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.params import Params, abstract_params, named_leaves, params_bytes, with_leaves
-from coreinfer_jax.room import check_room
+from coreinfer_jax.files import read_json
+from coreinfer_jax.io.config_json import model_config
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.weights import Params, abstract_params, named_leaves, params_bytes, with_leaves
 
 Fields = dict[str, Any]
 
@@ -101,7 +101,7 @@ def shape_params(config: ModelConfig, dtype: str) -> Params:
     """
     shapes = abstract_params(config, jnp.dtype(dtype))
     remedy = "take fewer --layers, a 16-bit dtype or a smaller model"
-    check_room(params_bytes(shapes), f"weights of the model, as {dtype}", remedy)
+    check_memory(params_bytes(shapes), f"weights of the model, as {dtype}", remedy)
     leaves = dict(named_leaves(shapes))
     return with_leaves(shapes, lambda name: _leaf(leaves[name].shape, leaves[name].dtype, name.endswith("norm.scale")))
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from benchmarks.environment import environment, spread
 from benchmarks.shapes import SHAPES, shape_config, shape_params
 from coreinfer_jax import CoreNeurons, Params, compact
-from coreinfer_jax.cache import KVCache, init_cache
-from coreinfer_jax.core.select import kept_neurons
-from coreinfer_jax.models import extend, observe_nothing, unembed
+from coreinfer_jax.model import extend, observe_nothing, unembed
+from coreinfer_jax.model.cache import KVCache, init_cache
+from coreinfer_jax.sparsity.votes import kept_neurons
 
 KEEP = 0.4
 SETS = 3

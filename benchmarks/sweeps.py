@@ -10,14 +10,14 @@ from tqdm import tqdm
 import coreinfer_jax as ci
 from benchmarks.environment import environment, spread
 from benchmarks.shapes import random_prompts, shape_config, shape_fields, shape_params
-from coreinfer_jax.cache import bucket, init_cache
-from coreinfer_jax.config import ModelConfig
-from coreinfer_jax.core.predict import counted_tokens, voted_layers
-from coreinfer_jax.core.select import make_voting
-from coreinfer_jax.decoding import no_sums, prefill
+from coreinfer_jax.engine.programs import no_sums, prefill
+from coreinfer_jax.engine.prompts import make_sampling
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.inputs import make_sampling
-from coreinfer_jax.params import Params
+from coreinfer_jax.model.cache import bucket, init_cache
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.choosers import counted_tokens, voted_layers
+from coreinfer_jax.sparsity.votes import make_voting
 
 # Settings that are compared at every point: what decodes there.
 DENSE, CORE, SHARED = "dense", "core neurons", "core neurons, one set for all rows"

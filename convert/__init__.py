@@ -1,6 +1,6 @@
 """Where every weight comes from: one table per model family, from Hugging Face names to this package's.
 
-`python -m convert SRC DST` and `coreinfer convert` run the engine, `coreinfer_jax.checkpoint`, over these tables.
+`python -m convert SRC DST` and `coreinfer convert` run the engine, `coreinfer_jax.io`, over these tables.
 """
 
 from convert import llama, opt

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import coreinfer_jax as ci
-from coreinfer_jax.config import ModelConfig, Rope
-from coreinfer_jax.params import Params, random_params
+from coreinfer_jax.model.config import ModelConfig, Rope
+from coreinfer_jax.model.weights import Params, random_params
 
 OPT = ModelConfig(
     family="opt",

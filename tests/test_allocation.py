@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.core.allocation import PARTS, allocate
-from coreinfer_jax.evaluation.measure import Setting, collect, measure
-from coreinfer_jax.evaluation.sensitivity import SHARES, layer_gains
-from coreinfer_jax.inputs import make_sampling
-from coreinfer_jax.params import Calibration
-from coreinfer_jax.request import make_request
+from coreinfer_jax.engine.prompts import make_sampling
+from coreinfer_jax.engine.request import make_request
+from coreinfer_jax.lab.evaluation.measure import Setting, collect, measure
+from coreinfer_jax.lab.evaluation.sensitivity import SHARES, layer_gains
+from coreinfer_jax.model.weights import Calibration
+from coreinfer_jax.sparsity.allocate import PARTS, allocate
 from coreinfer_jax.text.corpus import Beginnings
 from tests.support import MODELS, OPT, random_model
 

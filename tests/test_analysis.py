@@ -14,18 +14,28 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.analysis import Pairs, analyze, figures, meaning, perplexity, read_pairs, recall, run, stability
-from coreinfer_jax.analysis.inputs import Inputs
-from coreinfer_jax.analysis.observe import core_masks, overlaps, spread, votes_at
-from coreinfer_jax.cache import init_cache
-from coreinfer_jax.checkpoint.files import locked
-from coreinfer_jax.checkpoint.hf_export import write_hugging_face
-from coreinfer_jax.checkpoint.mapping import parse_dtype
 from coreinfer_jax.cli import main
-from coreinfer_jax.clustering.grouping import group_by_kmeans
-from coreinfer_jax.core.compact import compact
-from coreinfer_jax.core.select import Votes
-from coreinfer_jax.models import extend, observe_nothing, unembed
+from coreinfer_jax.files import locked
+from coreinfer_jax.io.export import write_hugging_face
+from coreinfer_jax.io.mapping import parse_dtype
+from coreinfer_jax.lab.analysis import (
+    Pairs,
+    analyze,
+    figures,
+    meaning,
+    perplexity,
+    read_pairs,
+    recall,
+    report,
+    stability,
+)
+from coreinfer_jax.lab.analysis.inputs import Inputs
+from coreinfer_jax.lab.analysis.observe import core_masks, overlaps, spread, votes_at
+from coreinfer_jax.lab.clustering.grouping import group_by_kmeans
+from coreinfer_jax.model import extend, observe_nothing, unembed
+from coreinfer_jax.model.cache import init_cache
+from coreinfer_jax.sparsity.narrow import compact
+from coreinfer_jax.sparsity.votes import Votes
 from coreinfer_jax.text.corpus import Corpus
 from tests import support
 from tests.support import random_model
@@ -140,7 +150,7 @@ def test_overlaps_equal_numpy_whatever_the_batches(monkeypatch: pytest.MonkeyPat
             shared = [len(core_set(a[:n]) & core_set(a[:m])) / K for n, m in pairs]
             expected[b] += np.array(shared) / L
     np.testing.assert_allclose(overlaps(model(), texts, pairs, ALPHA, BETA, "test"), expected, atol=1e-6)
-    monkeypatch.setattr("coreinfer_jax.analysis.observe.BATCH_TOKENS", 100)  # two texts, then one and a filler
+    monkeypatch.setattr("coreinfer_jax.lab.analysis.observe.BATCH_TOKENS", 100)  # two texts, then one and a filler
     np.testing.assert_allclose(overlaps(model(), texts, pairs, ALPHA, BETA, "test"), expected, atol=1e-6)
 
 
@@ -465,10 +475,10 @@ def test_what_is_done_is_not_done_again(done: Path, tmp_path: Path, monkeypatch:
     (out / "pairs.png").unlink()
     measured: list[str] = []
 
-    def counting(part: run.Part) -> run.Part:
+    def counting(part: report.Part) -> report.Part:
         return replace(part, measure=lambda own: measured.append(part.name) or part.measure(own))
 
-    monkeypatch.setattr(run, "PARTS", tuple(counting(part) for part in run.PARTS))
+    monkeypatch.setattr(report, "PARTS", tuple(counting(part) for part in report.PARTS))
     run_all(out)
     assert measured == ["growth"]
     for path in done.iterdir():
@@ -480,8 +490,8 @@ def test_an_interrupted_analysis_keeps_what_it_has(tmp_path: Path, monkeypatch: 
     def stop(own: Inputs) -> dict:
         raise KeyboardInterrupt
 
-    parts = {part.name: part for part in run.PARTS}
-    monkeypatch.setattr(run, "PARTS", (parts["pairs"], replace(parts["topics"], measure=stop)))
+    parts = {part.name: part for part in report.PARTS}
+    monkeypatch.setattr(report, "PARTS", (parts["pairs"], replace(parts["topics"], measure=stop)))
     with pytest.raises(KeyboardInterrupt):
         run_all(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"settings.json", "pairs.json", "pairs.png"}
@@ -489,7 +499,7 @@ def test_an_interrupted_analysis_keeps_what_it_has(tmp_path: Path, monkeypatch: 
 
 def test_parts_that_cannot_be_made_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     short = replace(inputs(params=random_model(replace(OPT, max_positions=100))), topics=None, pairs=())
-    assert [part.name for part in run.PARTS if run._wanted(part, short)] == ["extension", "growth"]
+    assert [part.name for part in report.PARTS if report._wanted(part, short)] == ["extension", "growth"]
     assert capsys.readouterr().err.splitlines() == [
         "[perplexity is left out: the model's 100 positions are too few]",
         "[topics is left out: needs labelled texts (--topics)]",
@@ -504,9 +514,9 @@ def test_parts_that_cannot_be_made_are_left_out(capsys: pytest.CaptureFixture[st
 
 def test_texts_passed_over_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = ("short",) * 5 + TEXTS[2:5]
-    parts = tuple(part for part in run.PARTS if part.name == "growth")
+    parts = tuple(part for part in report.PARTS if part.name == "growth")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "PARTS", parts)
+        patch.setattr(report, "PARTS", parts)
         out = run_all(tmp_path / "out", documents=documents(texts), texts=9)
     found = json.loads((out / "growth.json").read_text())
     assert (found["texts"], found["too_short"]) == (3, 5)
@@ -655,7 +665,7 @@ def test_the_command_runs_an_embedded_model(tmp_path: Path, capsys: pytest.Captu
     arguments = ["--data", str(tmp_path / "data.txt"), "--out", str(tmp_path / "out"), "--texts", "3", "--beta", "0.25"]
     topics = ["--topics", str(tmp_path / "topics.csv"), "--topic-text", "words", "--topic-label", "kind"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "PARTS", tuple(part for part in run.PARTS if part.name in ("topics", "pairs")))
+        patch.setattr(report, "PARTS", tuple(part for part in report.PARTS if part.name in ("topics", "pairs")))
         assert main(["analyze", *arguments, *topics]) == 0
     told = capsys.readouterr()
     assert told.out.strip() == str(tmp_path / "out")

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import coreinfer_jax as ci
-from coreinfer_jax.checkpoint.files import new_directory
-from coreinfer_jax.checkpoint.hf_export import write_hugging_face
-from coreinfer_jax.params import Params
-from coreinfer_jax.training import Recipe, checkpoints, run, train
-from coreinfer_jax.training.checkpoints import History, save_state
-from coreinfer_jax.training.recipe import TrainState, initial_params, initial_state, model_config
+from coreinfer_jax.files import new_directory
+from coreinfer_jax.io.export import write_hugging_face
+from coreinfer_jax.lab.training import Recipe, checkpoints, train, trainer
+from coreinfer_jax.lab.training.checkpoints import History, save_state
+from coreinfer_jax.lab.training.recipe import TrainState, initial_params, initial_state, model_config
+from coreinfer_jax.model.weights import Params
 from tests.support import LLAMA, OPT, random_model
 from tests.test_checkpoint import hub_tensors, write_hub
 
@@ -651,12 +651,12 @@ def begun(tmp_path, monkeypatch) -> Path:
     here = tmp_path / "here"
     here.mkdir()
     write_text(here / "text.txt")
-    monkeypatch.setattr(run, "_continue", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(trainer, "_continue", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(here / "run", [here / "text.txt"], tiny())
     monkeypatch.undo()
-    monkeypatch.setattr(run, "train_step", lambda *arguments: pytest.fail("a step was taken"))
-    save_state(here / "run" / run.CHECKPOINT, blank_state(tiny()), History([5.5], [], 1.0))
+    monkeypatch.setattr(trainer, "train_step", lambda *arguments: pytest.fail("a step was taken"))
+    save_state(here / "run" / trainer.CHECKPOINT, blank_state(tiny()), History([5.5], [], 1.0))
     return here / "run"
 
 
@@ -679,7 +679,7 @@ def cut(file: Path) -> None:
 
 
 def history_of(folder: Path, metadata: dict[str, str] | None) -> None:
-    save_file(load_file(folder / run.CHECKPOINT), folder / run.CHECKPOINT, metadata)
+    save_file(load_file(folder / trainer.CHECKPOINT), folder / trainer.CHECKPOINT, metadata)
 
 
 @table(
@@ -695,36 +695,42 @@ def history_of(folder: Path, metadata: dict[str, str] | None) -> None:
             lambda folder: written(folder.parent / "text.txt", "a\n<|endoftext|>\nb"),
             "other settings (texts)",
         ),
-        "no tokens": (lambda folder: (folder / run.TOKENS).unlink(), "tokens.safetensors: cannot be read"),
-        "tokens cut": (lambda folder: cut(folder / run.TOKENS), "tokens.safetensors: cannot be read"),
+        "no tokens": (lambda folder: (folder / trainer.TOKENS).unlink(), "tokens.safetensors: cannot be read"),
+        "tokens cut": (lambda folder: cut(folder / trainer.TOKENS), "tokens.safetensors: cannot be read"),
         "tokens of other texts": (
-            lambda folder: save_file({"other.txt/train": np.zeros(99, np.uint16)}, folder / run.TOKENS),
+            lambda folder: save_file({"other.txt/train": np.zeros(99, np.uint16)}, folder / trainer.TOKENS),
             "tokens.safetensors: cannot be read ('text.txt/train')",
         ),
         "tokens beyond the vocabulary": (
             lambda folder: save_file(
-                {f"text.txt/{part}": np.full(99, 280, np.uint16) for part in ("train", "held_out")}, folder / run.TOKENS
+                {f"text.txt/{part}": np.full(99, 280, np.uint16) for part in ("train", "held_out")},
+                folder / trainer.TOKENS,
             ),
             "text.txt/train are not this run's tokens",
         ),
         "too few tokens": (
             lambda folder: save_file(
-                {f"text.txt/{part}": np.zeros(9, np.uint16) for part in ("train", "held_out")}, folder / run.TOKENS
+                {f"text.txt/{part}": np.zeros(9, np.uint16) for part in ("train", "held_out")}, folder / trainer.TOKENS
             ),
             "text.txt/train are not this run's tokens",
         ),
-        "a checkpoint cut": (lambda folder: cut(folder / run.CHECKPOINT), "not a checkpoint of this run"),
-        "an empty checkpoint": (lambda folder: written(folder / run.CHECKPOINT, ""), "not a checkpoint of this run"),
+        "a checkpoint cut": (lambda folder: cut(folder / trainer.CHECKPOINT), "not a checkpoint of this run"),
+        "an empty checkpoint": (
+            lambda folder: written(folder / trainer.CHECKPOINT, ""),
+            "not a checkpoint of this run",
+        ),
         "another file for a checkpoint": (
-            lambda folder: written(folder / run.CHECKPOINT, "no weights at all" * 99),
+            lambda folder: written(folder / trainer.CHECKPOINT, "no weights at all" * 99),
             "not a checkpoint of this run",
         ),
         "another model's checkpoint": (
-            lambda folder: save_state(folder / run.CHECKPOINT, blank_state(tiny(mlp_size=24)), History([5.5], [], 1.0)),
+            lambda folder: save_state(
+                folder / trainer.CHECKPOINT, blank_state(tiny(mlp_size=24)), History([5.5], [], 1.0)
+            ),
             "mlp.up.weight is float32 [24, 8]",
         ),
         "a checkpoint without some weights": (
-            lambda folder: save_file({".step": np.array(1, np.int32)}, folder / run.CHECKPOINT, {"history": "{}"}),
+            lambda folder: save_file({".step": np.array(1, np.int32)}, folder / trainer.CHECKPOINT, {"history": "{}"}),
             "does not contain tensor",
         ),
         "a checkpoint without its history": (lambda folder: history_of(folder, None), "not a checkpoint of this run"),
@@ -745,7 +751,7 @@ def history_of(folder: Path, metadata: dict[str, str] | None) -> None:
             "not a checkpoint of this run",
         ),
         "a history of other steps": (
-            lambda folder: save_state(folder / run.CHECKPOINT, blank_state(tiny()), History([5.5, 5.4], [], 1.0)),
+            lambda folder: save_state(folder / trainer.CHECKPOINT, blank_state(tiny()), History([5.5, 5.4], [], 1.0)),
             "2 losses after 1 steps",
         ),
     }
@@ -781,7 +787,7 @@ def test_other_texts_are_told_beside_other_settings(begun):
 
 
 def test_texts_in_another_order_are_another_run(begun, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_continue", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(trainer, "_continue", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     texts = [begun.parent / "text.txt", write_text(tmp_path / "more.txt")]
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", texts, tiny())
@@ -794,7 +800,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("small")
     write_text(here / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_continue", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(trainer, "_continue", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(here / "run", [here / "text.txt"], tiny())
     write_hugging_face(here / "run", initial_params(model_config(tiny()), 0), np.dtype(np.float32))
@@ -833,6 +839,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(begun, monkey
 
     before = contents(begun)
     monkeypatch.setattr(checkpoints, "save_file", fail)
-    message = refusal(lambda: save_state(begun / run.CHECKPOINT, blank_state(tiny()), History([5.0], [], 1.0)))
-    assert message.startswith(f"{begun / run.CHECKPOINT}: cannot be written (")
+    message = refusal(lambda: save_state(begun / trainer.CHECKPOINT, blank_state(tiny()), History([5.0], [], 1.0)))
+    assert message.startswith(f"{begun / trainer.CHECKPOINT}: cannot be written (")
     assert contents(begun) == before

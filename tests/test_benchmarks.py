@@ -30,10 +30,10 @@ from benchmarks.contenders.trial import Report, Trial
 from benchmarks.decode import Plan, ratios, trials_of
 from benchmarks.environment import REPOSITORY
 from benchmarks.shapes import SHAPES, shape_config, shape_fields, shape_params
-from coreinfer_jax.cache import KVCache
+from coreinfer_jax.engine.session import bytes_read_per_token
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.params import abstract_params
-from coreinfer_jax.session import bytes_read_per_token
+from coreinfer_jax.model.cache import KVCache
+from coreinfer_jax.model.weights import abstract_params
 from coreinfer_jax.text.documents import Documents
 from tests.support import random_model
 

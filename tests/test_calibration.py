@@ -10,12 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import coreinfer_jax as ci
-from coreinfer_jax.checkpoint.calibration import CALIBRATION
 from coreinfer_jax.cli import main
-from coreinfer_jax.core.allocation import allocate
-from coreinfer_jax.core.rules import column_norms
-from coreinfer_jax.evaluation import Bound, Texts, calibrate
-from coreinfer_jax.params import Calibration, named_leaves, params_bytes
+from coreinfer_jax.io.calibration_file import CALIBRATION
+from coreinfer_jax.lab.evaluation import Bound, Texts, calibrate
+from coreinfer_jax.model.weights import Calibration, named_leaves, params_bytes
+from coreinfer_jax.sparsity.allocate import allocate
+from coreinfer_jax.sparsity.rules import column_norms
 from coreinfer_jax.text.documents import Documents
 from tests.support import LLAMA, MODELS, OPT, check_same_core, random_model
 from tests.test_compilation import traced
@@ -346,8 +346,8 @@ def test_another_vocabulary_is_refused_and_another_template_is_not(tmp_path):
 
 
 def test_options_replace_what_was_calibrated(tmp_path, capsys):
-    from coreinfer_jax.checkpoint.calibration import write_calibration
-    from coreinfer_jax.checkpoint.loading import open_model, stored_fingerprint
+    from coreinfer_jax.io.calibration_file import write_calibration
+    from coreinfer_jax.io.loading import open_model, stored_fingerprint
 
     directory = ci.convert("embedded:opt", tmp_path / "mine")
     found = replace(ci.load(directory)[0].calibration, core=ci.CoreConfig(beta=0.3))

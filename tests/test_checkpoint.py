@@ -20,10 +20,10 @@ from safetensors.numpy import load_file, save_file
 
 import coreinfer_jax as ci
 from convert import TABLES
-from coreinfer_jax.checkpoint import native
-from coreinfer_jax.checkpoint.hub import looks_like_hub_id, needed_files
-from coreinfer_jax.config import ModelConfig
-from coreinfer_jax.params import named_leaves
+from coreinfer_jax.io import native
+from coreinfer_jax.io.hub import looks_like_hub_id, needed_files
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.weights import named_leaves
 from tests.support import LLAMA, MODELS, OPT, OPT_350M_STYLE, random_model
 
 Tensors = dict[str, np.ndarray]
@@ -623,6 +623,6 @@ def test_bin_weights_are_not_fetched_without_torch(tmp_path, monkeypatch):
         huggingface_hub.HfApi, "list_repo_files", lambda api, name: ["config.json", "pytorch_model.bin"]
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: pytest.fail("downloaded"))
-    monkeypatch.setattr("coreinfer_jax.checkpoint.hub.find_spec", lambda name: None)
+    monkeypatch.setattr("coreinfer_jax.io.hub.find_spec", lambda name: None)
     with pytest.raises(ci.CoreInferError, match="pip install"):
         ci.convert("some/opt", tmp_path / "native")

@@ -14,14 +14,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import coreinfer_jax as ci
-from coreinfer_jax.checkpoint.files import locked
-from coreinfer_jax.checkpoint.native import write_native
 from coreinfer_jax.cli import main
-from coreinfer_jax.clustering import votes
-from coreinfer_jax.clustering.grouping import deciding_layer, elbow, group_by_kmeans, group_by_labels
-from coreinfer_jax.config import ModelConfig
-from coreinfer_jax.fingerprint import fingerprint
-from coreinfer_jax.params import named_leaves, random_params
+from coreinfer_jax.files import locked
+from coreinfer_jax.io.native import write_native
+from coreinfer_jax.lab.clustering import votes
+from coreinfer_jax.lab.clustering.grouping import deciding_layer, elbow, group_by_kmeans, group_by_labels
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.fingerprint import fingerprint
+from coreinfer_jax.model.weights import named_leaves, random_params
 from tests.support import LLAMA, OPT, random_model
 from tests.test_bad_input import refusal
 from tests.test_prediction import activations, voted
@@ -146,7 +146,7 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
 
 
 def test_a_damaged_file_of_votes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coreinfer_jax.clustering.build.group_by_kmeans", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("coreinfer_jax.lab.clustering.build.group_by_kmeans", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(tmp_path / "c")
     damaged = tmp_path / "c.votes" / "votes-000000.safetensors"

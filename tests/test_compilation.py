@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.cache import init_cache
-from coreinfer_jax.core.select import make_voting
-from coreinfer_jax.decoding import DecodeState, decode, no_sums, prefill
-from coreinfer_jax.inputs import make_sampling
-from coreinfer_jax.params import abstract_params, leaf_bytes
-from coreinfer_jax.sampling import Sampling
+from coreinfer_jax.engine.programs import DecodeState, decode, no_sums, prefill
+from coreinfer_jax.engine.prompts import make_sampling
+from coreinfer_jax.engine.sampling import Sampling
+from coreinfer_jax.model.cache import init_cache
+from coreinfer_jax.model.weights import abstract_params, leaf_bytes
+from coreinfer_jax.sparsity.votes import make_voting
 from tests.support import LLAMA, MODELS, random_model
 
 RNG = np.random.default_rng(0)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from convert import TABLES
-from coreinfer_jax.checkpoint.hf_config import model_config
-from coreinfer_jax.checkpoint.mapping import leaf_shapes
+from coreinfer_jax.io.config_json import model_config
+from coreinfer_jax.io.mapping import leaf_shapes
 
 MIB, GIB = 2**20, 2**30
 FIELDS = {

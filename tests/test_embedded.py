@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 import coreinfer_jax as ci
 from benchmarks.report import newest
-from coreinfer_jax.fingerprint import fingerprint
+from coreinfer_jax.model.fingerprint import fingerprint
 
 ASSETS = Path(ci.__file__).parent / "assets"
 NAMES = ["opt", "llama"]

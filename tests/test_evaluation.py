@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.cache import init_cache
-from coreinfer_jax.checkpoint.calibration import CALIBRATION
 from coreinfer_jax.cli import main
 from coreinfer_jax.cli.options import labels
-from coreinfer_jax.core.neurons import CoreNeurons
-from coreinfer_jax.core.rules import RULES, column_norms
-from coreinfer_jax.core.select import kept_neurons
-from coreinfer_jax.evaluation.free_running import core_of, departure, free_running, repetition
-from coreinfer_jax.evaluation.measure import PER_TOKEN, Measured, Setting, collect, measure
-from coreinfer_jax.evaluation.run import Texts, evaluate, interval, perplexity, summary
-from coreinfer_jax.models import extend, observe_nothing, unembed
-from coreinfer_jax.params import weight_bytes_per_step
+from coreinfer_jax.io.calibration_file import CALIBRATION
+from coreinfer_jax.lab.evaluation.comparison import Texts, evaluate, interval, perplexity, summary
+from coreinfer_jax.lab.evaluation.free_running import core_of, departure, free_running, repetition
+from coreinfer_jax.lab.evaluation.measure import PER_TOKEN, Measured, Setting, collect, measure
+from coreinfer_jax.model import extend, observe_nothing, unembed
+from coreinfer_jax.model.cache import init_cache
+from coreinfer_jax.model.weights import weight_bytes_per_step
+from coreinfer_jax.sparsity.neurons import CoreNeurons
+from coreinfer_jax.sparsity.rules import RULES, column_norms
+from coreinfer_jax.sparsity.votes import kept_neurons
 from coreinfer_jax.text.corpus import Beginnings, Corpus
 from coreinfer_jax.text.documents import Documents, read_documents
 from tests.support import MODELS, random_model
@@ -129,7 +129,8 @@ def test_a_prior_is_what_the_texts_sum_to(monkeypatch):
     rows = texts(params.config, rows=5)
     empty = init_cache(params.config, 5, rows.shape[1], jnp.dtype("float32"))
     _, _, seen = run_tokens(params, rows, empty, 0, lambda a: a)
-    monkeypatch.setattr("coreinfer_jax.evaluation.measure.BATCH_TOKENS", 2 * rows.shape[1])  # the last batch is of one
+    # The last batch is of one.
+    monkeypatch.setattr("coreinfer_jax.lab.evaluation.measure.BATCH_TOKENS", 2 * rows.shape[1])
     lengths = rows.shape[1] - np.arange(5, dtype=np.int32)
     read = np.arange(rows.shape[1])[None, :, None] < lengths[:, None, None]
     for layer, a in zip(collect(params, Beginnings(rows, lengths)), seen, strict=True):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.cache import KVCache, bucket, init_cache
-from coreinfer_jax.models import extend, unembed
+from coreinfer_jax.model import extend, unembed
+from coreinfer_jax.model.cache import KVCache, bucket, init_cache
 from tests.support import LLAMA, MODELS, OPT, check_same_core, random_model
 from tests.test_select import reference_selection
 
@@ -168,7 +168,7 @@ def test_the_first_token_does_not_wait_for_the_gather(monkeypatch: pytest.Monkey
     def no_gather(*_: object) -> None:
         raise AssertionError("gathered")
 
-    monkeypatch.setattr("coreinfer_jax.core.predict.narrow", no_gather)
+    monkeypatch.setattr("coreinfer_jax.sparsity.choosers.narrow", no_gather)
     params = random_model(OPT)
     chunks = ci.stream(params, PROMPTS[:1], max_new_tokens=3)
     assert next(chunks).stats.compaction_seconds == 0

@@ -14,11 +14,11 @@ import pytest
 from lm_eval.api.instance import Instance
 
 import coreinfer_jax as ci
-from coreinfer_jax.checkpoint.hf_export import write_hugging_face
 from coreinfer_jax.cli import main
-from coreinfer_jax.evaluation.harness import CoreInferLM, cut_before, wanted_of
-from coreinfer_jax.evaluation.tasks import readers, scores
-from coreinfer_jax.evaluation.tasks.run import LOCAL, Tasks
+from coreinfer_jax.io.export import write_hugging_face
+from coreinfer_jax.lab.evaluation.harness import CoreInferLM, cut_before, wanted_of
+from coreinfer_jax.lab.evaluation.tasks import readers, scores
+from coreinfer_jax.lab.evaluation.tasks.suite import LOCAL, Tasks
 from coreinfer_jax.text import TOKENIZER_FILES
 from tests.support import LLAMA, OPT, random_model
 

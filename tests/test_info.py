@@ -7,9 +7,9 @@ import pytest
 from safetensors import safe_open
 
 import coreinfer_jax as ci
-from coreinfer_jax.checkpoint.summary import summarise
 from coreinfer_jax.cli import main
-from coreinfer_jax.fingerprint import fingerprint
+from coreinfer_jax.io.summary import summarise
+from coreinfer_jax.model.fingerprint import fingerprint
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreinfer_jax.decoding import DECODE_OPTIONS
-from coreinfer_jax.layers import linear, matmul, mlp_activations
-from coreinfer_jax.params import Linear
+from coreinfer_jax.engine.programs import DECODE_OPTIONS
+from coreinfer_jax.model.layers import linear, matmul, mlp_activations
+from coreinfer_jax.model.weights import Linear
 from tests.support import MODELS, random_model
 
 # One part, the last width of one part, two parts, three of unequal width.

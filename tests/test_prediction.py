@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.cache import init_cache
-from coreinfer_jax.core.measures import nearest_group
-from coreinfer_jax.core.select import Votes
-from coreinfer_jax.fingerprint import fingerprint
-from coreinfer_jax.models import extend
-from coreinfer_jax.request import Core
+from coreinfer_jax.engine.request import Core
+from coreinfer_jax.model import extend
+from coreinfer_jax.model.cache import init_cache
+from coreinfer_jax.model.fingerprint import fingerprint
+from coreinfer_jax.sparsity.measures import nearest_group
+from coreinfer_jax.sparsity.votes import Votes
 from tests.support import LLAMA, OPT, check_same_core, random_model
 from tests.test_bad_input import refusal
 from tests.test_compilation import traced
@@ -262,7 +262,7 @@ def test_switching_between_compacted_groups_traces_and_gathers_nothing(monkeypat
     def gather(*arguments: object) -> None:
         raise AssertionError("a gather")
 
-    monkeypatch.setattr("coreinfer_jax.core.predict.narrow", gather)
+    monkeypatch.setattr("coreinfer_jax.sparsity.choosers.narrow", gather)
     with traced() as messages:
         outs = [ci.generate(model(), [prompt(20, s)], SIMILARITY, groups=ready, max_new_tokens=9) for s in range(3)]
     assert messages == []

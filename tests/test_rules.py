@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreinfer_jax.core.rules import RULES, column_norms, mean_activations, places, with_prior
-from coreinfer_jax.core.select import make_voting
+from coreinfer_jax.sparsity.rules import RULES, column_norms, mean_activations, places, with_prior
+from coreinfer_jax.sparsity.votes import make_voting
 from tests.support import LLAMA, random_model
 
 B, T, F, ALPHA = 2, 12, 40, 0.4

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreinfer_jax.inputs import make_sampling
-from coreinfer_jax.sampling import draw
+from coreinfer_jax.engine.prompts import make_sampling
+from coreinfer_jax.engine.sampling import draw
 from tests.support import OPT
 
 

@@ -14,14 +14,14 @@ import pytest
 from safetensors.numpy import load_file
 
 import coreinfer_jax as ci
-from coreinfer_jax.checkpoint.files import locked, new_file
-from coreinfer_jax.checkpoint.hf_config import model_config, read_model_config
-from coreinfer_jax.checkpoint.hf_export import hugging_face_fields, write_hugging_face
-from coreinfer_jax.config import ModelConfig, Rope
-from coreinfer_jax.fingerprint import fingerprint
-from coreinfer_jax.models import unembed
+from coreinfer_jax.files import locked, new_file
+from coreinfer_jax.io.config_json import model_config, read_model_config
+from coreinfer_jax.io.export import hugging_face_fields, write_hugging_face
+from coreinfer_jax.lab.training import Recipe, checkpoints, curve, outcome, preparation, recipe, train, trainer, windows
+from coreinfer_jax.model import unembed
+from coreinfer_jax.model.config import ModelConfig, Rope
+from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.text import load_tokenizer
-from coreinfer_jax.training import Recipe, checkpoints, corpus, curve, outcome, preparation, recipe, run, train
 from tests.support import LLAMA, MODELS, random_model
 
 plots = pytest.importorskip("matplotlib.image", reason="train draws with matplotlib")
@@ -43,7 +43,7 @@ def write_text(path: Path, documents: int, seed: int) -> Path:
     shares = 1 / np.arange(1, 201)
     lines = [" ".join(random.choice(words, 12, p=shares / shares.sum())) + "." for _ in range(2 * documents)]
     told = [f"Tale {i}: {lines[2 * i]}\n{lines[2 * i + 1]}" for i in range(documents)]
-    path.write_text("".join(f"{document}\n{corpus.SEPARATOR}\n" for document in told))
+    path.write_text("".join(f"{document}\n{windows.SEPARATOR}\n" for document in told))
     return path
 
 
@@ -61,8 +61,8 @@ def training() -> Iterator[None]:
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        patch.setattr(run, "CHECKPOINT_EVERY", 3)
-        patch.setattr(run, "MEASURE_EVERY", 5)
+        patch.setattr(trainer, "CHECKPOINT_EVERY", 3)
+        patch.setattr(trainer, "MEASURE_EVERY", 5)
         yield
 
 
@@ -112,12 +112,12 @@ def interrupt(function: Callable, at: int, before: bool = False) -> Callable:
     [
         (preparation, "train_vocabulary", 0),
         (preparation, "save_file", 0),
-        (run, "train_step", 0),
-        (run, "train_step", 7),
-        (run, "train_step", 11),
+        (trainer, "train_step", 0),
+        (trainer, "train_step", 7),
+        (trainer, "train_step", 11),
         (curve, "draw_curve", 1),
         (checkpoints, "save_file", 2),
-        (run, "save_state", 3),
+        (trainer, "save_state", 3),
         (outcome, "write_hugging_face", 0),
     ],
 )
@@ -137,7 +137,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(texts, trained, tmp_path, m
 def test_a_run_interrupted_again_and_again_ends_in_the_same_weights(texts, trained, tmp_path):
     for at in (4, 0, 3, 5, 2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "train_step", interrupt(run.train_step, at, before=True))
+            patch.setattr(trainer, "train_step", interrupt(trainer.train_step, at, before=True))
             with pytest.raises(KeyboardInterrupt):
                 train(tmp_path / "run", texts, RECIPES["opt"])
     assert_same_run(train(tmp_path / "run", texts, RECIPES["opt"]).parent, trained["opt"])
@@ -175,7 +175,7 @@ def further(texts, trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_further_starts_from_the_model(texts, trained, further):
     """The first step's loss is that of the model it began from, softmax in NumPy over the logits of `forward`."""
     tokens = load_file(further / "tokens.safetensors")
-    rows = corpus.batch([tokens[f"{text.name}/train"] for text in texts], 0, FURTHER, bos_id=2)
+    rows = windows.batch([tokens[f"{text.name}/train"] for text in texts], 0, FURTHER, bos_id=2)
     params, _ = ci.load(trained["opt"] / "model", "float32")
     logits = np.asarray(ci.forward(params, rows[:, :-1]), np.float64)
     chosen = np.take_along_axis(logits, rows[:, 1:, None], axis=2)[:, :, 0]
@@ -202,7 +202,7 @@ def test_training_further_keeps_tokenizer_and_history(trained, further):
 def test_training_further_survives_interruption(texts, trained, further, tmp_path, at):
     model = trained["opt"] / "model"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "train_step", interrupt(run.train_step, at))
+        patch.setattr(trainer, "train_step", interrupt(trainer.train_step, at))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", texts, FURTHER, model)
     assert_same_run(train(tmp_path / "run", texts, FURTHER, model).parent, further)
@@ -233,7 +233,7 @@ def test_what_a_killed_process_left_of_a_file_goes(tmp_path):
 def test_windows_line_ends_and_a_byte_order_mark(tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes("\ufeffone\r\ntwo\r\n<|endoftext|>\r\nthree\r\n<|endoftext|>\r\n".encode())
-    text = corpus.read_text(file)
+    text = windows.read_text(file)
     assert text.documents == ("one\ntwo",)
     assert text.held_out == ((1, "three"),)
 
@@ -319,7 +319,7 @@ def test_held_out_documents_are_not_trained_on(trained, texts, family):
     tokenizer = load_tokenizer(trained[family])
     bos, eos = (2, 2) if family == "opt" else (1, 2)
     for text in texts:
-        told = [part.strip("\n") for part in text.read_text().split(corpus.SEPARATOR)][:-1]
+        told = [part.strip("\n") for part in text.read_text().split(windows.SEPARATOR)][:-1]
         held = told[99::100] or told[-1:]
         assert documents_of(tokens[f"{text.name}/held_out"], bos, eos, tokenizer) == held
         learnt = documents_of(tokens[f"{text.name}/train"], bos, eos, tokenizer)
@@ -330,10 +330,10 @@ def test_held_out_documents_are_not_trained_on(trained, texts, family):
 @pytest.mark.parametrize("ending", ["\n", ""])
 def test_separators_end_documents(tmp_path, ending):
     """Several in a row hold nothing between them, and the last one needs no line end."""
-    mark = corpus.SEPARATOR
+    mark = windows.SEPARATOR
     file = tmp_path / "text.txt"
     file.write_text(f"{mark}\none\n\ntwo {mark} three\n{mark}\n{mark}\n\n{mark}\n four\n{mark}{ending}")
-    text = corpus.read_text(file)
+    text = windows.read_text(file)
     assert text.documents == (f"one\n\ntwo {mark} three",)
     assert text.held_out == ((1, " four"),)
 
@@ -347,7 +347,7 @@ def test_every_token_is_predicted_once_per_epoch():
     tokens = np.arange(7 * 20 + 3, dtype=np.uint16)
     epochs = []
     for epoch in range(3):
-        rows = [corpus.batch([tokens], step, small_recipe(), bos_id=9999) for step in range(4 * epoch, 4 * epoch + 4)]
+        rows = [windows.batch([tokens], step, small_recipe(), bos_id=9999) for step in range(4 * epoch, 4 * epoch + 4)]
         read = np.concatenate(rows)
         assert read.dtype == np.int32
         assert (read[:, 0] == 9999).all()
@@ -359,27 +359,27 @@ def test_every_token_is_predicted_once_per_epoch():
 
 def test_batches_follow_from_seed_and_step_alone():
     files = [np.arange(300, dtype=np.uint16), np.arange(500, 900, dtype=np.uint16)]
-    forwards = [corpus.batch(files, step, small_recipe(), 2) for step in range(30)]
-    backwards = [corpus.batch(files, step, small_recipe(), 2) for step in reversed(range(30))]
+    forwards = [windows.batch(files, step, small_recipe(), 2) for step in range(30)]
+    backwards = [windows.batch(files, step, small_recipe(), 2) for step in reversed(range(30))]
     np.testing.assert_array_equal(forwards, backwards[::-1])
-    assert not np.array_equal(forwards[0], corpus.batch(files, 0, small_recipe(seed=1), 2))
+    assert not np.array_equal(forwards[0], windows.batch(files, 0, small_recipe(seed=1), 2))
 
 
 def test_files_are_read_equally_often():
     """Whatever their length: the file of one window is read 40 times."""
     files = [np.arange(start, start + size, dtype=np.uint16) for start, size in ((0, 700), (1000, 7), (2000, 99))]
-    read = np.concatenate([corpus.batch(files, step, small_recipe(), 2) for step in range(24)])
+    read = np.concatenate([windows.batch(files, step, small_recipe(), 2) for step in range(24)])
     assert np.unique(read[:, 1] // 1000, return_counts=True)[1].tolist() == [40, 40, 40]
 
 
 def test_held_out_windows_are_spread_over_all_held_out_tokens():
     tokens = np.arange(10 * 100 + 5, dtype=np.uint16)
-    windows = corpus.held_out_windows(tokens, 10, bos_id=9999)
-    assert windows.shape == (corpus.HELD_OUT_WINDOWS, 11)
-    assert windows[0, 1] == 0
-    assert windows[-1, -1] == 999
-    assert set(np.diff(windows[:, 1])) == {30, 40}
-    np.testing.assert_array_equal(corpus.held_out_windows(tokens[:25], 10, 9999)[:, 1], [0, 10])
+    held_out = windows.held_out_windows(tokens, 10, bos_id=9999)
+    assert held_out.shape == (windows.HELD_OUT_WINDOWS, 11)
+    assert held_out[0, 1] == 0
+    assert held_out[-1, -1] == 999
+    assert set(np.diff(held_out[:, 1])) == {30, 40}
+    np.testing.assert_array_equal(windows.held_out_windows(tokens[:25], 10, 9999)[:, 1], [0, 10])
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 3, 11])

@@ -9,9 +9,9 @@ import numpy as np
 import coreinfer_jax as ci
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.shapes import random_prompts, shape_config, shape_params
-from coreinfer_jax.cache import bucket, init_cache
-from coreinfer_jax.decoding import DecodeState, decode
-from coreinfer_jax.inputs import make_sampling
+from coreinfer_jax.engine.programs import DecodeState, decode
+from coreinfer_jax.engine.prompts import make_sampling
+from coreinfer_jax.model.cache import bucket, init_cache
 
 
 def run(trial: Trial) -> Report:

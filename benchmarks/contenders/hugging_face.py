@@ -11,8 +11,8 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.shapes import random_prompts, shape_config
-from coreinfer_jax.params import abstract_params, params_bytes
-from coreinfer_jax.room import check_room
+from coreinfer_jax.device import check_memory
+from coreinfer_jax.model.weights import abstract_params, params_bytes
 
 
 class _Clock(StoppingCriteria):
@@ -34,7 +34,7 @@ def run(trial: Trial) -> Report:
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"  # all contenders on one device
     fields = dict(trial.fields)
     weights = params_bytes(abstract_params(shape_config(trial.fields), jnp.dtype(trial.dtype)))
-    check_room(weights, f"weights of the model, as {trial.dtype}", "take fewer --layers")
+    check_memory(weights, f"weights of the model, as {trial.dtype}", "take fewer --layers")
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, trial.dtype))

@@ -9,9 +9,9 @@ import numpy as np
 
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.shapes import random_prompts, shape_config
-from coreinfer_jax.cache import cache_bytes
+from coreinfer_jax.device import usable_cores
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.hardware import usable_cores
+from coreinfer_jax.model.cache import cache_bytes
 
 
 def run(trial: Trial) -> Report:

@@ -23,15 +23,16 @@ from jax import Array, lax
 from benchmarks.contenders.coreinfer import device_bytes
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.shapes import random_prompts, shape_config, shape_params
-from coreinfer_jax.cache import KVCache, bucket, cache_bytes, init_cache
-from coreinfer_jax.config import ModelConfig
-from coreinfer_jax.core.select import kept_neurons
-from coreinfer_jax.decoding import DECODE_OPTIONS, prefill
-from coreinfer_jax.inputs import make_sampling
-from coreinfer_jax.layers import attention, layer_norm, linear, matmul, mlp_activations, rms_norm
-from coreinfer_jax.models import llama, opt, unembed
-from coreinfer_jax.params import Linear, Mlp, Params, leaf_bytes, weight_bytes_per_step
-from coreinfer_jax.room import check_room
+from coreinfer_jax.device import check_memory
+from coreinfer_jax.engine.programs import DECODE_OPTIONS, prefill
+from coreinfer_jax.engine.prompts import make_sampling
+from coreinfer_jax.model import unembed
+from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes, init_cache
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.families import llama, opt
+from coreinfer_jax.model.layers import attention, layer_norm, linear, matmul, mlp_activations, rms_norm
+from coreinfer_jax.model.weights import Linear, Mlp, Params, leaf_bytes, weight_bytes_per_step
+from coreinfer_jax.sparsity.votes import kept_neurons
 
 RANK = 1000
 _FAMILIES = {"opt": (opt, layer_norm), "llama": (llama, rms_norm)}
@@ -57,7 +58,7 @@ def run(trial: Trial) -> Report:
     params = jax.block_until_ready(shape_params(config, trial.dtype))
     kept = kept_neurons(trial.keep, config.mlp_size)
     predicting = trial.contender == "predictor"
-    check_room(_added_bytes(params, predicting), "predictors and down projections by neuron", "take fewer --layers")
+    check_memory(_added_bytes(params, predicting), "predictors and down projections by neuron", "take fewer --layers")
     choosers = jax.block_until_ready(_predictors(params) if predicting else _given(config, kept))
     by_neuron = jax.block_until_ready(_by_neuron(params))
     loaded = perf_counter()

@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from coreinfer_jax.analysis import Pairs, analyze, read_pairs
-from coreinfer_jax.analysis.run import ALPHA, BETA, TEXTS, check_settings
-from coreinfer_jax.checkpoint.files import to_path
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.files import to_path
+from coreinfer_jax.lab.analysis import Pairs, analyze, read_pairs
+from coreinfer_jax.lab.analysis.report import ALPHA, BETA, TEXTS, check_settings
 from coreinfer_jax.text.documents import Documents, read_documents
 
 HELP = "measure what the paper says of core neurons, as pictures and numbers"

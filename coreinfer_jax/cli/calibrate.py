@@ -5,15 +5,15 @@ import json
 import os
 from dataclasses import asdict
 
-from coreinfer_jax.checkpoint.calibration import CALIBRATION, write_calibration
-from coreinfer_jax.checkpoint.embedded import PREFIX
-from coreinfer_jax.checkpoint.files import is_directory, to_path
-from coreinfer_jax.checkpoint.loading import open_model, stored_fingerprint
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.cli.eval_texts import table
 from coreinfer_jax.cli.info import setting_in_words
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.evaluation.calibrate import Bound, calibrate
+from coreinfer_jax.files import is_directory, to_path
+from coreinfer_jax.io.calibration_file import CALIBRATION, write_calibration
+from coreinfer_jax.io.embedded import PREFIX
+from coreinfer_jax.io.loading import open_model, stored_fingerprint
+from coreinfer_jax.lab.evaluation.calibrating import Bound, calibrate
 from coreinfer_jax.text.documents import read_documents
 
 HELP = "find the cheapest setting for a model that meets a bound on your texts"

@@ -11,13 +11,13 @@ from types import FrameType
 
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.cli.reply import Reply, facts
-from coreinfer_jax.config import CoreConfig
-from coreinfer_jax.conversation import Conversation, converse
-from coreinfer_jax.core.groups import Groups
+from coreinfer_jax.engine.conversation import Conversation, converse
+from coreinfer_jax.engine.prompts import check_length, make_sampling
+from coreinfer_jax.engine.request import Recommended
 from coreinfer_jax.errors import CoreInferError, one_line
-from coreinfer_jax.inputs import check_length, make_sampling
-from coreinfer_jax.params import Params
-from coreinfer_jax.request import Recommended
+from coreinfer_jax.model.config import CoreConfig
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.text import Tokenizer
 
 HELP = "talk to a model, its core neurons chosen anew each turn"

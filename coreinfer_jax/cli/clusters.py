@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from coreinfer_jax.cli import options as shared
-from coreinfer_jax.clustering import build_clusters, import_published, inspect_clusters
-from coreinfer_jax.clustering.build import TOKENS_PER_DOCUMENT, VECTORS
-from coreinfer_jax.clustering.grouping import DEPTH
-from coreinfer_jax.clustering.inspection import Inspection
-from coreinfer_jax.config import CoreConfig
-from coreinfer_jax.core.select import kept_neurons
 from coreinfer_jax.errors import one_line
+from coreinfer_jax.lab.clustering import build_clusters, import_published, inspect_clusters
+from coreinfer_jax.lab.clustering.build import TOKENS_PER_DOCUMENT, VECTORS
+from coreinfer_jax.lab.clustering.grouping import DEPTH
+from coreinfer_jax.lab.clustering.inspection import Inspection
+from coreinfer_jax.model.config import CoreConfig
+from coreinfer_jax.sparsity.votes import kept_neurons
 from coreinfer_jax.text.documents import read_documents
 
 HELP = "group texts by the neurons they activate, for --method similarity"

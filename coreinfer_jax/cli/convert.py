@@ -2,8 +2,8 @@
 
 import argparse
 
-from coreinfer_jax.checkpoint import convert
-from coreinfer_jax.checkpoint.mapping import DTYPES
+from coreinfer_jax.io import convert
+from coreinfer_jax.io.mapping import DTYPES
 
 HELP = "convert a Hugging Face checkpoint"
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from coreinfer_jax.cli import eval_tasks, eval_texts
 from coreinfer_jax.cli import options as shared
-from coreinfer_jax.config import ALLOCATIONS, CoreConfig
-from coreinfer_jax.core.rules import RULES
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.evaluation.measure import PER_TOKEN
+from coreinfer_jax.lab.evaluation.measure import PER_TOKEN
+from coreinfer_jax.model.config import ALLOCATIONS, CoreConfig
+from coreinfer_jax.sparsity.rules import RULES
 
 HELP = "measure what core neurons cost in quality, on texts of your own or on tasks"
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from coreinfer_jax.cli import options as shared
-from coreinfer_jax.config import PRIOR_RULE, CoreConfig
+from coreinfer_jax.model.config import PRIOR_RULE, CoreConfig
 
 # Options that say something of tasks only.
 OF_TASKS = ("task_data", "limit", "num_fewshot", "batch_size", "chat")
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the tasks on the full model and at every keep ratio."""
     _cores(options, shared.preset(options))  # refuses what can be refused before anything is loaded
     # Not before it is asked for: the import takes a second, and needs an extra.
-    from coreinfer_jax.evaluation.tasks.run import Tasks, evaluate_tasks
+    from coreinfer_jax.lab.evaluation.tasks.suite import Tasks, evaluate_tasks
 
     tasks = Tasks(options.tasks, options.task_data, limit=options.limit, num_fewshot=options.num_fewshot)
     params, tokenizer = shared.load_model(options)

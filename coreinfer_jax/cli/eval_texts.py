@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from coreinfer_jax.checkpoint.files import to_path
 from coreinfer_jax.cli import options as shared
-from coreinfer_jax.config import PRIOR_RULE, CoreConfig
-from coreinfer_jax.core.rules import Sums
-from coreinfer_jax.evaluation.chart import draw, require_matplotlib, title
-from coreinfer_jax.evaluation.free_running import core_of, free_running
-from coreinfer_jax.evaluation.measure import PER_TOKEN, Setting
-from coreinfer_jax.evaluation.run import Texts, check_settings, compare, read_prior
-from coreinfer_jax.inputs import check_length
-from coreinfer_jax.params import Calibration, Params
+from coreinfer_jax.engine.prompts import check_length
+from coreinfer_jax.files import to_path
+from coreinfer_jax.lab.evaluation.chart import draw, require_matplotlib, title
+from coreinfer_jax.lab.evaluation.comparison import Texts, check_settings, compare, read_prior
+from coreinfer_jax.lab.evaluation.free_running import core_of, free_running
+from coreinfer_jax.lab.evaluation.measure import PER_TOKEN, Setting
+from coreinfer_jax.model.config import PRIOR_RULE, CoreConfig
+from coreinfer_jax.model.weights import Calibration, Params
+from coreinfer_jax.sparsity.rules import Sums
 from coreinfer_jax.text.corpus import Corpus
 from coreinfer_jax.text.documents import read_documents
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from coreinfer_jax.cli import options as shared
 from coreinfer_jax.cli.reply import Reply, facts
-from coreinfer_jax.generation import stream
+from coreinfer_jax.engine.generation import stream
 
 HELP = "continue a prompt"
 NEW_TOKENS = 128

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from coreinfer_jax.checkpoint.summary import Summary, summarise
-from coreinfer_jax.config import CoreConfig
+from coreinfer_jax.io.summary import Summary, summarise
+from coreinfer_jax.model.config import CoreConfig
 
 HELP = "say what a checkpoint is and what a token costs"
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import jax
 
-from coreinfer_jax.checkpoint import load
-from coreinfer_jax.checkpoint.embedded import DEFAULT
-from coreinfer_jax.checkpoint.hf_config import read_sampling
-from coreinfer_jax.checkpoint.loading import load_uncalibrated, model_path
-from coreinfer_jax.checkpoint.mapping import DTYPES
-from coreinfer_jax.clustering import load_clusters
-from coreinfer_jax.config import ALLOCATIONS, METHODS, PRIOR_RULE, RULE_NAMES, CoreConfig, ModelConfig
-from coreinfer_jax.core.groups import Groups, prepare_groups
+from coreinfer_jax.engine.request import Recommended
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.evaluation.run import Texts
-from coreinfer_jax.params import Params
-from coreinfer_jax.request import Recommended
+from coreinfer_jax.io import load
+from coreinfer_jax.io.config_json import read_sampling
+from coreinfer_jax.io.embedded import DEFAULT
+from coreinfer_jax.io.loading import load_uncalibrated, model_path
+from coreinfer_jax.io.mapping import DTYPES
+from coreinfer_jax.lab.clustering import load_clusters
+from coreinfer_jax.lab.evaluation.comparison import Texts
+from coreinfer_jax.model.config import ALLOCATIONS, METHODS, PRIOR_RULE, RULE_NAMES, CoreConfig, ModelConfig
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.groups import Groups, prepare_groups
 from coreinfer_jax.text import Tokenizer
 
 PRESETS = ("default", "paper")

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coreinfer_jax.core.groups import Groups
-from coreinfer_jax.core.predict import ASKED
-from coreinfer_jax.results import Chunk, Stats
+from coreinfer_jax.engine.results import Chunk, Stats
+from coreinfer_jax.sparsity.choosers import ASKED
+from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.text import Tokenizer, complete, continuation, settled
 
 

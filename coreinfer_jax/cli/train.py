@@ -4,7 +4,7 @@ import argparse
 import sys
 from dataclasses import fields
 
-from coreinfer_jax.training import Recipe, train
+from coreinfer_jax.lab.training import Recipe, train
 
 HELP = "train a small model on text files, or continue a run that was interrupted"
 _MEANING = {

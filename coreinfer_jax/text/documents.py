@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coreinfer_jax.checkpoint.files import to_path
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
+from coreinfer_jax.files import to_path
 
 SEPARATOR = "<|endoftext|>"
 Column = str | int

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from coreinfer_jax.text.loading import Tokenizer
+from coreinfer_jax.text.tokenizer import Tokenizer
 
 # Prompt tokens decoded along with a continuation, so that its first token keeps the space before it.
 CONTEXT_TOKENS = 8

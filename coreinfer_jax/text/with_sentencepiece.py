@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.text.files import (
+from coreinfer_jax.text.tokenizer_files import (
     AddedToken,
     check_text,
     read_added_tokens,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.text.files import check_text, read_object, read_text, reason
+from coreinfer_jax.text.tokenizer_files import check_text, read_object, read_text, reason
 
 _JSON_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEXT_FILES = ("merges.txt", "chat_template.jinja")

@@ -78,9 +78,9 @@ def write_bases(folder: Path) -> None:
 def write_models(folder: Path) -> None:
     import numpy as np
 
-    from coreinfer_jax.checkpoint.hf_export import write_hugging_face
-    from coreinfer_jax.config import Rope
-    from coreinfer_jax.params import abstract_params, named_leaves, with_leaves
+    from coreinfer_jax.io.export import write_hugging_face
+    from coreinfer_jax.model.config import Rope
+    from coreinfer_jax.model.weights import abstract_params, named_leaves, with_leaves
     from tests.support import LLAMA, MODELS
 
     scaled = {"llama3": Rope(5e5, "llama3", 8.0, 1.0, 4.0, 64), "linear": Rope(1e4, "linear", 2.0)}

@@ -38,8 +38,8 @@ FIELDS = {
 # A checkpoint after every step, so that most kills meet one being written.
 TRAINING = """
 import sys
-from coreinfer_jax.training import Recipe, run, train
-run.CHECKPOINT_EVERY, run.MEASURE_EVERY = 1, 7
+from coreinfer_jax.lab.training import Recipe, train, trainer
+trainer.CHECKPOINT_EVERY, trainer.MEASURE_EVERY = 1, 7
 sizes = dict(vocab_size=300, hidden_size=32, mlp_size=64, num_layers=1, num_heads=2)
 train(sys.argv[1], sys.argv[2:], Recipe(family="opt", sequence=32, batch=4, steps=40, warmup=5, **sizes))
 """
@@ -49,7 +49,7 @@ STEPS = 40
 SAVING = """
 import itertools, sys
 from pathlib import Path
-from coreinfer_jax.training.checkpoints import History, save_state
+from coreinfer_jax.lab.training.checkpoints import History, save_state
 from tests.robustness.kill import large_state
 for number in itertools.count(int(sys.argv[2])):
     save_state(Path(sys.argv[1]), large_state(number), History([0.0] * number, [], 0.0))
@@ -106,8 +106,8 @@ def leftovers(folder: Path) -> list[Path]:
 def write_checkpoint(directory: Path) -> None:
     """A bfloat16 checkpoint of some hundred megabytes."""
     from convert import TABLES
-    from coreinfer_jax.checkpoint.hf_config import model_config
-    from coreinfer_jax.checkpoint.mapping import leaf_shapes, source_names
+    from coreinfer_jax.io.config_json import model_config
+    from coreinfer_jax.io.mapping import leaf_shapes, source_names
 
     directory.mkdir()
     config = model_config(FIELDS)
@@ -253,7 +253,7 @@ def large_state(number: int) -> Any:
     """A training state of 150 MB after `number` steps, every float of it `number`."""
     import jax
 
-    from coreinfer_jax.training.recipe import Recipe, initial_params, initial_state, model_config
+    from coreinfer_jax.lab.training.recipe import Recipe, initial_params, initial_state, model_config
 
     recipe = Recipe(family="opt", hidden_size=512, mlp_size=2048, num_layers=3, num_heads=8)
     shapes = jax.eval_shape(lambda: initial_state(recipe, initial_params(model_config(recipe), 0)))
@@ -264,7 +264,7 @@ def kill_saving(folder: Path, seed: int, kills: int) -> Trials:
     """A checkpoint that is being replaced is the one before or the one after."""
     import jax
 
-    from coreinfer_jax.training.checkpoints import load_state
+    from coreinfer_jax.lab.training.checkpoints import load_state
 
     trials, began = Trials(seed), time.monotonic()
     like, path, number = large_state(0), folder / "checkpoint.safetensors", 0

@@ -1,6 +1,0 @@
-"""Checkpoints: reading Hugging Face directories, converting them, writing and reading the native format."""
-
-from coreinfer_jax.checkpoint.conversion import convert
-from coreinfer_jax.checkpoint.loading import load
-
-__all__ = ["convert", "load"]

@@ -1,8 +1,0 @@
-"""Groups of texts whose core neurons serve prompts like them (paper, section 3.3): made, stored, looked at."""
-
-from coreinfer_jax.clustering.build import build_clusters
-from coreinfer_jax.clustering.inspection import inspect_clusters
-from coreinfer_jax.clustering.published import import_published
-from coreinfer_jax.clustering.storage import load_clusters
-
-__all__ = ["build_clusters", "import_published", "inspect_clusters", "load_clusters"]

@@ -1,0 +1,151 @@
+"""The file beside a model's weights with what texts said of its neurons, and the setting found for it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from coreinfer_jax.errors import CoreInferError, shown, shown_name
+from coreinfer_jax.files import new_file
+from coreinfer_jax.model.config import CoreConfig, ModelConfig
+from coreinfer_jax.model.weights import Calibration
+from coreinfer_jax.sparsity.allocate import PARTS
+
+CALIBRATION = "coreinfer-calibration.safetensors"
+VERSION = "2"
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+# What is summed up of each neuron, and of all tokens.
+_OF_NEURONS, _OF_TOKENS = ("total", "squares"), ("tokens", "weight")
+
+
+def write_calibration(directory: Path, fingerprint: str, calibration: Calibration, facts: Mapping[str, Any]) -> None:
+    """Write what was found for the model in `directory`; the file appears whole, in place of one that was there.
+
+    Args:
+        directory: of the model.
+        fingerprint: of its stored weights.
+        calibration: what was found.
+        facts: how, in JSON's terms.
+
+    Raises:
+        CoreInferError: the disk is full or not writable.
+    """
+    arrays = {
+        f"layers.{l}.{name}": np.asarray(array, np.float32)
+        for l, sums in enumerate(calibration.prior)
+        for name, array in sums.items()
+    }
+    assert calibration.gains is not None, "what calibrate finds is whole"
+    arrays["gains"] = np.asarray(calibration.gains, np.float32)
+    core = None if calibration.core is None else asdict(calibration.core)
+    metadata = {
+        "format": "coreinfer_jax calibration",
+        "version": VERSION,
+        "model": fingerprint,
+        "tokenizer": _tokenizer_digest(directory),
+        "core": json.dumps(core),
+        "facts": json.dumps(facts),
+    }
+    with new_file(directory / CALIBRATION) as partial:
+        save_file(arrays, partial, metadata=metadata)
+
+
+def read_calibration(directory: Path, config: ModelConfig, fingerprint: Callable[[], str]) -> Calibration | None:
+    """What lies in the directory of a model with this config and, asked for only then, this fingerprint; None for none.
+
+    Raises:
+        CoreInferError: it belongs to another model, is damaged, or of another version.
+    """
+    path = directory / CALIBRATION
+    if not path.is_file():
+        return None
+    metadata, arrays = _read(path)
+    found = fingerprint()
+    if metadata["model"] != found:
+        raise CoreInferError(
+            f"{path}: is of the model with fingerprint {shown_name(metadata['model'])}, but this one's is {found}; "
+            "remove it, or calibrate this model"
+        )
+    if metadata["tokenizer"] != _tokenizer_digest(directory):
+        raise CoreInferError(f"{path}: was made with another tokenizer than is there now; calibrate again or remove it")
+    try:
+        return _calibration(metadata, arrays, config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_facts(directory: Path) -> tuple[CoreConfig | None, Mapping[str, Any]] | None:
+    """The setting found for the model in `directory`, and how; None where there is no calibration.
+
+    Raises:
+        CoreInferError: as `read_calibration`, but for another model's.
+    """
+    path = directory / CALIBRATION
+    if not path.is_file():
+        return None
+    metadata, _ = _read(path)
+    try:
+        return _core(metadata), dict(json.loads(metadata["facts"]))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    if metadata.get("format") != "coreinfer_jax calibration" or metadata.get("version") != VERSION:
+        found = f"format {shown(metadata.get('format'))}, version {shown(metadata.get('version'))}"
+        raise CoreInferError(f"{path}: {found}; this release reads version {VERSION}, calibrate again or remove it")
+    if not {"model", "tokenizer", "core", "facts"} <= set(metadata):
+        raise _damaged(path, ValueError("its header is incomplete"))
+    return metadata, arrays
+
+
+def _tokenizer_digest(directory: Path) -> str:
+    """SHA-256 of the vocabulary in `directory`; templates and names of special tokens change nothing of it."""
+    digest = hashlib.sha256()
+    for name in VOCABULARY_FILES:
+        if (directory / name).is_file():
+            digest.update(name.encode() + (directory / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, error: Exception) -> CoreInferError:
+    return CoreInferError(f"{path}: damaged calibration ({shown_name(str(error))}); calibrate again or remove it")
+
+
+def _core(metadata: Mapping[str, str]) -> CoreConfig | None:
+    settings = json.loads(metadata["core"])
+    return None if settings is None else CoreConfig(**settings | {"layers": tuple(settings["layers"])})
+
+
+def _calibration(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Calibration:
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_OF_NEURONS, (config.mlp_size,)) | dict.fromkeys(_OF_TOKENS, ())
+    prior = tuple(
+        {name: jnp.asarray(_checked(arrays[f"layers.{l}.{name}"], shape)) for name, shape in shapes.items()}
+        for l in range(config.num_layers)
+    )
+    if not all((sums["tokens"] > 0) & (sums["weight"] > 0) & (sums["squares"] >= 0).all() for sums in prior):
+        raise ValueError("sums over no tokens, or negative ones")
+    gains = _checked(arrays["gains"], (config.num_layers, PARTS))
+    if (np.diff(gains, axis=1) > 0).any():
+        raise ValueError("gains that rise along a layer")
+    return Calibration(prior, gains, _core(metadata))
+
+
+def _checked(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Raise ValueError unless these are finite numbers of the shape."""
+    if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
+        raise ValueError(f"an array of shape {array.shape}, {array.dtype}, for {shape} finite float32")
+    return array

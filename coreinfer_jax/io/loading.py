@@ -1,0 +1,84 @@
+"""`load`: a directory, native or Hugging Face, into `Params` and a tokenizer."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from convert import TABLES
+from coreinfer_jax.device import check_memory
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.files import check_directory, to_path
+from coreinfer_jax.io.calibration_file import read_calibration
+from coreinfer_jax.io.config_json import read_model_config
+from coreinfer_jax.io.embedded import DEFAULT, locate
+from coreinfer_jax.io.mapping import map_tensors, parse_dtype, read_as
+from coreinfer_jax.io.native import MANIFEST, is_native, open_native
+from coreinfer_jax.io.tensors import StoredTensor, open_checkpoint
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.fingerprint import fingerprint_of, thinned
+from coreinfer_jax.model.weights import Params, abstract_params, named_leaves, params_bytes, with_leaves
+from coreinfer_jax.text import Tokenizer, load_tokenizer
+
+
+def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> tuple[Params, Tokenizer | None]:
+    """Load a checkpoint onto the default device.
+
+    Args:
+        model: what `convert` wrote, or a Hugging Face directory of an OPT or LLaMA model; `embedded:opt` (ReLU) or
+            `embedded:llama` (SwiGLU), the small models that come with the package; None is `embedded:opt`.
+        dtype: `float32`, `bfloat16` or `float16`; None is float32 on a CPU and bfloat16 on a GPU or TPU.
+
+    Returns:
+        The parameters, with the calibration beside them where there is one, and the tokenizer beside them or None.
+
+    Raises:
+        CoreInferError: no checkpoint there, a model that is not implemented, damaged or unfitting weights, an
+            unknown dtype, more weights than the device has room for, another model's calibration.
+    """
+    path = model_path(DEFAULT if model is None else model)
+    params, tokenizer = load_uncalibrated(path, dtype)
+    calibration = read_calibration(path, params.config, lambda: stored_fingerprint(*open_model(path)))
+    return replace(params, calibration=calibration), tokenizer
+
+
+def load_uncalibrated(path: Path, dtype: object) -> tuple[Params, Tokenizer | None]:
+    """`load` of a directory, whatever calibration lies in it."""
+    wanted = default_dtype() if dtype is None else parse_dtype(dtype)
+    config, tensors = open_model(path)
+    shapes = abstract_params(config, jnp.dtype(wanted))
+    check_memory(params_bytes(shapes), f"{path}, as {wanted}", "take a 16-bit dtype or a smaller model")
+    names = tqdm([name for name, _ in named_leaves(shapes)], desc="loading", unit="tensor", disable=None, leave=False)
+    arrays = {name: jax.device_put(read_as(tensors[name], name, wanted, str(path))) for name in names}
+    return with_leaves(shapes, arrays.__getitem__), load_tokenizer(path)
+
+
+def stored_fingerprint(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:
+    """The fingerprint of a checkpoint that `open_model` opened, whatever dtype it is loaded in."""
+    return fingerprint_of(config, lambda name: thinned(tensors[name].read()))
+
+
+def default_dtype() -> np.dtype:
+    """float32 on a CPU, which has no fast bfloat16 for every shape; bfloat16 on accelerators."""
+    return parse_dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def model_path(model: str | os.PathLike[str]) -> Path:
+    """The directory of a model given by its directory or as `embedded:NAME`."""
+    return locate(str(model)) or to_path(model)
+
+
+def open_model(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """Config and, per leaf of `Params`, the stored tensor of a native or Hugging Face directory."""
+    check_directory(path)
+    if is_native(path):
+        return open_native(path)
+    if not (path / "config.json").is_file():
+        raise CoreInferError(f"{path}: no checkpoint; neither {MANIFEST} nor config.json is there")
+    config = read_model_config(path)
+    return config, map_tensors(open_checkpoint(path), config, TABLES[config.family], str(path))

@@ -1,0 +1,179 @@
+"""Which stored tensor fills which leaf of `Params`, with everything that does not fit reported at once."""
+
+import re
+from collections.abc import Mapping
+from math import prod
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from convert import Table
+from coreinfer_jax.errors import CoreInferError, shown_name
+from coreinfer_jax.io.tensors import StoredTensor, StoredTensors
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.weights import abstract_params, named_leaves
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+
+
+def parse_dtype(dtype: object) -> np.dtype:
+    """`float32`, `bfloat16` or `float16`, as a name or anything NumPy takes for one of them."""
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name  # type: ignore[call-overload]
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise CoreInferError(f"dtype={shown_name(name)}: give {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every leaf of a model's `Params`."""
+    return {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract_params(config, jnp.dtype(jnp.float32)))}
+
+
+def map_tensors(stored: StoredTensors, config: ModelConfig, table: Table, where: str) -> dict[str, StoredTensor]:
+    """Leaf name -> stored tensor, for every leaf of the model.
+
+    Args:
+        stored: a checkpoint's tensors.
+        config: the model its config.json describes.
+        table: the family's names.
+        where: named in errors.
+
+    Raises:
+        CoreInferError: tensors missing, left over or of the wrong shape, all in one error; a tied output projection
+            that differs from the embedding.
+    """
+    check_layers(config, len(stored.tensors), where)
+    available = _without_prefix(stored, where)
+    available = {name: tensor for name, tensor in available.items() if not _ignored(name, table)}
+    if config.tied:
+        available = _untie(available, table, where)
+    wanted = source_names(config, table)
+    missing = sorted(set(wanted.values()) - set(available))
+    extra = sorted(set(available) - set(wanted.values()))
+    check_fit(
+        {leaf: available[source] for leaf, source in wanted.items() if source in available},
+        config,
+        missing,
+        extra,
+        where,
+    )
+    return {leaf: available[source] for leaf, source in wanted.items()}
+
+
+def check_layers(config: ModelConfig, tensors: int, where: str) -> None:
+    """Refuse more layers than there are tensors, before any work that grows with their number."""
+    if config.num_layers > tensors:
+        raise CoreInferError(
+            f"{where}: the weights do not fit config.json: {tensors} tensors cannot fill {config.num_layers} layers"
+        )
+
+
+def check_fit(
+    found: Mapping[str, StoredTensor], config: ModelConfig, missing: list[str], extra: list[str], where: str
+) -> None:
+    """Refuse a checkpoint with tensors missing, left over or of the wrong shape, naming them all in one error."""
+    shapes = leaf_shapes(config)
+    problems = [f"missing {shown_name(name)}" for name in missing]
+    problems += [f"unexpected {shown_name(name)}" for name in extra]
+    problems += [
+        f"{leaf} has shape {list(tensor.shape)} instead of {list(shapes[leaf])}"
+        for leaf, tensor in found.items()
+        if tensor.shape != shapes[leaf]
+    ]
+    if problems:
+        raise CoreInferError(f"{where}: the weights do not fit config.json: {'; '.join(_by_layer(problems))}")
+
+
+def _by_layer(problems: list[str]) -> list[str]:
+    """`problems` with those that differ only in the layer's number told once, with all its numbers."""
+    layers: dict[str, list[str]] = {}
+    for problem in problems:
+        number = re.search(r"\blayers\.(\d+)\.", problem)
+        template = problem if number is None else problem.replace(number[0], "layers.{l}.", 1)
+        layers.setdefault(template, []).append("" if number is None else number[1])
+    return [template.replace("{l}", "|".join(numbers)) for template, numbers in layers.items()]
+
+
+def _without_prefix(stored: StoredTensors, where: str) -> dict[str, StoredTensor]:
+    """Tensors and aliases under names without a leading `model.`."""
+    named = dict(stored.tensors)
+    named |= {alias: stored.tensors[target] for alias, target in stored.aliases.items() if alias not in named}
+    plain = {name.removeprefix("model."): tensor for name, tensor in named.items()}
+    if len(plain) < len(named):
+        twice = sorted(name for name in named if name.startswith("model.") and name.removeprefix("model.") in named)
+        raise CoreInferError(
+            f"{where}: {shown_name(twice[0])} is stored with and without its leading 'model.'; keep one"
+        )
+    return plain
+
+
+def _ignored(name: str, table: Table) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in table.ignored)
+
+
+def _untie(available: dict[str, StoredTensor], table: Table, where: str) -> dict[str, StoredTensor]:
+    """Without the output projection of a tied model, which may stand in for the embedding but must equal it."""
+    head = available.pop(table.head, None)
+    if head is None:
+        return available
+    embedding = available.setdefault(table.embedding, head)
+    if embedding is not head and not _equal(embedding, head):
+        raise CoreInferError(
+            f"{where}: tie_word_embeddings is true but {table.head} differs from {table.embedding}; "
+            "set it to false in config.json if the model was trained untied"
+        )
+    return available
+
+
+def _equal(first: StoredTensor, second: StoredTensor) -> bool:
+    return first.shape == second.shape and np.array_equal(first.read(), second.read())
+
+
+def source_names(config: ModelConfig, table: Table) -> dict[str, str]:
+    """Leaf name -> the table's name for it."""
+    names = {}
+    for leaf in leaf_shapes(config):
+        layer = re.match(r"layers\.(\d+)\.", leaf)
+        template = leaf if layer is None else leaf.replace(layer[0], "layers.{l}.", 1)
+        names[leaf] = table.tensors[template].format(l=layer[1] if layer else None)
+    return names
+
+
+def read_as(tensor: StoredTensor, name: str, dtype: np.dtype, where: str) -> np.ndarray:
+    """A stored tensor in `dtype`.
+
+    Raises:
+        CoreInferError: it holds NaN or infinity, or values beyond the range of `dtype`.
+    """
+    array = tensor.read()
+    if not all_finite(array):
+        raise CoreInferError(f"{where}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if not all_finite(cast):
+        raise CoreInferError(f"{where}: {name} exceeds the range of {dtype}; choose bfloat16 or float32")
+    return cast
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no entry is NaN or infinite, a slice at a time so that no large temporary arises."""
+    flat = array.reshape(-1)
+    step = 1 << 24
+    return all(_finite(flat[i : i + step]) for i in range(0, flat.size, step))
+
+
+def _finite(values: np.ndarray) -> bool:
+    if values.dtype == ml_dtypes.bfloat16:  # exponent bits all set; NumPy's isfinite is ten times slower here
+        return bool(((values.view(np.uint16) & 0x7F80) != 0x7F80).all())
+    return bool(np.isfinite(values).all())
+
+
+def count_bytes(config: ModelConfig, dtype: np.dtype) -> int:
+    """Bytes of a model's weights in `dtype`."""
+    return sum(prod(shape) for shape in leaf_shapes(config).values()) * dtype.itemsize

@@ -1,0 +1,98 @@
+"""What a checkpoint is, without loading it: `coreinfer info`."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+
+from coreinfer_jax.io.calibration_file import read_facts
+from coreinfer_jax.io.loading import model_path, open_model, stored_fingerprint
+from coreinfer_jax.io.mapping import DTYPES
+from coreinfer_jax.io.tensors import StoredTensor
+from coreinfer_jax.model.config import CoreConfig, ModelConfig
+from coreinfer_jax.model.weights import abstract_params, weight_bytes_per_step
+from coreinfer_jax.sparsity.votes import kept_neurons
+from coreinfer_jax.text import Tokenizer, load_tokenizer
+
+PARTS = ("embeddings", "attention", "mlp", "norms")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint's facts.
+
+    Attributes:
+        config: the model.
+        parameters: number of weights, a tied output projection counted once.
+        dtype: of the stored weights; several are joined by commas.
+        bytes_per_part: stored bytes of embeddings, attention, mlp and norms.
+        kept_neurons: K at the keep ratio asked for.
+        bytes_per_token: weight bytes a decode step reads for one row, dense, in `dtype` (the widest of several).
+        core_bytes_per_token: the same with every MLP narrowed to K neurons.
+        cache_bytes_per_position: keys and values of one position, which a step reads besides.
+        tokenizer: the tokenizer, None where there is none.
+        fingerprint: see `coreinfer_jax.model.fingerprint`.
+        calibration: the setting found for the model (None: all neurons) and how; None where there is no calibration.
+    """
+
+    config: ModelConfig
+    parameters: int
+    dtype: str
+    bytes_per_part: dict[str, int]
+    kept_neurons: int
+    bytes_per_token: int
+    core_bytes_per_token: int
+    cache_bytes_per_position: int
+    tokenizer: Tokenizer | None
+    fingerprint: str
+    calibration: tuple[CoreConfig | None, Mapping[str, Any]] | None
+
+
+def summarise(model: str | os.PathLike[str], beta: float) -> Summary:
+    """Read a checkpoint's facts; of the weights only the few matrices of the fingerprint.
+
+    Args:
+        model: as for `load`.
+        beta: keep ratio, in (0, 1].
+
+    Raises:
+        CoreInferError: as `load`; a keep ratio outside its range.
+    """
+    kept_share = CoreConfig(beta=beta).beta
+    path = model_path(model)
+    config, tensors = open_model(path)
+    kept = kept_neurons(kept_share, config.mlp_size)
+    widest = jnp.dtype(max((_dtype(tensor) for tensor in tensors.values()), key=lambda dtype: dtype.itemsize))
+    return Summary(
+        config=config,
+        parameters=sum(prod(tensor.shape) for tensor in tensors.values()),
+        dtype=", ".join(sorted({tensor.dtype for tensor in tensors.values()})),
+        bytes_per_part=_bytes_per_part(tensors),
+        kept_neurons=kept,
+        bytes_per_token=weight_bytes_per_step(abstract_params(config, widest), rows=1),
+        core_bytes_per_token=weight_bytes_per_step(abstract_params(replace(config, mlp_size=kept), widest), rows=1),
+        cache_bytes_per_position=2 * config.num_layers * config.num_kv_heads * config.head_size * widest.itemsize,
+        tokenizer=load_tokenizer(path),
+        fingerprint=stored_fingerprint(config, tensors),
+        calibration=read_facts(path),
+    )
+
+
+def _dtype(tensor: StoredTensor) -> jnp.dtype:
+    return jnp.dtype(DTYPES.get(tensor.dtype, DTYPES["float32"]))
+
+
+def _bytes_per_part(tensors: dict[str, StoredTensor]) -> dict[str, int]:
+    parts = dict.fromkeys(PARTS, 0)
+    for name, tensor in tensors.items():
+        parts[_part(name)] += prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize
+    return parts
+
+
+def _part(leaf: str) -> str:
+    if "norm." in leaf:
+        return "norms"
+    return next((part for part in ("attention", "mlp") if f".{part}." in leaf), "embeddings")

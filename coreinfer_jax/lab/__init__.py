@@ -1,0 +1,1 @@
+"""Studies of core neurons, above everything else: evaluation, analysis, clustering, training."""

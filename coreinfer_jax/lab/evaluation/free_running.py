@@ -1,0 +1,103 @@
+"""What generations that go on by themselves look like: where they leave the full model's, repetition, length."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from coreinfer_jax.engine.generation import generate
+from coreinfer_jax.engine.results import Generation
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.lab.evaluation.comparison import interval
+from coreinfer_jax.lab.evaluation.measure import PER_TOKEN, Setting
+from coreinfer_jax.model.config import PRIOR_RULE, CoreConfig
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.narrow import check_dense
+
+ROWS = 8
+# Tokens of what counts as repeated when it comes again.
+PHRASE = 4
+
+
+def core_of(setting: Setting, alpha: float) -> CoreConfig:
+    """How `generate` chooses as a setting does.
+
+    Raises:
+        CoreInferError: a rule by which no set can be kept for a generation.
+    """
+    if setting.rule in PER_TOKEN:
+        raise CoreInferError(f"rule {setting.rule!r}: gives every token neurons of its own, and generates nothing")
+    if setting.known != "context":
+        raise CoreInferError("what is to be generated is not known before: a setting that knows it generates nothing")
+    if setting.prior_tokens and setting.rule != PRIOR_RULE:
+        raise CoreInferError(f"rule {setting.rule!r}: generates without a prior; give it no prior tokens")
+    mean = setting.rule == "votes-mean-budget"
+    return CoreConfig(
+        alpha=alpha,
+        beta=setting.keep,
+        budget="mean" if mean else "per_token",
+        layers=setting.layers,
+        prior_tokens=setting.prior_tokens,
+        rule="votes" if mean else setting.rule,  # type: ignore[arg-type]
+        compensation=setting.compensation,
+        allocation=setting.allocation,
+    )
+
+
+def free_running(
+    params: Params, prompts: np.ndarray, cores: Sequence[CoreConfig], new_tokens: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Greedy continuations of prompts, on core neurons and by the full model.
+
+    Args:
+        params: dense weights; their calibration counts where a core asks for it.
+        prompts: int32 [n, T].
+        cores: how to choose.
+        new_tokens: of each continuation, at most; an EOS ends it.
+        seed: of the intervals.
+
+    Returns:
+        First for the full model, then per core, each with `mean` and `ci95` over prompts: `departure`, tokens before
+        the first that differs from the full model's (at least 1, which is the full model's own; all of them where none
+        differs), `repetition`, the share of 4-grams that came before in the same continuation, and `length`, in tokens.
+
+    Raises:
+        CoreInferError: as `generate`.
+    """
+    check_dense(params)
+    choices: list[CoreConfig | None] = [None, *cores]
+    made: list[list[list[int]]] = [[] for _ in choices]
+    rows = min(ROWS, len(prompts))
+    for first in tqdm(range(0, len(prompts), ROWS), desc="generating", unit="batch", disable=None, leave=False):
+        for texts, core in zip(made, choices, strict=True):
+            batch, eos_ids = prompts[first : first + ROWS], params.config.eos_ids
+            # Filled up, so that the last batch runs the programs of the others.
+            filled = np.concatenate([batch, np.repeat(batch[:1], rows - len(batch), axis=0)])
+            out = generate(params, filled, core, max_new_tokens=new_tokens, eos_ids=eos_ids)
+            texts += _texts(out)[: len(batch)]
+    return [_figures(texts, made[0], seed) for texts in made]
+
+
+def _texts(out: Generation) -> list[list[int]]:
+    return [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
+
+
+def _figures(texts: Sequence[Sequence[int]], full: Sequence[Sequence[int]], seed: int) -> dict[str, Any]:
+    values = {
+        "departure": [departure(own, other) for own, other in zip(texts, full, strict=True)],
+        "repetition": [repetition(own) for own in texts],
+        "length": [len(own) for own in texts],
+    }
+    return {name: interval(np.asarray(found, np.float64), seed) for name, found in values.items()}
+
+
+def departure(text: Sequence[int], full: Sequence[int]) -> int:
+    """Tokens that both have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(text, full, strict=False)) if a != b), min(len(text), len(full)))
+
+
+def repetition(text: Sequence[int]) -> float:
+    """Share of the 4-grams of `text` that are not its first of their kind; 0 for fewer than 4 tokens."""
+    phrases = [tuple(text[i : i + PHRASE]) for i in range(len(text) - PHRASE + 1)]
+    return 1 - len(set(phrases)) / len(phrases) if phrases else 0.0

@@ -1,0 +1,57 @@
+"""How much a model's output depends on each layer's neurons: what `allocate` shares a keep ratio out by."""
+
+import numpy as np
+
+from coreinfer_jax.lab.evaluation.measure import Setting, measure
+from coreinfer_jax.model.config import PRIOR_RULE, CoreConfig
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.allocate import PARTS
+from coreinfer_jax.sparsity.rules import Sums
+
+# Keep ratios at which each layer is narrowed alone; between them the logarithm of the divergence is nearly a line.
+SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)
+# Below what is no more than rounding.
+LEAST_KL = 1e-9
+
+
+def layer_gains(params: Params, rows: np.ndarray, context: int, prior: list[dict[str, Sums]]) -> np.ndarray:
+    """What each further part of a layer's neurons takes away from the KL divergence when that layer alone is narrowed.
+
+    Args:
+        params: dense weights.
+        rows: texts int32 [n, context + T + 1], as `measure` takes them.
+        context: tokens that the full model reads.
+        prior: per layer and rule, sums over a corpus.
+
+    Returns:
+        Float32 [L, PARTS] in nats per token, never rising along a layer: the slopes of the convex curve below the
+        measured one, so that parts may be handed out one by one, the most valuable first.
+
+    Raises:
+        CoreInferError: logits that are NaN or infinite.
+    """
+    L, core = params.config.num_layers, CoreConfig()
+    settings = [
+        Setting(PRIOR_RULE, share, core.compensation, core.prior_tokens, layers=(l / L, (l + 1) / L))
+        for l in range(L)
+        for share in SHARES
+    ]
+    _, measured = measure(params, rows, context, settings, prior=prior, name="layer by layer")
+    kl = np.array([one.kl.mean() for one in measured], np.float64).reshape(L, len(SHARES))
+    return np.stack([_falling(_lost(layer)) for layer in kl]).astype(np.float32)
+
+
+def _lost(kl: np.ndarray) -> np.ndarray:
+    """The divergence with 0, 1, ... PARTS parts kept, [PARTS + 1], from that at `SHARES` [S]."""
+    kept, known = np.arange(PARTS + 1) / PARTS, np.log(np.maximum(kl, LEAST_KL))
+    slope = (known[1] - known[0]) / (SHARES[1] - SHARES[0])
+    lost = np.exp(np.where(kept < SHARES[0], known[0] + slope * (kept - SHARES[0]), np.interp(kept, SHARES, known)))
+    # All neurons lose nothing, which has no logarithm: a line to 0.
+    to_all = (1 - kept) / (1 - SHARES[-1])
+    return np.where(kept > SHARES[-1], np.exp(known[-1]) * to_all, lost)
+
+
+def _falling(lost: np.ndarray) -> np.ndarray:
+    from scipy.optimize import isotonic_regression  # takes a second to import, which other commands need not wait for
+
+    return np.asarray(isotonic_regression(-np.diff(lost), increasing=False).x)

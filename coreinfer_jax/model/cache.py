@@ -1,0 +1,93 @@
+"""The KV cache: past keys and values, slot s of a row holding position s of that row."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+
+from coreinfer_jax.model.config import ModelConfig
+
+MIN_BUCKET = 64
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far.
+
+    Rows of a batch are stored from slot 0 whatever their lengths, so a query at position p may attend to slots
+    0 .. p and needs no other mask; what padding wrote beyond a row's length is overwritten before it can be seen.
+
+    Attributes:
+        keys: L arrays [B, G, S, H], in the model's dtype.
+        values: the same.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+
+    @property
+    def capacity(self) -> int:
+        """S, the positions a row can hold."""
+        return int(self.keys[0].shape[2])
+
+
+@partial(jax.jit, static_argnames=("config", "rows", "capacity", "dtype"))
+def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache for `rows` (B) rows of `capacity` (S) positions."""
+    shape = (rows, config.num_kv_heads, capacity, config.head_size)
+
+    def empty() -> tuple[Array, ...]:
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+    return KVCache(keys=empty(), values=empty())
+
+
+def cache_bytes(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> int:
+    """Bytes of `init_cache`."""
+    return 2 * config.num_layers * rows * config.num_kv_heads * capacity * config.head_size * dtype.itemsize
+
+
+def with_capacity(cache: KVCache, capacity: int) -> KVCache:
+    """`cache` with room for at least `capacity` positions per row."""
+    return cache if cache.capacity >= capacity else _grown(cache, capacity)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def _grown(cache: KVCache, capacity: int) -> KVCache:
+    room = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
+    return jax.tree.map(lambda array: jnp.pad(array, room), cache)
+
+
+def write(past: Array, new: Array, positions: Array) -> Array:
+    """`past` [B, G, S, H] with `new` [B, T, G, H] at slots `positions` [B, T]; positions outside 0 .. S-1 are dropped.
+
+    Dropping matters for padding only: `dynamic_update_slice` would shift a block that overhangs the end and
+    overwrite tokens that are there already.
+    """
+    B, T = positions.shape
+    if T == 1 and past.dtype.itemsize == 2 and _SCATTER_WIDENS:
+        return _write_slots(past, new, positions)
+    if B * T == 1:
+        # XLA turns a scatter of one slot into a dynamic_update_slice, fuses it twice and copies the whole cache in
+        # every decode step; with a second slot, which is dropped, it writes in place.
+        new = jnp.concatenate([new, new], axis=1)
+        positions = jnp.concatenate([positions, jnp.full_like(positions, past.shape[2])], axis=1)
+    return past.at[jnp.arange(B)[:, None], :, positions].set(new, mode="drop", unique_indices=True)
+
+
+# XLA's CPU code before JAX 0.11 makes a float32 copy of a 16-bit cache to scatter into it.
+_SCATTER_WIDENS = jax.__version_info__ < (0, 11)
+
+
+def _write_slots(past: Array, new: Array, positions: Array) -> Array:
+    """`write` for one slot per row, none beyond the end."""
+    for b in range(past.shape[0]):
+        past = lax.dynamic_update_slice(past, new[b : b + 1].swapaxes(1, 2), (b, 0, positions[b, 0], 0))
+    return past
+
+
+def bucket(length: int, least: int = MIN_BUCKET) -> int:
+    """The next power of two, at least `least`: programs are compiled per bucket and not per length."""
+    return max(least, 1 << (length - 1).bit_length())

@@ -1,0 +1,127 @@
+"""Narrowed weights: the MLPs of a model cut down to core neurons, by one gather per prompt."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.model.weights import Linear, Mlp, Params, check_params, leaf_bytes
+from coreinfer_jax.sparsity.neurons import CoreNeurons
+
+# Per layer of a model: kept neurons, [K] or [B, K], and what is added to the output for all others, [D] or [B, D].
+Indices = tuple[Array | None, ...]
+Offsets = tuple[Array | None, ...]
+
+
+def compact(params: Params, core: CoreNeurons) -> Params:
+    """`params` with every MLP narrowed to its core neurons; all other weights are shared, not copied.
+
+    The result computes what the full model computes with all other neurons' activations set to zero, plus the offsets
+    that `core` holds.
+
+    Args:
+        params: dense weights.
+        core: K indices per layer, or [B, K] with one set per row of the batches the result is meant for; layers
+            given as None stay dense.
+
+    Returns:
+        `Params` whose narrowed MLPs have gate and up [K, D] and down [D, K], or the same with a leading B.
+
+    Raises:
+        CoreInferError: `core` does not fit the model, or `params` are narrowed already.
+    """
+    check_core(core)
+    check_dense(params)
+    core.check(params.config)
+    return narrow(params, *on_device(core))
+
+
+def check_dense(params: Params) -> None:
+    """Refuse parameters that have been narrowed: their neurons are numbered differently."""
+    check_params(params)
+    dense = (params.config.mlp_size, params.config.hidden_size)
+    if any(layer.mlp.up.weight.shape != dense for layer in params.layers):
+        raise CoreInferError("params are narrowed to core neurons already: give the dense params of the model")
+
+
+def check_core(core: object) -> None:
+    """Refuse what is no `CoreNeurons`, such as the `CoreConfig` to choose them with."""
+    if not isinstance(core, CoreNeurons):
+        raise CoreInferError(f"core={shown(core)}: give CoreNeurons, for instance those of a Generation")
+
+
+def on_device(core: CoreNeurons) -> tuple[Indices, Offsets]:
+    """The arrays of core neurons, as `narrow` takes them."""
+    return _arrays(core.layers), _arrays(core.offsets)
+
+
+def _arrays(layers: tuple[np.ndarray | None, ...]) -> tuple[Array | None, ...]:
+    return tuple(None if layer is None else jnp.asarray(layer) for layer in layers)
+
+
+def narrow(params: Params, indices: Indices, offsets: Offsets) -> Params:
+    """`compact` with one index array per layer on the device, [K] or [B, K], or None for a dense layer."""
+    return _with_mlps(params, indices, offsets, _gather)
+
+
+def narrowed_shapes(params: Params, indices: Indices, offsets: Offsets) -> Params:
+    """The shapes and types of what `narrow` returns, in place of its narrowed arrays."""
+    return _with_mlps(params, indices, offsets, _gather.eval_shape)
+
+
+_Gather = Callable[[list[Mlp], list[Array], list[Array | None]], list[Mlp]]
+
+
+def _with_mlps(params: Params, indices: Indices, offsets: Offsets, gather: _Gather) -> Params:
+    """`params` with the MLPs of all layers that `indices` narrow replaced by what `gather` makes of them."""
+    chosen = {l: layer_indices for l, layer_indices in enumerate(indices) if layer_indices is not None}
+    # Only the MLPs pass through the compiled gather: whatever a jit returns untouched it copies.
+    gathered = gather([params.layers[l].mlp for l in chosen], list(chosen.values()), [offsets[l] for l in chosen])
+    narrowed = dict(zip(chosen, gathered, strict=True))
+    layers = tuple(replace(layer, mlp=narrowed[l]) if l in narrowed else layer for l, layer in enumerate(params.layers))
+    return replace(params.weights, layers=layers)
+
+
+def narrowed_bytes(params: Params, layers: tuple[int, ...], kept: int, sets: int) -> int:
+    """Bytes of matrices that `narrow` adds to dense `params`: `layers` cut to `kept` neurons, `sets` times."""
+    matrices = [
+        m for l in layers for m in (params.layers[l].mlp.gate, params.layers[l].mlp.up, params.layers[l].mlp.down)
+    ]
+    weights = sum(leaf_bytes(m.weight) for m in matrices if m is not None)
+    return weights // params.config.mlp_size * kept * sets
+
+
+@jax.jit
+def _gather(mlps: list[Mlp], indices: list[Array], offsets: list[Array | None]) -> list[Mlp]:
+    return [_gather_mlp(*layer) for layer in zip(mlps, indices, offsets, strict=True)]
+
+
+def _gather_mlp(mlp: Mlp, indices: Array, offset: Array | None) -> Mlp:
+    down = Linear(weight=_take(mlp.down.weight, indices, axis=1), bias=_shifted(mlp.down.bias, offset))
+    return Mlp(
+        gate=None if mlp.gate is None else _gather_rows(mlp.gate, indices), up=_gather_rows(mlp.up, indices), down=down
+    )
+
+
+def _shifted(bias: Array | None, offset: Array | None) -> Array | None:
+    """`bias` [D] plus float32 `offset` [D] or [B, D], where there are any."""
+    if bias is None or offset is None:
+        return bias if offset is None else offset
+    wide = bias.astype(offset.dtype)
+    return offset + (wide if offset.ndim == 1 else wide[None, :])
+
+
+def _gather_rows(linear: Linear, indices: Array) -> Linear:
+    bias = None if linear.bias is None else _take(linear.bias, indices, axis=0)
+    return Linear(weight=_take(linear.weight, indices, axis=0), bias=bias)
+
+
+def _take(weight: Array, indices: Array, axis: int) -> Array:
+    """Entries of `weight` along `axis`, for indices [K]; with indices [B, K] a leading B."""
+    if indices.ndim == 2:
+        return jax.vmap(lambda row: _take(weight, row, axis))(indices)
+    return jnp.take(weight, indices, axis=axis, mode="clip")

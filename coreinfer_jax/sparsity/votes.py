@@ -1,0 +1,278 @@
+"""From MLP activations to core neurons (paper, section 3.2): budgets, votes, the K neurons with the most votes.
+
+Everything streams: votes are counted layer by layer inside the prefill, from one layer's activations [B, T, F].
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from math import floor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.model.config import Budget, check_budget, check_fraction
+
+# float32 error that must not cost a token a neuron under the `mean` rule: alpha * mean is evaluated to about 3e-7, so
+# a product that truly lies less than this below a whole number counts as that number.
+MEAN_TOLERANCE = 1e-6
+# The activations of a row's block stay in a processor's cache while the bits of its cuts are found.
+TOKENS_PER_BLOCK = 64
+
+
+@struct.dataclass
+class Voting:
+    """Who votes, and with how many voices. Data of a compiled prefill, so a new alpha compiles nothing.
+
+    Attributes:
+        counted: bool [B, T]; False for padding and for a BOS token that is to be left out.
+        early: bool [B, T], the counted tokens whose votes are also counted apart, or None.
+        budgets: int32 [F + 1]; floor(alpha * c) for c positive neurons, evaluated in float64.
+        remainders: float32 [F + 1]; what that floor dropped.
+        alpha: float32 [].
+        budget: `per_token` or `mean`; part of the program.
+    """
+
+    counted: Array
+    early: Array | None
+    budgets: Array
+    remainders: Array
+    alpha: Array
+    budget: Budget = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Votes:
+    """What a layer's tokens voted.
+
+    Attributes:
+        counts: int32 [B, F].
+        sums: float32 [B, F] of activations, to break ties.
+        early: the same of the early tokens alone, None where nobody asked.
+    """
+
+    counts: Array
+    sums: Array
+    early: "Votes | None" = None
+
+
+def make_voting(
+    counted: np.ndarray, mlp_size: int, alpha: float, budget: Budget, early: np.ndarray | None = None
+) -> Voting:
+    """The `Voting` of tokens `counted` bool [B, T] in a model with `mlp_size` (F) neurons per layer.
+
+    The votes of tokens `early` bool [B, T], some of the counted ones, are also counted apart.
+    """
+    shares = alpha * np.arange(mlp_size + 1, dtype=np.float64)
+    floors = np.floor(shares)
+    return Voting(
+        counted=jnp.asarray(counted),
+        early=None if early is None else jnp.asarray(early),
+        budgets=jnp.asarray(floors.astype(np.int32)),
+        remainders=jnp.asarray((shares - floors).astype(np.float32)),
+        alpha=jnp.asarray(np.float32(alpha)),
+        budget=budget,
+    )
+
+
+@jax.named_scope("votes")
+def count_votes(activations: Array, voting: Voting) -> Votes:
+    """Votes f(n) of activations [B, T, F]: in how many counted tokens neuron n is a token-wise core neuron."""
+    budgets = _budgets(activations, voting)
+    # A CPU counts in its cache, block by block; an accelerator would start as many programs per block as for all.
+    return lax.platform_dependent(activations, budgets, voting, cpu=_count_by_blocks, default=_count_block)
+
+
+def token_core_neurons(activations: Array, voting: Voting) -> Array:
+    """The token-wise core neurons of activations [B, T, F]: bool [B, T, F], those of uncounted tokens included."""
+    return _chosen(activations, _budgets(activations, voting))
+
+
+def _budgets(activations: Array, voting: Voting) -> Array:
+    """How many neurons each token of activations [B, T, F] votes for, int32 [B, T]: never more than are positive."""
+    positives = _count(_positive_patterns(activations) > 0)
+    budgets = voting.budgets[positives] if voting.budget == "per_token" else _mean_budgets(positives, voting)
+    return jnp.minimum(budgets, positives)
+
+
+def _chosen(activations: Array, budgets: Array) -> Array:
+    """Mask [B, T, F] of the `budgets` [B, T] largest positive activations of each token."""
+    return _largest(_positive_patterns(activations), budgets, _unused_bits(activations.dtype))
+
+
+def _count_by_blocks(activations: Array, budgets: Array, voting: Voting) -> Votes:
+    """Votes of activations [B, T, F] with `budgets` [B, T], one block of tokens after the other."""
+
+    def votes_of(start: Array | int, size: int) -> Votes:
+        def cut(array: Array) -> Array:
+            return lax.dynamic_slice_in_dim(array, start, size, axis=1)
+
+        early = None if voting.early is None else cut(voting.early)
+        return _count_block(cut(activations), cut(budgets), replace(voting, counted=cut(voting.counted), early=early))
+
+    tokens = activations.shape[1]
+    size = min(tokens, TOKENS_PER_BLOCK)
+    blocks, rest = divmod(tokens, size)
+    # One block or what is left over comes first; padded prompts leave nothing over.
+    start = blocks - (0 if rest else 1)
+    first = votes_of(start * size, rest or size)
+
+    def add(i: Array, votes: Votes) -> Votes:
+        return jax.tree.map(jnp.add, votes, votes_of(i * size, size))
+
+    return lax.fori_loop(0, start, add, first)
+
+
+def _count_block(activations: Array, budgets: Array, voting: Voting) -> Votes:
+    """Votes of activations [B, T, F] with `budgets` [B, T], all tokens at once."""
+    chosen = _chosen(activations, budgets)
+    early = None if voting.early is None else _tally(chosen, activations, voting.early, None)
+    return _tally(chosen, activations, voting.counted, early)
+
+
+def _tally(chosen: Array, activations: Array, counted: Array, early: Votes | None) -> Votes:
+    """The votes of tokens `counted` [B, T] for their token-wise core neurons `chosen` [B, T, F]."""
+    mask = counted[:, :, None]
+    return Votes(
+        counts=jnp.sum(chosen & mask, axis=1, dtype=jnp.int32),
+        sums=jnp.sum(jnp.where(mask, activations, 0), axis=1, dtype=jnp.float32),
+        early=early,
+    )
+
+
+def all_finite(activations: Array, voting: Voting) -> Array:
+    """Whether the activations [B, T, F] of all counted tokens are finite: bool []."""
+    return (jnp.isfinite(activations) | ~voting.counted[:, :, None]).all()
+
+
+def _count(mask: Array) -> Array:
+    return jnp.sum(mask, axis=-1, dtype=jnp.int32)
+
+
+def _mean_budgets(positives: Array, voting: Voting) -> Array:
+    """floor(alpha * mean of the counted tokens' positives) for every token: [B, 1] from [B, T].
+
+    The mean q + r / n is split into a whole number, whose share is tabled in float64, and a fraction.
+    """
+    tokens = jnp.maximum(_count(voting.counted), 1).astype(jnp.uint32)
+    total = jnp.sum(jnp.where(voting.counted, positives, 0), axis=-1, dtype=jnp.uint32)
+    whole, rest = total // tokens, total % tokens
+    fraction = rest.astype(jnp.float32) / tokens.astype(jnp.float32)
+    carried = jnp.floor(voting.remainders[whole] + voting.alpha * fraction + MEAN_TOLERANCE).astype(jnp.int32)
+    return (voting.budgets[whole] + jnp.where(rest == 0, 0, carried))[:, None]
+
+
+def _positive_patterns(activations: Array) -> Array:
+    """Bits of each positive activation as int32, which ascend with its value; 0 for all others.
+
+    Compared as bits because XLA's CPU code takes numbers below 1e-38 for zero.
+    """
+    bits = lax.bitcast_convert_type(activations.astype(jnp.float32), jnp.int32)
+    return jnp.maximum(bits, 0)
+
+
+def _unused_bits(dtype: jnp.dtype) -> int:
+    """Low bits of a float32 that are zero in every value of a 16-bit `dtype`."""
+    return int(jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant)
+
+
+def _largest(patterns: Array, budgets: Array, unused_bits: int) -> Array:
+    """Mask [B, T, F] of each token's `budgets` [B, T] largest `patterns`, ties to the lower index.
+
+    The cut is found by bisection instead of sorting: the value at the cut is built bit by bit from the top, each bit
+    one count over F; the index up to which neurons equal to it still fit is found the same way.
+    """
+    cut = _largest_passing(budgets.shape, 30, unused_bits, lambda cut: _count(patterns >= cut[:, :, None]) >= budgets)
+    above, level = patterns > cut[:, :, None], patterns == cut[:, :, None]
+    fitting = budgets - _count(above)
+    size = patterns.shape[-1]
+    index = lax.broadcasted_iota(jnp.int32, patterns.shape, 2)
+
+    def fits(end: Array) -> Array:
+        return _count(level & (index < end[:, :, None])) <= fitting
+
+    def search() -> Array:
+        return _largest_passing(budgets.shape, size.bit_length() - 1, 0, fits)
+
+    # Few float32 values are equal, so that mostly all of those at the cut fit.
+    end = lax.cond((_count(level) > fitting).any(), search, lambda: jnp.full(budgets.shape, size, jnp.int32))
+    return above | (level & (index < end[:, :, None]))
+
+
+def _largest_passing(shape: tuple[int, ...], high_bit: int, low_bit: int, passes: Callable[[Array], Array]) -> Array:
+    """The largest int32 of bits low_bit .. high_bit that `passes`, entry by entry; larger ones must all fail."""
+
+    def try_bit(i: Array, found: Array) -> Array:
+        candidate = found | (1 << (high_bit - i))
+        return jnp.where(passes(candidate), candidate, found)
+
+    return lax.fori_loop(0, high_bit - low_bit + 1, try_bit, jnp.zeros(shape, jnp.int32))
+
+
+def kept_neurons(beta: float, mlp_size: int) -> int:
+    """K = max(1, floor(beta F)); the small addend keeps 0.29 * 100 from falling to 28."""
+    return max(1, floor(beta * mlp_size + 1e-9))
+
+
+def most_voted(votes: Votes, kept: int) -> Array:
+    """Ascending int32 [..., K] indices of the `kept` neurons with the most votes of `votes` [..., F].
+
+    Counts may be weighted ones, floats.
+
+    Ties go to the larger sum of activations, then to the lower index.
+    """
+    return jnp.sort(best_first(votes)[..., :kept], axis=-1)
+
+
+def best_first(votes: Votes) -> Array:
+    """All neurons of `votes` [..., F] in the order in which `most_voted` keeps them: int32 [..., F]."""
+    index = lax.broadcasted_iota(jnp.int32, votes.counts.shape, votes.counts.ndim - 1)
+    _, _, ranked = lax.sort((-votes.counts, -votes.sums, index), num_keys=2, is_stable=True)
+    return ranked
+
+
+@partial(jax.jit, static_argnames="kept")
+def _select(activations: Array, voting: Voting, kept: int) -> Array:
+    return most_voted(count_votes(activations[None], voting), kept)[0]
+
+
+def select_core_neurons(
+    activations: Array, alpha: float = 0.4, beta: float = 0.4, budget: Budget = "per_token"
+) -> Array:
+    """Sentence-wise core neurons of one layer (paper, section 3.2).
+
+    A neuron gets a vote from every token whose largest positive activations it is among: the
+    floor(alpha * count of positives) largest under `per_token`, floor(alpha * mean count over the tokens) under
+    `mean`, the rule of the authors' code. The K = max(1, floor(beta F)) neurons with the most votes are kept.
+
+    Args:
+        activations: [T, F], floating, the inputs of a layer's down projection for T tokens.
+        alpha: share of a token's positive neurons that get its vote, in (0, 1].
+        beta: keep ratio, in (0, 1].
+        budget: `per_token` or `mean`.
+
+    Returns:
+        Ascending int32 [K].
+
+    Raises:
+        CoreInferError: not [T, F] floats, T = 0 or F = 0, a NaN or infinity, or a setting outside its range.
+    """
+    check_fraction("alpha", alpha)
+    check_fraction("beta", beta)
+    check_budget(budget)
+    try:
+        activations = jnp.asarray(activations)
+    except (TypeError, ValueError) as error:
+        raise CoreInferError(f"activations: {type(activations).__name__}; give floats [tokens, neurons]") from error
+    if activations.ndim != 2 or 0 in activations.shape or not jnp.issubdtype(activations.dtype, jnp.floating):
+        raise CoreInferError(
+            f"activations of shape {activations.shape}, {activations.dtype}: give floats [tokens, neurons], not empty"
+        )
+    if not isinstance(activations, jax.core.Tracer) and not bool(jnp.isfinite(activations).all()):
+        raise CoreInferError("activations hold NaN or infinity: check the weights they were computed with")
+    T, F = activations.shape
+    return _select(activations, make_voting(np.ones((1, T), bool), F, alpha, budget), kept_neurons(beta, F))

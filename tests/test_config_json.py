@@ -1,0 +1,319 @@
+"""config.json of every published spelling and size -> `ModelConfig`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.io.config_json import model_config, read_model_config
+from coreinfer_jax.model.config import Rope
+
+OPT = {
+    "model_type": "opt",
+    "vocab_size": 50272,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "ffn_dim": 3072,
+    "num_attention_heads": 12,
+}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+}
+FAMILIES = {"opt": OPT, "llama": LLAMA}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def refusal(fields: dict) -> str:
+    with pytest.raises(CoreInferError) as caught:
+        model_config(fields)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# From the OPT paper (arXiv 2205.01068), table 1; 350m's odd ones from its config on the hub.
+@pytest.mark.parametrize(
+    ("hidden", "layers", "heads", "special"),
+    [
+        pytest.param(768, 12, 12, {}, id="125m"),
+        pytest.param(1024, 24, 16, {"word_embed_proj_dim": 512, "do_layer_norm_before": False}, id="350m"),
+        pytest.param(2048, 24, 32, {}, id="1.3b"),
+        pytest.param(2560, 32, 32, {}, id="2.7b"),
+        pytest.param(4096, 32, 32, {}, id="6.7b"),
+        pytest.param(5120, 40, 40, {}, id="13b"),
+        pytest.param(7168, 48, 56, {}, id="30b"),
+        pytest.param(9216, 64, 72, {}, id="66b"),
+    ],
+)
+def test_published_opt_sizes(hidden, layers, heads, special):
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "ffn_dim": 4 * hidden}
+    always = {"word_embed_proj_dim": hidden, "do_layer_norm_before": True, "max_position_embeddings": 2048}
+    config = model_config(OPT | sizes | always | special)
+    assert (config.hidden_size, config.num_layers, config.num_heads, config.num_kv_heads) == (
+        hidden,
+        layers,
+        heads,
+        heads,
+    )
+    assert (config.mlp_size, config.head_size * heads, config.max_positions) == (4 * hidden, hidden, 2048)
+    assert (config.activation, config.norm_eps, config.rope) == ("relu", 1e-5, None)
+    assert config.embed_size == special.get("word_embed_proj_dim", hidden)
+    assert config.norm_first == config.final_norm == (not special)
+    assert config.tied
+    assert config.attention_bias
+    assert config.mlp_bias
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        pytest.param(
+            {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+            {"num_kv_heads": 32, "head_size": 128, "mlp_size": 11008, "max_positions": 4096, "tied": False},
+            id="2-7b",
+        ),
+        pytest.param(
+            {
+                "hidden_size": 8192,
+                "num_hidden_layers": 80,
+                "num_attention_heads": 64,
+                "num_key_value_heads": 8,
+                "intermediate_size": 28672,
+                "rms_norm_eps": 1e-5,
+            },
+            {"num_layers": 80, "num_heads": 64, "num_kv_heads": 8, "head_size": 128, "mlp_size": 28672},
+            id="2-70b",
+        ),
+        pytest.param(
+            {
+                "vocab_size": 128256,
+                "intermediate_size": 14336,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 500000.0,
+                "rope_scaling": LLAMA3_ROPE,
+                "eos_token_id": [128001, 128008, 128009],
+            },
+            {
+                "vocab_size": 128256,
+                "num_kv_heads": 8,
+                "max_positions": 131072,
+                "rope": Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 8192),
+                "eos_ids": (128001, 128008, 128009),
+            },
+            id="3.1-8b",
+        ),
+        pytest.param(
+            {
+                "hidden_size": 2048,
+                "num_hidden_layers": 16,
+                "intermediate_size": 8192,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "tie_word_embeddings": True,
+                "rms_norm_eps": 1e-5,
+                "rope_parameters": LLAMA3_ROPE | {"factor": 32.0, "rope_theta": 500000.0},
+            },
+            {
+                "hidden_size": 2048,
+                "num_layers": 16,
+                "head_size": 64,
+                "tied": True,
+                "rope": Rope(500000.0, "llama3", 32.0, 1.0, 4.0, 8192),
+            },
+            id="3.2-1b",
+        ),
+    ],
+)
+def test_published_llama_shapes(fields, expected):
+    config = model_config(LLAMA | fields)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (config.activation, config.norm_eps, config.embed_size) == ("silu", 1e-5, config.hidden_size)
+    assert (config.norm_first, config.final_norm, config.attention_bias, config.mlp_bias) == (True, True, False, False)
+
+
+@pytest.mark.parametrize("kind_key", ["rope_type", "type"])
+@pytest.mark.parametrize(
+    ("scaling", "rope"),
+    [
+        ({"rope_type": "default"}, Rope(5e5)),
+        ({"rope_type": "linear", "factor": 2.0}, Rope(5e5, "linear", 2.0)),
+        (LLAMA3_ROPE, Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)),
+    ],
+    ids=["default", "linear", "llama3"],
+)
+def test_both_rotary_spellings_mean_the_same(scaling, rope, kind_key):
+    old = {kind_key if name == "rope_type" else name: value for name, value in scaling.items()}
+    version_4 = model_config(LLAMA | {"rope_theta": 5e5, "rope_scaling": old})
+    version_5 = model_config(LLAMA | {"rope_parameters": scaling | {"rope_theta": 5e5}})
+    assert version_4 == version_5
+    assert version_4.rope == rope
+
+
+def test_no_scaling_is_spelled_null_or_not_at_all():
+    assert model_config(LLAMA | {"rope_scaling": None, "rope_parameters": None}) == model_config(LLAMA)
+
+
+# What transformers' OPTConfig and LlamaConfig take for absent fields.
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        (
+            "opt",
+            {"max_positions": 2048, "embed_size": 768, "tied": True, "norm_first": True, "final_norm": True}
+            | {"attention_bias": True, "mlp_bias": True, "num_kv_heads": 12, "head_size": 64, "norm_eps": 1e-5},
+        ),
+        (
+            "llama",
+            {"max_positions": 2048, "tied": False, "activation": "silu", "norm_eps": 1e-6, "rope": Rope(10_000.0)}
+            | {"attention_bias": False, "mlp_bias": False, "num_kv_heads": 32, "head_size": 128},
+        ),
+    ],
+)
+def test_defaults(family, expected):
+    config = model_config(FAMILIES[family])
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (config.bos_id, config.eos_ids, config.pad_id) == (None, (), None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_null_counts_as_absent(family):
+    optional = ("max_position_embeddings", "num_key_value_heads", "head_dim", "word_embed_proj_dim", "eos_token_id")
+    assert model_config(FAMILIES[family] | dict.fromkeys(optional)) == model_config(FAMILIES[family])
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "config_fields"),
+    [
+        ("opt", {"enable_bias": False}, {"attention_bias": False, "mlp_bias": False}),
+        ("opt", {"_remove_final_layer_norm": True}, {"final_norm": False, "norm_first": True}),
+        ("opt", {"tie_word_embeddings": False}, {"tied": False}),
+        ("llama", {"attention_bias": True}, {"attention_bias": True, "mlp_bias": False}),
+        ("llama", {"mlp_bias": True}, {"attention_bias": False, "mlp_bias": True}),
+        ("llama", {"hidden_act": "relu"}, {"activation": "relu"}),
+        (
+            "llama",
+            {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+            {"bos_id": 1, "eos_ids": (2,), "pad_id": 0},
+        ),
+    ],
+)
+def test_fields_that_are_implemented(family, fields, config_fields):
+    config = model_config(FAMILIES[family] | fields)
+    assert {name: getattr(config, name) for name in config_fields} == config_fields
+
+
+NOT_IMPLEMENTED = [
+    ("opt", "activation_function", "gelu"),
+    ("opt", "layer_norm_elementwise_affine", False),
+    ("opt", "quantization_config", {"bits": 4}),
+    ("opt", "auto_map", {"AutoModel": "modeling.Mine"}),
+    ("opt", "is_encoder_decoder", True),
+    ("opt", "add_cross_attention", True),
+    ("opt", "architectures", ["OPTForSequenceClassification"]),
+    ("llama", "quantization_config", {"quant_method": "gptq"}),
+    ("llama", "hidden_act", "gelu"),
+    ("llama", "partial_rotary_factor", 0.5),
+    ("llama", "sliding_window", 4096),
+    ("llama", "rope_scaling", {"type": "dynamic", "factor": 2.0}),
+    ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+    ("llama", "rope_scaling", {"rope_type": "longrope"}),
+    ("llama", "rope_scaling", {"rope_type": "linear"}),
+    ("llama", "rope_scaling", {"rope_type": "linear", "factor": "two"}),
+    ("llama", "rope_parameters", {"rope_type": "llama3", "factor": 8.0}),
+    ("llama", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.25}),
+    ("llama", "rope_scaling", "linear"),
+    ("llama", "architectures", ["LlamaForSequenceClassification"]),
+]
+
+
+@pytest.mark.parametrize(("family", "field", "value"), NOT_IMPLEMENTED)
+def test_what_changes_the_computation_is_refused(family, field, value):
+    assert field in refusal(FAMILIES[family] | {field: value})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_wrong_is_named_in_one_error(family):
+    wrong = {field: value for name, field, value in NOT_IMPLEMENTED if name == family and field != "rope_parameters"}
+    message = refusal({"model_type": family, "vocab_size": 0} | wrong)
+    named = [*wrong, "vocab_size=0", "missing hidden_size", "num_hidden_layers", "num_attention_heads"]
+    assert [name for name in named if name not in message] == []
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.5, "init_std": 0.02},
+        {"torch_dtype": "float16", "dtype": "bfloat16", "use_cache": False, "transformers_version": "4.21.0"},
+        {"quantization_config": None, "partial_rotary_factor": 1.0, "activation_function": "relu"},
+        {"my_note": "trained at home"},
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_harmless_fields_are_ignored(family, harmless):
+    assert model_config(FAMILIES[family] | harmless) == model_config(FAMILIES[family])
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mistral", None, 3, ["opt"]])
+def test_other_families_are_refused(model_type):
+    assert repr(model_type) in refusal(OPT | {"model_type": model_type})
+
+
+@pytest.mark.parametrize(("family", "field"), [(family, field) for family in FAMILIES for field in FAMILIES[family]])
+def test_missing_fields_are_named(family, field):
+    assert field in refusal({name: value for name, value in FAMILIES[family].items() if name != field})
+
+
+@pytest.mark.parametrize("value", [0, -1, "768", True, 12.0, [768]])
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [(family, field) for family in FAMILIES for field in FAMILIES[family] if field != "model_type"]
+    + [("opt", "word_embed_proj_dim"), ("llama", "num_key_value_heads"), ("llama", "head_dim")]
+    + [("llama", "max_position_embeddings")],
+)
+def test_sizes_are_whole_numbers_above_0(family, field, value):
+    assert f"{field}={value!r}" in refusal(FAMILIES[family] | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"hidden_size": 4100}, "hidden_size=4100"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads=5"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small'"),
+        ({"rope_theta": "large"}, "rope_theta='large'"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
+        ({"bos_token_id": [1]}, "bos_token_id=[1]"),
+        ({"head_dim": 65}, "head_dim=65"),
+        ({"architectures": 5}, "architectures=5"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling with a factor but without a type"),
+        ({"rope_parameters": {"rope_theta": -5.0}}, "rope_parameters.rope_theta=-5.0"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "together"),
+    ],
+)
+def test_other_values_that_make_no_model(fields, named):
+    assert named in refusal(LLAMA | fields)
+
+
+@pytest.mark.parametrize(
+    ("generation", "eos_ids"),
+    [(None, (2,)), ({}, (2,)), ({"eos_token_id": 7}, (7,)), ({"eos_token_id": [7, 9]}, (7, 9))],
+)
+def test_eos_of_generation_config_goes_first(tmp_path: Path, generation, eos_ids):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 2}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert read_model_config(tmp_path).eos_ids == eos_ids

@@ -1,0 +1,112 @@
+"""Narrowed weights against the full model with the other neurons masked out."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coreinfer_jax as ci
+from coreinfer_jax.model.layers import linear, mlp_activations
+from coreinfer_jax.model.weights import Params
+from tests.support import LLAMA, MODELS, OPT, random_model
+
+TOKENS = np.random.default_rng(0).integers(3, 101, (2, 17))
+
+
+def random_core(config: ci.ModelConfig, kept: int, seed: int = 0, rows: int | None = None) -> ci.CoreNeurons:
+    rng = np.random.default_rng(seed)
+
+    def draw() -> np.ndarray:
+        return np.sort(rng.choice(config.mlp_size, kept, replace=False))
+
+    return ci.CoreNeurons(
+        draw() if rows is None else np.stack([draw() for _ in range(rows)]) for _ in range(config.num_layers)
+    )
+
+
+def masked(params: Params, core: ci.CoreNeurons) -> Params:
+    """Full-width params whose other neurons have a zero column in the down projection."""
+
+    def layer(l: int):
+        original = params.layers[l]
+        keep = np.zeros(params.config.mlp_size, np.float32)
+        keep[core.layers[l]] = 1
+        down = original.mlp.down.replace(weight=original.mlp.down.weight * keep[None, :])
+        return original.replace(mlp=original.mlp.replace(down=down))
+
+    return params.replace(layers=tuple(layer(l) for l in range(len(params.layers))))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kept", [1, 40, 96])
+def test_compacted_mlp_equals_masked_full_width_mlp(name: str, kept: int) -> None:
+    config = replace(MODELS[name], mlp_bias=True)
+    params = random_model(config)
+    core = random_core(config, kept)
+    x = jax.random.normal(jax.random.key(1), (2, 5, config.hidden_size))
+    narrow, full = ci.compact(params, core).layers[1].mlp, params.layers[1].mlp
+    mask = np.zeros(config.mlp_size, np.float32)
+    mask[core.layers[1]] = 1
+    expected = linear(mlp_activations(x, full, config)[0] * mask[None, None, :], full.down)
+    assert narrow.up.weight.shape == (kept, config.hidden_size)
+    assert narrow.down.weight.shape == (config.hidden_size, kept)
+    np.testing.assert_allclose(linear(mlp_activations(x, narrow, config)[0], narrow.down), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_static_core_gives_the_logits_of_compacted_params(name: str) -> None:
+    params, core = random_model(MODELS[name]), random_core(MODELS[name], 30)
+    static = jax.jit(ci.forward, static_argnames="core")
+    expected = np.asarray(ci.forward(masked(params, core), TOKENS))
+    np.testing.assert_allclose(static(params, TOKENS, core=core), expected, atol=1e-4)
+    np.testing.assert_allclose(ci.forward(params, TOKENS, core), expected, atol=1e-4)
+    np.testing.assert_allclose(ci.forward(ci.compact(params, core), TOKENS), expected, atol=1e-4)
+    programs = static._cache_size()
+    static(params, TOKENS, core=ci.CoreNeurons([indices.tolist() for indices in core.layers]))
+    assert static._cache_size() == programs, "an equal set compiles nothing"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_per_row_core_neurons_equal_each_row_alone(name: str) -> None:
+    params, core = random_model(MODELS[name]), random_core(MODELS[name], 30, rows=2)
+    both = np.asarray(ci.forward(params, TOKENS, core))
+    for b in range(2):
+        np.testing.assert_allclose(both[b], ci.forward(params, TOKENS[b : b + 1], core.row(b))[0], atol=1e-4)
+
+
+def test_layers_left_dense_keep_their_arrays() -> None:
+    params = random_model(OPT)
+    narrow = ci.compact(params, ci.CoreNeurons([None, [0, 5], None]))
+    assert [layer.mlp.width for layer in narrow.layers] == [96, 2, 96]
+    assert narrow.layers[0].mlp.up.weight is params.layers[0].mlp.up.weight
+    assert narrow.token_embedding is params.token_embedding
+    assert narrow.layers[1].attention.query.weight is params.layers[1].attention.query.weight
+
+
+def test_core_neurons_are_values() -> None:
+    first, same, other = ci.CoreNeurons([[1, 2], None]), ci.CoreNeurons(([1, 2], None)), ci.CoreNeurons([[1, 3], None])
+    assert first == same
+    assert hash(first) == hash(same)
+    assert len({first, same, other}) == 2
+    with pytest.raises(ValueError, match="read-only"):
+        first.layers[0][0] = 7
+    # The digest tells shapes and dense layers apart, not only the indices in a row.
+    assert len({ci.CoreNeurons([[[0, 1]]]), ci.CoreNeurons([[0, 1]]), ci.CoreNeurons([[0, 1], None])}) == 3
+
+
+def test_core_neurons_do_not_follow_the_caller_array() -> None:
+    indices = np.array([1, 2], np.int32)
+    core = ci.CoreNeurons([indices])
+    indices[0] = 0
+    assert core.layers[0].tolist() == [1, 2]
+
+
+def test_gradients_flow_through_narrowed_params() -> None:
+    params, core = random_model(LLAMA), random_core(LLAMA, 30)
+    grads = jax.grad(lambda p: jnp.mean(ci.forward(p, jnp.asarray(TOKENS), core) ** 2))(params)
+    outside = np.setdiff1d(np.arange(LLAMA.mlp_size), core.layers[0])
+    moved = np.abs(np.asarray(grads.layers[0].mlp.up.weight)).sum(axis=1)
+    assert (moved[core.layers[0]] > 0).all()
+    assert (moved[outside] == 0).all()
