@@ -43,7 +43,7 @@ from tests.test_bad_input import refusal, table
 from tests.test_clusters import Letters
 from tests.test_compilation import traced
 from tests.test_prediction import top, voted
-from tests.test_select import reference_votes
+from tests.test_votes import reference_votes
 
 # Two layers: what takes time here is compiling.
 OPT, LLAMA = (replace(config, num_layers=2) for config in (support.OPT, support.LLAMA))

@@ -20,6 +20,7 @@ from coreinfer_jax.files import new_directory
 from coreinfer_jax.io.export import write_hugging_face
 from coreinfer_jax.lab.training import Recipe, checkpoints, train, trainer
 from coreinfer_jax.lab.training.checkpoints import History, save_state
+from coreinfer_jax.lab.training.preparation import CHECKPOINT, TOKENS
 from coreinfer_jax.lab.training.recipe import TrainState, initial_params, initial_state, model_config
 from coreinfer_jax.model.weights import Params
 from tests.support import LLAMA, OPT, random_model
@@ -656,7 +657,7 @@ def begun(tmp_path, monkeypatch) -> Path:
         train(here / "run", [here / "text.txt"], tiny())
     monkeypatch.undo()
     monkeypatch.setattr(trainer, "train_step", lambda *arguments: pytest.fail("a step was taken"))
-    save_state(here / "run" / trainer.CHECKPOINT, blank_state(tiny()), History([5.5], [], 1.0))
+    save_state(here / "run" / CHECKPOINT, blank_state(tiny()), History([5.5], [], 1.0))
     return here / "run"
 
 
@@ -679,7 +680,7 @@ def cut(file: Path) -> None:
 
 
 def history_of(folder: Path, metadata: dict[str, str] | None) -> None:
-    save_file(load_file(folder / trainer.CHECKPOINT), folder / trainer.CHECKPOINT, metadata)
+    save_file(load_file(folder / CHECKPOINT), folder / CHECKPOINT, metadata)
 
 
 @table(
@@ -695,42 +696,40 @@ def history_of(folder: Path, metadata: dict[str, str] | None) -> None:
             lambda folder: written(folder.parent / "text.txt", "a\n<|endoftext|>\nb"),
             "other settings (texts)",
         ),
-        "no tokens": (lambda folder: (folder / trainer.TOKENS).unlink(), "tokens.safetensors: cannot be read"),
-        "tokens cut": (lambda folder: cut(folder / trainer.TOKENS), "tokens.safetensors: cannot be read"),
+        "no tokens": (lambda folder: (folder / TOKENS).unlink(), "tokens.safetensors: cannot be read"),
+        "tokens cut": (lambda folder: cut(folder / TOKENS), "tokens.safetensors: cannot be read"),
         "tokens of other texts": (
-            lambda folder: save_file({"other.txt/train": np.zeros(99, np.uint16)}, folder / trainer.TOKENS),
+            lambda folder: save_file({"other.txt/train": np.zeros(99, np.uint16)}, folder / TOKENS),
             "tokens.safetensors: cannot be read ('text.txt/train')",
         ),
         "tokens beyond the vocabulary": (
             lambda folder: save_file(
                 {f"text.txt/{part}": np.full(99, 280, np.uint16) for part in ("train", "held_out")},
-                folder / trainer.TOKENS,
+                folder / TOKENS,
             ),
             "text.txt/train are not this run's tokens",
         ),
         "too few tokens": (
             lambda folder: save_file(
-                {f"text.txt/{part}": np.zeros(9, np.uint16) for part in ("train", "held_out")}, folder / trainer.TOKENS
+                {f"text.txt/{part}": np.zeros(9, np.uint16) for part in ("train", "held_out")}, folder / TOKENS
             ),
             "text.txt/train are not this run's tokens",
         ),
-        "a checkpoint cut": (lambda folder: cut(folder / trainer.CHECKPOINT), "not a checkpoint of this run"),
+        "a checkpoint cut": (lambda folder: cut(folder / CHECKPOINT), "not a checkpoint of this run"),
         "an empty checkpoint": (
-            lambda folder: written(folder / trainer.CHECKPOINT, ""),
+            lambda folder: written(folder / CHECKPOINT, ""),
             "not a checkpoint of this run",
         ),
         "another file for a checkpoint": (
-            lambda folder: written(folder / trainer.CHECKPOINT, "no weights at all" * 99),
+            lambda folder: written(folder / CHECKPOINT, "no weights at all" * 99),
             "not a checkpoint of this run",
         ),
         "another model's checkpoint": (
-            lambda folder: save_state(
-                folder / trainer.CHECKPOINT, blank_state(tiny(mlp_size=24)), History([5.5], [], 1.0)
-            ),
+            lambda folder: save_state(folder / CHECKPOINT, blank_state(tiny(mlp_size=24)), History([5.5], [], 1.0)),
             "mlp.up.weight is float32 [24, 8]",
         ),
         "a checkpoint without some weights": (
-            lambda folder: save_file({".step": np.array(1, np.int32)}, folder / trainer.CHECKPOINT, {"history": "{}"}),
+            lambda folder: save_file({".step": np.array(1, np.int32)}, folder / CHECKPOINT, {"history": "{}"}),
             "does not contain tensor",
         ),
         "a checkpoint without its history": (lambda folder: history_of(folder, None), "not a checkpoint of this run"),
@@ -751,7 +750,7 @@ def history_of(folder: Path, metadata: dict[str, str] | None) -> None:
             "not a checkpoint of this run",
         ),
         "a history of other steps": (
-            lambda folder: save_state(folder / trainer.CHECKPOINT, blank_state(tiny()), History([5.5, 5.4], [], 1.0)),
+            lambda folder: save_state(folder / CHECKPOINT, blank_state(tiny()), History([5.5, 5.4], [], 1.0)),
             "2 losses after 1 steps",
         ),
     }
@@ -839,6 +838,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(begun, monkey
 
     before = contents(begun)
     monkeypatch.setattr(checkpoints, "save_file", fail)
-    message = refusal(lambda: save_state(begun / trainer.CHECKPOINT, blank_state(tiny()), History([5.0], [], 1.0)))
-    assert message.startswith(f"{begun / trainer.CHECKPOINT}: cannot be written (")
+    message = refusal(lambda: save_state(begun / CHECKPOINT, blank_state(tiny()), History([5.0], [], 1.0)))
+    assert message.startswith(f"{begun / CHECKPOINT}: cannot be written (")
     assert contents(begun) == before

@@ -25,7 +25,7 @@ from coreinfer_jax.model.weights import named_leaves, random_params
 from tests.support import LLAMA, OPT, random_model
 from tests.test_bad_input import refusal
 from tests.test_prediction import activations, voted
-from tests.test_select import reference_votes
+from tests.test_votes import reference_votes
 
 L, F = OPT.num_layers, OPT.mlp_size
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import coreinfer_jax as ci
 from coreinfer_jax.model import extend, unembed
 from coreinfer_jax.model.cache import KVCache, bucket, init_cache
 from tests.support import LLAMA, MODELS, OPT, check_same_core, random_model
-from tests.test_select import reference_selection
+from tests.test_votes import reference_selection
 
 RNG = np.random.default_rng(0)
 # The paper's rule at any keep ratio.

@@ -18,7 +18,7 @@ from coreinfer_jax.sparsity.votes import Votes
 from tests.support import LLAMA, OPT, check_same_core, random_model
 from tests.test_bad_input import refusal
 from tests.test_compilation import traced
-from tests.test_select import reference_votes
+from tests.test_votes import reference_votes
 
 L, F = OPT.num_layers, OPT.mlp_size
 LAYER, VECTOR = 2, 0.25
