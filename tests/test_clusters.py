@@ -17,7 +17,7 @@ import coreinfer_jax as ci
 from coreinfer_jax.cli import main
 from coreinfer_jax.files import locked
 from coreinfer_jax.io.native import write_native
-from coreinfer_jax.lab.clustering import votes
+from coreinfer_jax.lab.clustering import counting
 from coreinfer_jax.lab.clustering.grouping import deciding_layer, elbow, group_by_kmeans, group_by_labels
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint
@@ -117,9 +117,9 @@ def test_what_is_built_is_what_is_loaded(tmp_path: Path) -> None:
 
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / "whole", k=2)
-    monkeypatch.setattr(votes, "BATCH_TOKENS", 256)
+    monkeypatch.setattr(counting, "BATCH_TOKENS", 256)
     counted: list[int] = []
-    count = votes._count
+    count = counting._count
 
     def interrupted(*arguments: object) -> object:
         if len(counted) == 2:
@@ -127,7 +127,7 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
         counted.append(1)
         return count(*arguments)
 
-    monkeypatch.setattr(votes, "_count", interrupted)
+    monkeypatch.setattr(counting, "_count", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "parts", k=2)
     assert len(list((tmp_path / "parts.votes").glob("votes-*"))) == 2
@@ -138,7 +138,7 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     with locked(tmp_path / "parts.votes"):
         assert "another build" in refusal(lambda: build(tmp_path / "parts", k=2))
     counted.clear()
-    monkeypatch.setattr(votes, "_count", lambda *arguments: counted.append(1) or count(*arguments))
+    monkeypatch.setattr(counting, "_count", lambda *arguments: counted.append(1) or count(*arguments))
     build(tmp_path / "parts", k=2, seed=0)
     assert 0 < len(counted) == len(votes.plan_batches([Letters().encode(text) for text in TEXTS])) - 2
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
