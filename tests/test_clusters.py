@@ -140,7 +140,7 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     counted.clear()
     monkeypatch.setattr(counting, "_count", lambda *arguments: counted.append(1) or count(*arguments))
     build(tmp_path / "parts", k=2, seed=0)
-    assert 0 < len(counted) == len(votes.plan_batches([Letters().encode(text) for text in TEXTS])) - 2
+    assert 0 < len(counted) == len(counting.plan_batches([Letters().encode(text) for text in TEXTS])) - 2
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert not (tmp_path / "parts.votes").exists()
 
