@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from benchmarks import (
+    continuations,
     decode,
     embedded_calibration,
     first_run,
-    free_running,
     group_switch,
     keep_ratio,
     prediction,
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "free-running",
         "what generations by themselves look like",
-        lambda o: free_running.measure(o.texts, o.models),
+        lambda o: continuations.measure(o.texts, o.models),
         _add_quality_options,
     )
     _add(commands, "calibrate-embedded", "write the embedded models' calibrations", _calibrate, _add_texts)

@@ -23,7 +23,10 @@ def _perplexity() -> list[list[str]]:
     numbers = [_committed(model, "perplexity") for model in MODELS]
     shares = numbers[0]["shares"]
     dense = [f"{own['perplexity'][name]:.1f}" for name in ("dense", "dense_continuation") for own in numbers]
-    rows += [["perplexity of texts, all neurons", "", *dense[:2]], ["of continuations, all neurons", "", *dense[2:]]]
+    rows += [
+        ["perplexity of texts, all neurons", "", *dense[:2]],
+        ["perplexity of continuations, all neurons", "", *dense[2:]],
+    ]
     asked = [
         *(("token", "dense", f"texts, alpha {share:g}", share) for share in (0.2, 0.4, 1.0)),
         *(("text", "dense", f"texts, beta {share:g}", share) for share in (0.2, 0.3, 0.4, 0.7)),
@@ -36,12 +39,12 @@ def _perplexity() -> list[list[str]]:
     for name, dense_name, title, share in asked:
         found = [own["perplexity"] for own in numbers]
         ratios = [f"{own[name][shares.index(share)] / own[dense_name]:.2f}" for own in found]
-        rows.append([f"{title}: times as much", paper.get(title, ""), *ratios])
+        rows.append([f"{title}: times that of all neurons", paper.get(title, ""), *ratios])
     return rows
 
 
 def _extension() -> list[list[str]]:
-    rows = [["length, tokens added", "paper", *MODELS]]
+    rows = [["length + tokens added", "paper", *MODELS]]
     numbers = [_committed(model, "extension") for model in MODELS]
     pairs = list(zip(numbers[0]["original_tokens"], numbers[0]["added_tokens"], strict=True))
     for pair, paper in [
@@ -89,14 +92,14 @@ def _pair() -> list[list[str]]:
         rows.append([f"{title}, all layers together", paper, *(f"{found['all']:.2f}" for found in own)])
         ranges = [f"{min(found['layers']):.2f} to {max(found['layers']):.2f}" for found in own]
         rows.append([f"{title}, single layers", "", *ranges])
-        rows.append([f"{title}, tokens in common, no model", "", *(f"{found['same_tokens']:.2f}" for found in own)])
+        rows.append([f"{title}, common tokens, no model", "", *(f"{found['same_tokens']:.2f}" for found in own)])
     return rows
 
 
 def _recall() -> list[list[str]]:
     numbers = [_committed(model, "recall") for model in MODELS]
     methods = ("own", "group", "fused", "figure")
-    rows = [["prompt", *(f"{model}: {method}" for model in MODELS for method in methods)]]
+    rows = [["prompt tokens", *(f"{model}: {method}" for model in MODELS for method in methods)]]
     for i, n in enumerate(numbers[0]["prompt_tokens"]):
         cells = []
         for own in numbers:
@@ -110,13 +113,13 @@ def _voted() -> list[list[str]]:
     numbers = [_committed(model, "recall") for model in MODELS]
     shares = [[f"{100 * share:.0f} %" for share in own["voted"]] for own in numbers]
     return [
-        ["prompt", *MODELS],
+        ["prompt tokens", *MODELS],
         *([str(n), *own] for n, *own in zip(numbers[0]["prompt_tokens"], *shares, strict=True)),
     ]
 
 
 def _crossover() -> list[list[str]]:
-    rows = [["beta, to be found", *(f"{model}: {what}" for model in MODELS for what in ("tokens", "figure"))]]
+    rows = [["beta, neurons to be found", *(f"{model}: {what}" for model in MODELS for what in ("tokens", "figure"))]]
     titles = {"with_prompt": "prompt and continuation", "continuation": "the continuation alone"}
     for beta, folder in (("0.4", ""), ("0.7", "-beta-0.7")):
         for truth, title in titles.items():

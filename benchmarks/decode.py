@@ -21,8 +21,8 @@ from benchmarks.contenders.trial import Trial
 from benchmarks.environment import REPOSITORY, environment, spread
 from benchmarks.shapes import Fields, shape_config, shape_fields
 from benchmarks.tables import shown_range
+from coreinfer_jax.checks import check_fraction
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.model.config import check_fraction
 
 KEEPS = (0.4, 0.2)
 DTYPES = ("float32", "bfloat16")

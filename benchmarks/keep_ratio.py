@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 import coreinfer_jax as ci
 from benchmarks.environment import environment
-from coreinfer_jax.lab.evaluation import Setting, Texts, evaluate
+from coreinfer_jax.lab.evaluation import Texts, evaluate
+from coreinfer_jax.lab.evaluation.settings import prior_of, without_prior
 from coreinfer_jax.lab.training.windows import read_text
 from coreinfer_jax.model.fingerprint import fingerprint
-from coreinfer_jax.model.weights import Params, abstract_params, weight_bytes_per_step
+from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import Params, weight_bytes_per_step
 from coreinfer_jax.sparsity.votes import kept_neurons
 from coreinfer_jax.text.documents import Documents
 
@@ -39,11 +41,13 @@ def _model(name: str, texts: Path) -> dict[str, Any]:
     assert params.calibration is not None, "the embedded models are calibrated"
     documents = tuple(document for file in FILES for _, document in read_text(texts / file).held_out)
     held_out = Documents("held out", "", documents)
-    core, known = ci.CoreConfig(), params.calibration.by_rule
+    usual = ci.CoreConfig()
+    alone = replace(usual, rule=without_prior(usual.ranking))
+    prior = prior_of(params.calibration)
     results = {
-        "paper": evaluate(params.weights, tokenizer, held_out, [Setting("votes", keep) for keep in KEEPS], TEXTS),
-        "recommended": evaluate(params.weights, tokenizer, held_out, _recommended(core, 0), TEXTS),
-        "calibrated": evaluate(params, tokenizer, held_out, _recommended(core, core.prior_tokens), TEXTS, prior=known),
+        "paper": evaluate(params.weights, tokenizer, held_out, _at_all_keeps(ci.CoreConfig.paper()), TEXTS),
+        "recommended": evaluate(params.weights, tokenizer, held_out, _at_all_keeps(alone), TEXTS),
+        "calibrated": evaluate(params, tokenizer, held_out, _at_all_keeps(usual), TEXTS, prior=prior),
     }
     return {
         "fingerprint": fingerprint(params),
@@ -53,8 +57,8 @@ def _model(name: str, texts: Path) -> dict[str, Any]:
     }
 
 
-def _recommended(core: ci.CoreConfig, prior_tokens: float) -> list[Setting]:
-    return [Setting(core.ranking, keep, core.compensation, prior_tokens, allocation=core.allocation) for keep in KEEPS]
+def _at_all_keeps(core: ci.CoreConfig) -> list[ci.CoreConfig]:
+    return [replace(core, beta=keep) for keep in KEEPS]
 
 
 def _bytes_share(params: Params, keep: float) -> float:

@@ -1,4 +1,4 @@
-"""The generated parts of docs/performance.md and of the README's section on speed, from committed results."""
+"""The generated parts of docs/performance.md, from committed results."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -43,9 +43,8 @@ class Side:
     @property
     def title(self) -> str:
         """What is compared, in words."""
-        whose = "our" if self.contenders == OURS else " or ".join(self.contenders)
-        kept = "" if self.keep is None else f" keep {self.keep:g}"
-        return f"{whose}{kept} {self.dtype or 'fastest'}"
+        kept = "" if self.keep is None else f", keep {self.keep:g}"
+        return f"{' or '.join(self.contenders)}{kept}, {self.dtype or 'fastest'}"
 
 
 # What was aimed at on a CPU: how many times faster the first side decodes than the second.
@@ -59,7 +58,7 @@ TARGETS: tuple[tuple[Side, Side, float], ...] = (
 SHARE_TARGET = 0.8
 # What a user would pick instead; where no type is named, in its fastest.
 ELSEWHERE: dict[str, Side] = {
-    "our own, all neurons": Side(OURS),
+    "coreinfer, all neurons": Side(OURS),
     "transformers-eager": Side(EAGER),
     "transformers-compiled": Side(COMPILED),
     "llama.cpp F16": Side(("llama.cpp",), None, "F16"),
@@ -103,17 +102,22 @@ def file_name(title: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-") + ".png"
 
 
-def speed_summary() -> str:
-    """The README's table: how many times faster ours decodes than what a user would pick instead."""
+def _summary() -> str:
+    """What a token takes, and how many times as fast that is as what a user would pick instead."""
     runs = {title: results for title, results in decode_runs().items() if title.endswith("cpu")}
     rows = [["", *(title.partition(";")[0] for title in runs)]]
     for keep in (None, 0.4, 0.2):
-        rows.append([f"ours, {'all neurons' if keep is None else f'keep {keep:g}'}: ms per token"])
+        rows.append([f"coreinfer, {'all neurons' if keep is None else f'keep {keep:g}'}: ms per token"])
         rows[-1] += [_milliseconds(Side(OURS, keep).fastest(results)) for results in runs.values()]
     for title, other in ELSEWHERE.items():
-        rows.append([f"keep 0.2 to {title}", *(_gain(Side(OURS, 0.2), other, results) for results in runs.values())])
-    conditions = " ".join(dict.fromkeys(_conditions(results) for results in runs.values()))
-    return f"{markdown(rows)}\n\n{conditions}"
+        rows.append(
+            [
+                f"keep 0.2: times as fast as {title}",
+                *(_gain(Side(OURS, 0.2), other, results) for results in runs.values()),
+            ]
+        )
+    together = [result for results in runs.values() for result in results]
+    return f"{markdown(rows)}\n\n{conditions(together)}"
 
 
 def _milliseconds(result: Result | None) -> str:
@@ -132,7 +136,7 @@ def _targets() -> str:
     rows = [["aim", *(title.partition(";")[0] for title in runs)]]
     for ours, theirs, least in TARGETS:
         cells = [_verdict(ours, theirs, least, results) for results in runs.values()]
-        rows.append([f"{ours.title} at least x {least:g} {theirs.title}", *cells])
+        rows.append([f"{ours.title}: at least {least:g} times as fast as {theirs.title}", *cells])
     for keep in (None, 0.2):
         for dtype in ("float32", "bfloat16"):
             side = Side(OURS, keep, dtype)
@@ -162,7 +166,7 @@ def _decode() -> str:
     for title, results in decode_runs().items():
         heading = f"### {title}"
         picture = f"![Milliseconds per token of all contenders](performance/{file_name(title)})"
-        sections += [heading, picture, _speed(results), _phases(results), _conditions(results)]
+        sections += [heading, picture, _speed(results), _phases(results), conditions(results)]
     return "\n\n".join(sections)
 
 
@@ -225,7 +229,8 @@ def _steps(core: Result, changed: Result, predicted: Result) -> list[str]:
     return [*shown, f"{predicted['predictor_gb']:.2f} GB"]
 
 
-def _conditions(results: Sequence[Result]) -> str:
+def conditions(results: Sequence[Result]) -> str:
+    """The sizes of a run, and what it was made on."""
     first = results[0]
     sizes = f"Prompt of {first['prompt_tokens']} tokens, {first['new_tokens']} new ones, {first['rounds']} rounds"
     return f"{sizes}; {made_on(*results)}"
@@ -302,4 +307,11 @@ def _cell(point: Mapping[str, Any], phase: str) -> str:
 def sections() -> dict[str, Callable[[], str]]:
     """What makes each of the page's generated sections, by its name."""
     swept = {f"sweep {over}": partial(_sweeps, over) for over in AXES}
-    return {"targets": _targets, "decode": _decode, "predictor": _by_token, "profile": _profiles, **swept}
+    return {
+        "summary": _summary,
+        "targets": _targets,
+        "decode": _decode,
+        "predictor": _by_token,
+        "profile": _profiles,
+        **swept,
+    }

@@ -4,7 +4,6 @@ The groups are made up, which changes no shape. The time is that of prefill, sel
 before the first decode step; the methods take turns.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,18 @@ import coreinfer_jax as ci
 from benchmarks.environment import environment, spread
 from benchmarks.static_argument import opt_125m
 from coreinfer_jax.model.fingerprint import fingerprint
+from coreinfer_jax.sparsity.choice import Chooser
 
 GROUPS = 4
 ROUNDS = 15
 PROMPT_LENGTHS = (16, 64, 256)
 CORE = ci.CoreConfig(beta=0.4, allocation="equal")
-SETTINGS = {
+SETTINGS: dict[str, Chooser] = {
     "stability": CORE,
-    "auto, stable": replace(CORE, method="auto", least_stability=-1.0, least_tokens=2),
-    "auto, unstable": replace(CORE, method="auto", least_stability=1.0),
-    "similarity": replace(CORE, method="similarity"),
-    "fused": replace(CORE, method="fused"),
+    "auto, stable": ci.Auto(beta=CORE.beta, least_stability=-1.0, least_tokens=2),
+    "auto, unstable": ci.Auto(beta=CORE.beta, least_stability=1.0),
+    "similarity": ci.Similarity(gamma=CORE.beta),
+    "fused": ci.Fused(beta=CORE.beta),
 }
 
 
@@ -43,7 +43,7 @@ def measure() -> dict[str, Any]:
 
 
 def _model(name: str, params: ci.Params) -> dict[str, Any]:
-    groups = ci.prepare_groups(params, _made_up(params), CORE)
+    groups = ci.prepare_groups(params, _made_up(params), ci.Similarity(gamma=CORE.beta))
     return {
         str(length): _length(params, groups, length)
         for length in tqdm(PROMPT_LENGTHS, desc=name, unit="length", disable=None)
@@ -58,7 +58,7 @@ def _made_up(params: ci.Params) -> ci.Clusters:
         names=tuple(f"group {c}" for c in range(GROUPS)),
         sizes=(1,) * GROUPS,
         layer=config.num_layers - 1,
-        core=ci.CoreConfig.paper(),
+        vectors=ci.TextVectors(),
         origin="k-means",
         fingerprint=fingerprint(params),
     )
@@ -82,7 +82,7 @@ def _length(params: ci.Params, groups: ci.Groups, length: int) -> dict[str, Any]
     }
 
 
-def _seconds(params: ci.Params, tokens: list[list[int]], core: ci.CoreConfig, groups: ci.Groups | None) -> float:
+def _seconds(params: ci.Params, tokens: list[list[int]], core: Chooser, groups: ci.Groups | None) -> float:
     """Prefill, selection and compaction of a prompt."""
     # The gather is for the second token.
     stats = ci.generate(params, tokens, core, groups=groups, max_new_tokens=2).stats

@@ -17,8 +17,8 @@ from benchmarks.contenders.trial import Trial
 from benchmarks.environment import environment
 from benchmarks.memory import bandwidth
 from benchmarks.shapes import random_prompts, shape_config, shape_fields, shape_params
+from coreinfer_jax.checks import check_fraction
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.model.config import check_fraction
 from coreinfer_jax.model.weights import Params, leaf_bytes, named_leaves
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 57

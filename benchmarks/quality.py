@@ -9,13 +9,13 @@ import coreinfer_jax as ci
 from benchmarks.environment import environment
 from coreinfer_jax.lab.evaluation.calibrating import calibrate
 from coreinfer_jax.lab.evaluation.comparison import Texts, evaluate, read_prior
-from coreinfer_jax.lab.evaluation.measure import PER_TOKEN, Setting
+from coreinfer_jax.lab.evaluation.settings import PER_TOKEN, RANKINGS, Foreknown, PerToken, Setting
 from coreinfer_jax.lab.training.windows import read_text
-from coreinfer_jax.model.config import PRIOR_RULE, Allocation
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import Params, weight_bytes_per_step
+from coreinfer_jax.sparsity.allocate import Allocation
+from coreinfer_jax.sparsity.calibration import PRIOR_RULE
 from coreinfer_jax.sparsity.narrow import narrowed_bytes
-from coreinfer_jax.sparsity.rules import RULES
 from coreinfer_jax.sparsity.votes import kept_neurons
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import Documents
@@ -32,7 +32,7 @@ PASSAGE = 1800
 # calibration and with one.
 Variant = tuple[str, float, float, Literal["context", "continuation"], Allocation]
 UNCALIBRATED: tuple[Variant, ...] = (
-    *((rule, 0.0, 0.0, "context", "equal") for rule in RULES),
+    *((rule, 0.0, 0.0, "context", "equal") for rule in RANKINGS),
     *(("votes", share, 0.0, "context", "equal") for share in (0.5, 1.0)),
     *((rule, share, 0.0, "context", "equal") for rule in ("energy", "contribution") for share in (0.5, 1.0)),
     ("votes", 0.0, 0.0, "context", "sensitivity"),
@@ -56,11 +56,22 @@ PROMPT, SWEPT_KEEP = 64, 0.4
 
 def settings(variants: Sequence[Variant]) -> list[Setting]:
     """Every variant at every keep ratio."""
-    return [
-        Setting(rule, keep, compensation, tokens, known, allocation=allocation)
-        for keep in KEEPS
-        for rule, compensation, tokens, known, allocation in variants
-    ]
+    return [_setting(keep, *variant) for keep in KEEPS for variant in variants]
+
+
+def _setting(
+    keep: float,
+    rule: str,
+    compensation: float,
+    prior_tokens: float,
+    known: Literal["context", "continuation"],
+    allocation: Allocation,
+) -> Setting:
+    if rule in PER_TOKEN:
+        return PerToken(rule=rule, beta=keep, allocation=allocation)
+    ranking = replace(RANKINGS[rule], prior_tokens=prior_tokens)
+    core = ci.CoreConfig(beta=keep, rule=ranking, compensation=compensation, allocation=allocation)
+    return core if known == "context" else Foreknown(core)
 
 
 def measure(texts: Path, models: Path) -> Iterator[dict[str, Any]]:
@@ -83,7 +94,7 @@ def measure(texts: Path, models: Path) -> Iterator[dict[str, Any]]:
                 "fingerprint": fingerprint(params),
                 "texts": found[0]["texts"],
                 "continuation": how.continuation,
-                "tokens_of_prior": int(prior[0][PRIOR_RULE]["tokens"]),
+                "tokens_of_prior": int(prior[RANKINGS[PRIOR_RULE]][0]["tokens"]),
                 "switched": switched,
                 "mlp_bytes_per_token": {str(keep): mlp_bytes(params, keep) for keep in KEEPS},
                 "bytes_per_token": weight_bytes_per_step(params, 1),
@@ -103,10 +114,11 @@ def _calibrated(params: Params, tokenizer: Tokenizer, corpus: Documents) -> Para
 def _swept(params: Params, tokenizer: Tokenizer, documents: Documents) -> list[dict[str, Any]]:
     """The paper's votes by alpha, then votes and contribution by the layers that are narrowed."""
     how = replace(TEXTS, prompt_tokens=(PROMPT,))
-    votes = [Setting("votes", SWEPT_KEEP)]
-    found = [result for a in ALPHAS for result in evaluate(params, tokenizer, documents, votes, how, alpha=a)]
-    ranges = [Setting(rule, SWEPT_KEEP, layers=layers) for rule in ("votes", "contribution") for layers in LAYERS]
-    return found + evaluate(params, tokenizer, documents, ranges, how)
+    paper = replace(ci.CoreConfig.paper(), beta=SWEPT_KEEP)
+    best = replace(paper, rule=RANKINGS["contribution"])
+    by_alpha = [replace(paper, rule=ci.rules.Votes(alpha=alpha)) for alpha in ALPHAS]
+    by_layers = [replace(core, layers=layers) for core in (paper, best) for layers in LAYERS]
+    return evaluate(params, tokenizer, documents, [*by_alpha, *by_layers], how)
 
 
 def mlp_bytes(params: Params, keep: float) -> int:

@@ -55,16 +55,17 @@ def key_of(setting: Result) -> Key:
 def title(key: Key) -> str:
     """A variant in words."""
     calibrated, rule, compensation, prior, known, allocation = key
-    extras = [f"prior of {prior:g} tokens"] if prior else []
-    extras += [f"{compensation:.0%} of the mean kept"] if compensation else []
-    extras += ["of the continuation itself"] if known == "continuation" else []
-    extras += [("layers by need" if calibrated else "most of the first layer")] if allocation == "sensitivity" else []
+    extras = [f"{compensation:.0%} of mean"] if compensation else []
+    extras += [f"prior {prior:g}"] if prior else []
+    extras += [("measured layers" if calibrated else "larger first layer")] if allocation == "sensitivity" else []
+    extras += ["sees the continuation"] if known == "continuation" else []
     return ", ".join([rule, *extras])
 
 
 def sections() -> dict[str, Callable[[], str]]:
     """What makes each of the page's generated sections, by its name."""
     return {
+        "quality": _summary,
         "quality rules": partial(_by_rule, switched=False),
         "quality switched": partial(_by_rule, switched=True),
         "quality layers": _by_layer,
@@ -81,8 +82,7 @@ def _settings(result: Result, prompt: int) -> dict[tuple[Key, float], Result]:
 
 def _by_rule(switched: bool) -> str:
     """Per model: the KL divergence of every variant at every keep ratio, and its share of the paper's rule's."""
-    shown = newest() and not switched
-    parts = ["![KL divergence by bytes read per token](quality/rules.png)"] if shown else []
+    parts = []
     for result in newest():
         if result["switched"] == switched:
             settings = _settings(result, PROMPT)
@@ -108,18 +108,17 @@ def _apart(one: Result, other: Result) -> bool:
     return one["ci95"][1] < other["ci95"][0] or other["ci95"][1] < one["ci95"][0]
 
 
-def summary() -> str:
-    """For the README: the paper's votes and what is recommended, without a calibration and with one."""
-    rows = [["model, keep", "the paper's votes", "recommended", "recommended, calibrated"]]
+def _summary() -> str:
+    """The paper's votes and the default, without a calibration and with one."""
+    rows = [["model, neurons kept", "the paper's votes", "default", "default, calibrated"]]
     for result in newest():
         if not result["switched"]:
             settings = _settings(result, PROMPT)
             for keep in sorted({keep for _, keep in settings}):
                 chosen = (settings[key, keep] for key in (PAPER, RECOMMENDED, CALIBRATED))
                 cells = (f"{s['kl']['mean']:.3f}, {s['agreement']['mean']:.0%}" for s in chosen)
-                rows.append([f"{result['model']}, {keep:g}", *cells])
-    told = f"Prompts of {PROMPT} tokens: KL divergence in nats per token, and tokens with the full model's choice"
-    return f"{markdown(rows)}\n\n{told}; {made_on(*newest())}"
+                rows.append([f"{result['model']}, {keep:.0%}", *cells])
+    return f"{markdown(rows)}\n\nPrompts of {PROMPT} tokens; {made_on(*newest())}"
 
 
 def _by_layer() -> str:

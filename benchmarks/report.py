@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts, core_neurons, gpu_aims, model_card, performance, quality_page
+from benchmarks import charts, core_neurons, first_page, gpu_aims, model_card, performance, quality_page
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.tables import made_on, shown_range
 from coreinfer_jax.errors import CoreInferError
 
-README = REPOSITORY / "README.md"
+README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
 
 
 def update() -> None:
@@ -28,20 +28,31 @@ def update() -> None:
 
 def current() -> dict[Path, str]:
     """The files with generated sections, as they should read."""
-    readme: dict[str, Callable[[], str]] = {name: partial(_of_newest, name, made) for name, made in TABLES.items()}
-    card = {"figures": model_card.figures, "held-out": model_card.held_out}
-    documents = (
-        (README, {**readme, "speed": performance.speed_summary, "quality": quality_page.summary}),
-        (model_card.CARD, card),
-        (core_neurons.PAGE, core_neurons.tables()),
-        (performance.PAGE, {**performance.sections(), "gpu aims": gpu_aims.section}),
-        (quality_page.PAGE, quality_page.sections()),
-    )
-    return {path: _filled(path, sections) for path, sections in documents}
+    documents: dict[Path, Mapping[str, Callable[[], str]]] = {
+        README: {"speed": first_page.speed, "quality": first_page.quality},
+        DOCS / "embedded-models.md": _of_newest({"first-run": _first_run}),
+        DOCS / "guides" / "groups.md": _of_newest({"group-switch": _group_switch, "prediction": _prediction}),
+        DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
+        core_neurons.PAGE: core_neurons.tables(),
+        model_card.CARD: {"figures": model_card.figures, "held-out": model_card.held_out},
+        performance.PAGE: {**performance.sections(), "gpu aims": gpu_aims.section},
+        quality_page.PAGE: {**quality_page.sections(), **_of_newest({"keep-ratio": _keep_ratio})},
+    }
+    return {path: _filled(path, sections) for path, sections in documents.items()}
 
 
-def _of_newest(name: str, table: Callable[[dict[str, Any]], str]) -> str:
-    return table(newest(name))
+def _of_newest(tables: Mapping[str, Callable[[dict[str, Any]], str]]) -> dict[str, Callable[[], str]]:
+    """What makes each of `tables`, by the name of its benchmark, from the last result of that."""
+    return {name: partial(_table, name, made) for name, made in tables.items()}
+
+
+def _table(name: str, made: Callable[[dict[str, Any]], str]) -> str:
+    return made(newest(name))
+
+
+def newest(name: str) -> dict[str, Any]:
+    """The last result of a benchmark."""
+    return read_results(name)[-1]
 
 
 def _filled(path: Path, sections: Mapping[str, Callable[[], str]]) -> str:
@@ -54,11 +65,6 @@ def _filled(path: Path, sections: Mapping[str, Callable[[], str]]) -> str:
         if found != 1:
             raise SystemExit(f"{path.name} has {found} sections marked {name!r}; it needs one")
     return text
-
-
-def newest(name: str) -> dict[str, Any]:
-    """The last result of a benchmark."""
-    return read_results(name)[-1]
 
 
 def _static_argument(result: dict[str, Any]) -> str:
@@ -80,13 +86,16 @@ def _group_switch(result: dict[str, Any]) -> str:
     step, ratio = result["step_milliseconds"], result["ratio_to_stay"]
     compiled, megabytes = result["compile_seconds_per_group"]["median"], result["bytes_per_group"] / 1e6
     forms = {
-        "stay": ("weights kept per group, the same group as before", f"{megabytes:.0f} MB per group"),
-        "switch": ("weights kept per group, another group than before", f"{megabytes:.0f} MB per group"),
-        "gather": ("weights gathered for the prompt, and the step", "nothing"),
-        "static": ("static argument, another group than before", f"{compiled:.1f} s of compiling per group"),
+        "stay": ("prepared weights, the same group as before", f"{megabytes:.0f} MB per group"),
+        "switch": ("prepared weights, another group than before", f"{megabytes:.0f} MB per group"),
+        "gather": ("weights gathered for the prompt, then the step", "nothing"),
+        "static": (
+            "indices as a static argument, another group than before",
+            f"{compiled:.1f} s of compiling per group",
+        ),
     }
     rows = [
-        "| a decode step | held ready | ms: median (min .. max) | to staying: median (min .. max) |",
+        "| a decode step with | held ready | ms: median (min .. max) | times the first row: median (min .. max) |",
         "|---|---|---|---|",
     ]
     rows += [
@@ -106,9 +115,10 @@ def _prediction(result: dict[str, Any]) -> str:
             ratios = " | ".join(shown_range(measured[method]["ratio"], 2) for method in methods)
             rows.append(f"| {name}, {length} | {shown_range(measured['stability']['milliseconds'], 1)} | {ratios} |")
     what = (
-        "Time before the first decode step (prefill, selection, compaction), median (min .. max) of "
-        f"{result['rounds']} rounds in which the methods take turns, and ratios to stability in the same round; "
-        f"{result['groups']} groups with their weights kept, keep {result['keep']}. "
+        "Stability: milliseconds until the first decode step (reading the prompt, choosing, gathering). The other "
+        "methods: their time divided by that of stability in the same round. Medians (min .. max) of "
+        f"{result['rounds']} rounds, in which the methods take turns; {result['groups']} prepared groups, keep "
+        f"{result['keep']}. "
     )
     return "\n".join([*rows, "", what + made_on(result)])
 
@@ -119,18 +129,18 @@ def _keep_ratio(result: dict[str, Any]) -> str:
     keeps = list(next(iter(models.values()))["bytes_share"])
     ways = [way for way in next(iter(models.values()))["perplexity"]["64"] if way != "dense"]
     head = [f"embedded:{name}, {length}" for name, length in columns]
-    rows = [f"| kept | weight bytes read | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
+    rows = [f"| neurons kept | weights read | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
     for keep in reversed(keeps):
         shares = " / ".join(f"{models[name]['bytes_share'][keep]:.0%}" for name in models)
         ratios = [_ratios(models[name]["perplexity"][length], ways, keep) for name, length in columns]
         rows.append(f"| {float(keep):.0%} | {shares} | {' | '.join(ratios)} |")
     dense = [f"{models[name]['perplexity'][length]['dense']:.1f}" for name, length in columns]
     rows.insert(2, f"| all | 100% | {' | '.join(dense)} |")
-    texts = ", ".join(f"{models[name]['texts']} ({name})" for name in models)
+    texts = " and ".join(f"{models[name]['texts']} ({name})" for name in models)
     what = (
-        f"Perplexity of {result['continuation_tokens']} true next tokens: that of the full model, then how many times "
-        "larger it is on core neurons chosen from a prompt of 16, 64 or 256 tokens: as in the paper, as recommended "
-        f"without a calibration, and with one; held-out texts: {texts}. "
+        f"Perplexity of the {result['continuation_tokens']} tokens that follow a prompt of 16, 64 or 256 tokens. The "
+        "first row is the full model's. The others say how many times larger it gets: with neurons chosen as in the "
+        f"paper, by the default without a calibration, and by the default with one. {texts} held-out texts. "
     )
     return "\n".join([*rows, "", what + made_on(result)])
 
@@ -160,12 +170,3 @@ def _mean(values: list[float]) -> float:
 
 def _provenance(result: dict[str, Any]) -> str:
     return f"{result['model']}, {result['layers']} layers, {result['dtype']}, keep {result['keep']}; {made_on(result)}"
-
-
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "static-argument": _static_argument,
-    "group-switch": _group_switch,
-    "prediction": _prediction,
-    "keep-ratio": _keep_ratio,
-    "first-run": _first_run,
-}

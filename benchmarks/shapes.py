@@ -14,7 +14,8 @@ from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.files import read_json
 from coreinfer_jax.io.config_json import model_config
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.weights import Params, abstract_params, named_leaves, params_bytes, with_leaves
+from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import Params, named_leaves, params_bytes, with_leaves
 
 Fields = dict[str, Any]
 

@@ -10,14 +10,14 @@ from tqdm import tqdm
 import coreinfer_jax as ci
 from benchmarks.environment import environment, spread
 from benchmarks.shapes import random_prompts, shape_config, shape_fields, shape_params
+from coreinfer_jax.engine.options import GREEDY
 from coreinfer_jax.engine.programs import no_sums, prefill
-from coreinfer_jax.engine.prompts import make_sampling
+from coreinfer_jax.engine.sampling import make_sampling
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import bucket, init_cache
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.choosers import counted_tokens, voted_layers
-from coreinfer_jax.sparsity.votes import make_voting
+from coreinfer_jax.sparsity.choosers import chooser_for
 
 # Settings that are compared at every point: what decodes there.
 DENSE, CORE, SHARED = "dense", "core neurons", "core neurons, one set for all rows"
@@ -89,9 +89,15 @@ def _fits(point: Point, config: ModelConfig) -> bool:
 
 
 def _generation(params: Params, point: Point, setting: str) -> ci.Stats:
-    core = None if setting == DENSE else ci.CoreConfig(beta=point.keep, per_row=setting != SHARED, allocation="equal")
     prompts = random_prompts(params.config, point.rows, point.prompt_tokens)
+    core = _core(point, setting)
     return ci.generate(_cut(params, point.layers), prompts, core, max_new_tokens=point.new_tokens).stats
+
+
+def _core(point: Point, setting: str) -> ci.CoreConfig | None:
+    if setting == DENSE:
+        return None
+    return ci.CoreConfig(beta=point.keep, per_row=setting != SHARED, allocation="equal")
 
 
 def _cut(params: Params, layers: int) -> Params:
@@ -121,26 +127,24 @@ def _total(stats: ci.Stats) -> float:
 
 
 def _prefill_temporaries(params: Params, point: Point, setting: str) -> int | None:
-    """Bytes the prefill program needs besides its arguments: what vote counting adds is their difference."""
+    """Bytes the prefill program needs besides its arguments: what observing adds is their difference."""
     config, rows = params.config, point.rows
     lengths = np.full(rows, point.prompt_tokens, np.int32)
     padded = np.zeros((rows, bucket(point.prompt_tokens)), np.int32)
-    core = ci.CoreConfig(beta=point.keep, allocation="equal")
-    voted: tuple[int, ...] = () if setting == DENSE else voted_layers(core, config, None)
-    counted = counted_tokens(core, padded, lengths, 0, config)
-    voting = None if setting == DENSE else make_voting(counted, config.mlp_size, core.alpha, core.budget)
+    chooser = chooser_for(_core(point, setting))
+    observed = chooser.observed_layers(config, None)
+    observer = chooser.observer(chooser.counted(padded, lengths, 0, config), config.mlp_size)
     capacity = bucket(point.prompt_tokens + point.new_tokens)
     lowered = prefill.lower(
         params,
         padded,
         lengths,
         np.zeros(rows, np.int32),
-        init_cache(config, rows, capacity, params.token_embedding.dtype),
-        no_sums(config, rows, len(voted), core.ranking, False),
-        make_sampling(config, 0.0, None, None, (), None),
-        voting,
-        voted=voted,
-        rule=core.ranking,
+        init_cache(config, rows, capacity, params.dtype),
+        [] if observer is None else no_sums(observer, params.layers[0], padded, layers=len(observed)),
+        make_sampling(config, rows, GREEDY, point.new_tokens),
+        observer,
+        observed=observed,
     )
     analysis = lowered.compile().memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)

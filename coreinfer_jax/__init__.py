@@ -3,21 +3,26 @@
 from coreinfer_jax.engine.conversation import Conversation, converse
 from coreinfer_jax.engine.forward import forward
 from coreinfer_jax.engine.generation import generate, stream
+from coreinfer_jax.engine.options import GenerateOptions
 from coreinfer_jax.engine.results import Chunk, Generation, Stats
 from coreinfer_jax.engine.scoring import Scores, score_continuations
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io import convert, load
 from coreinfer_jax.lab.clustering import build_clusters, import_published, inspect_clusters, load_clusters
-from coreinfer_jax.model.config import CoreConfig, ModelConfig, Rope
+from coreinfer_jax.model.config import ModelConfig, Rope
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.choosers import Choice
-from coreinfer_jax.sparsity.groups import Clusters, Groups, prepare_groups
+from coreinfer_jax.sparsity import rules
+from coreinfer_jax.sparsity.choice import Choice
+from coreinfer_jax.sparsity.groups import Clusters, Groups, TextVectors
 from coreinfer_jax.sparsity.narrow import compact
 from coreinfer_jax.sparsity.neurons import CoreNeurons
+from coreinfer_jax.sparsity.similarity import Auto, Fused, Similarity, prepare_groups
+from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.sparsity.votes import select_core_neurons
 from coreinfer_jax.text.documents import Documents, read_documents
 
 __all__ = [
+    "Auto",
     "Choice",
     "Chunk",
     "Clusters",
@@ -26,13 +31,17 @@ __all__ = [
     "CoreInferError",
     "CoreNeurons",
     "Documents",
+    "Fused",
+    "GenerateOptions",
     "Generation",
     "Groups",
     "ModelConfig",
     "Params",
     "Rope",
     "Scores",
+    "Similarity",
     "Stats",
+    "TextVectors",
     "build_clusters",
     "compact",
     "converse",
@@ -45,6 +54,7 @@ __all__ = [
     "load_clusters",
     "prepare_groups",
     "read_documents",
+    "rules",
     "score_continuations",
     "select_core_neurons",
     "stream",

@@ -1,17 +1,41 @@
 """Strictness for every test, and where the data beside the project is."""
 
+import atexit
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 
 import jax
 import pytest
+
+from tests.stand_ins import write_data, write_shallow
 
 # Silent promotion hides mistakes in model code; warnings are errors through pyproject.toml.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # GPUs may otherwise multiply float32 in TF32, which is too coarse to compare with.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def share_programs() -> None:
+    """Compile equal programs once for all processes of a run: the workers of xdist, and commands that tests start."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    directory = mkdtemp(prefix="coreinfer-programs-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    settings = {
+        "jax_compilation_cache_dir": directory,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+
+
+share_programs()
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("COREINFER_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -31,13 +55,26 @@ def few_maps() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def data() -> Path:
-    """Real models, texts and tokenizers; named by COREINFER_DATA, by default ../shared/data beside the repository."""
+def real_data() -> Path:
+    """Published models, texts and tokenizers; named by COREINFER_DATA, by default ../shared/data beside the project."""
     if not DATA.is_dir():
-        pytest.skip(f"no data beside the project: set COREINFER_DATA, {DATA} is no directory")
+        pytest.skip(f"only published data has these values: set COREINFER_DATA, {DATA} is no directory")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published data where it is there, else what stands for it under the same names."""
+    return DATA if DATA.is_dir() else write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def tinystories(data: Path) -> Path:
     return data / "models" / "tinystories-656k"
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The embedded models cut down to two layers, by family: real tokenizers and words, a quarter of the compiling."""
+    directory = tmp_path_factory.mktemp("shallow")
+    return {family: write_shallow(family, directory / family) for family in ("opt", "llama")}

@@ -1,6 +1,7 @@
 """Small models the tests share."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 
 import coreinfer_jax as ci
 from coreinfer_jax.model.config import ModelConfig, Rope
-from coreinfer_jax.model.weights import Params, random_params
+from coreinfer_jax.model.structure import random_params
+from coreinfer_jax.model.weights import Params
 
 OPT = ModelConfig(
     family="opt",
@@ -47,6 +49,7 @@ LLAMA = replace(
 MODELS = {"opt": OPT, "opt-350m-style": OPT_350M_STYLE, "llama": LLAMA, "relu-llama": replace(LLAMA, activation="relu")}
 
 
+@cache
 def random_model(config: ModelConfig, seed: int = 0, dtype: str = "float32", scale: float = 0.2) -> Params:
     """Random weights, large enough that the best token stands clear of the second best."""
     return random_params(config, jax.random.key(seed), jnp.dtype(dtype), scale=scale)

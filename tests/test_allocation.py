@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.engine.prompts import make_sampling
-from coreinfer_jax.engine.request import make_request
-from coreinfer_jax.lab.evaluation.measure import Setting, collect, measure
+from coreinfer_jax.engine.generation import make_request
+from coreinfer_jax.lab.evaluation.measure import collect, measure
 from coreinfer_jax.lab.evaluation.sensitivity import SHARES, layer_gains
-from coreinfer_jax.model.weights import Calibration
+from coreinfer_jax.lab.evaluation.settings import kept_by, prior_of
+from coreinfer_jax.model.cache import cache_bytes
 from coreinfer_jax.sparsity.allocate import PARTS, allocate
+from coreinfer_jax.sparsity.calibration import Calibration
+from coreinfer_jax.sparsity.rules import Contribution
 from coreinfer_jax.text.corpus import Beginnings
 from tests.support import MODELS, OPT, random_model
 
@@ -107,20 +109,24 @@ def texts():
     return np.random.default_rng(1).integers(3, OPT.vocab_size, (3, CONTEXT + 7)).astype(np.int32)
 
 
-def prior_of(params, texts):
-    return collect(params, Beginnings(texts, np.full(len(texts), texts.shape[1], np.int32)), rules=("contribution",))
+def sums_of(params, texts):
+    """What a calibration knows of the texts: the sums of every layer."""
+    rows = Beginnings(texts, np.full(len(texts), texts.shape[1], np.int32))
+    [sums] = collect(params, rows, [Contribution()]).values()
+    return sums
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_gains_are_slopes_below_the_divergence_of_each_layer_alone(name, texts):
     params = random_model(MODELS[name])
-    prior = prior_of(params, texts)
+    prior = prior_of(Calibration(sums_of(params, texts), None, None))
     gains = layer_gains(params, texts, CONTEXT, prior)
     L = params.config.num_layers
     assert gains.shape == (L, PARTS)
     assert (np.diff(gains, axis=1) <= 0).all()
     for l in range(L):
-        alone = [Setting("contribution", share, 0.5, 256.0, layers=(l / L, (l + 1) / L)) for share in SHARES]
+        layers = (l / L, (l + 1) / L)
+        alone = [ci.CoreConfig(beta=share, layers=layers, allocation="equal") for share in SHARES]
         _, measured = measure(params, texts, CONTEXT, alone, prior=prior)
         kl = np.array([one.kl.mean() for one in measured])
         below = np.interp(SHARES, np.arange(PARTS + 1) / PARTS, gains[l].sum() - np.append(0, np.cumsum(gains[l])))
@@ -133,13 +139,11 @@ def test_gains_are_slopes_below_the_divergence_of_each_layer_alone(name, texts):
 def test_evaluation_and_generation_keep_the_same_numbers(allocation, texts):
     params = random_model(OPT)
     gains = falling(np.random.default_rng(3), OPT.num_layers)
-    known = replace(
-        params, calibration=Calibration(tuple(l["contribution"] for l in prior_of(params, texts)), gains, None)
-    )
+    known = replace(params, calibration=Calibration(sums_of(params, texts), gains, None))
     core = ci.CoreConfig(beta=0.3, allocation=allocation)
     out = ci.generate(known, [texts[0]], core, max_new_tokens=2)
     assert out.stats.kept_neurons == allocate(core, OPT, gains)
-    assert tuple(Setting("contribution", 0.3, allocation=allocation).kept(known)) == out.stats.kept_neurons
+    assert tuple(kept_by(core, known)) == out.stats.kept_neurons
     moved = ci.generate(jax.device_put(known), [texts[0]], core, max_new_tokens=2)
     assert moved.core == out.core
 
@@ -149,10 +153,9 @@ def test_a_layer_that_keeps_all_is_read_as_it_is(rows, texts):
     params = random_model(OPT)
     # 3 * 57 neurons are 114 parts of 1.5: 64 for the first layer, one for the last, 49 are left for the second.
     gains = np.repeat(np.float32([[9.0], [2.0], [1.0]]), PARTS, axis=1)
-    prior = tuple(layer["contribution"] for layer in prior_of(params, texts))
-    known = replace(params, calibration=Calibration(prior, gains, None))
+    known = replace(params, calibration=Calibration(sums_of(params, texts), gains, None))
     core, prompts = ci.CoreConfig(beta=0.6), [row[:9].tolist() for row in texts[:rows]]
-    request = make_request(known, prompts, core, None, 4, make_sampling(known.config, 0.0, None, None, (), None))
+    request = make_request(known, prompts, core, {"max_new_tokens": 4})
     out = ci.generate(known, prompts, core, max_new_tokens=4)
     assert out.stats.kept_neurons == (96, 73, 1)
     assert out.core.layers[0] is None
@@ -162,4 +165,4 @@ def test_a_layer_that_keeps_all_is_read_as_it_is(rows, texts):
         np.testing.assert_array_equal(alone.tokens[0], out.tokens[row])
     narrowed = ci.compact(known, out.core)
     held = [m.weight.nbytes for layer in narrowed.layers[1:] for m in (layer.mlp.up, layer.mlp.down)]
-    assert request._narrowed_bytes(rows) == sum(held)
+    assert request.added_bytes == cache_bytes(OPT, rows, request.capacity, known.dtype) + sum(held)

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from importlib import util
 from pathlib import Path
 
@@ -22,28 +22,32 @@ from coreinfer_jax.lab.analysis import (
     Pairs,
     analyze,
     figures,
+    growth,
     meaning,
+    parts,
     perplexity,
     read_pairs,
     recall,
-    report,
-    stability,
 )
 from coreinfer_jax.lab.analysis.inputs import Inputs
 from coreinfer_jax.lab.analysis.observe import core_masks, overlaps, spread, votes_at
 from coreinfer_jax.lab.clustering.grouping import group_by_kmeans
 from coreinfer_jax.model import extend, observe_nothing, unembed
-from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.sparsity.narrow import compact
-from coreinfer_jax.sparsity.votes import Votes
+from coreinfer_jax.sparsity.votes import Tally
 from coreinfer_jax.text.corpus import Corpus
 from tests import support
 from tests.support import random_model
 from tests.test_bad_input import refusal, table
 from tests.test_clusters import Letters
 from tests.test_compilation import traced
-from tests.test_prediction import top, voted
+from tests.test_evaluation import run_tokens
+from tests.test_generate import empty_cache
+from tests.test_prediction import activations, top, voted
 from tests.test_votes import reference_votes
+
+# Every figure is computed again in NumPy.
+pytestmark = pytest.mark.slow
 
 # Two layers: what takes time here is compiling.
 OPT, LLAMA = (replace(config, num_layers=2) for config in (support.OPT, support.LLAMA))
@@ -101,18 +105,6 @@ def tokens(rows: int, length: int) -> np.ndarray:
     return np.random.default_rng(length).integers(3, 100, (rows, length)).astype(np.int32)
 
 
-@jax.jit
-def observed(params: ci.Params, row: jnp.ndarray) -> tuple[jnp.ndarray, ...]:
-    empty = init_cache(params.config, 1, row.shape[1], jnp.dtype("float32"))
-    return extend(params, row, empty, jnp.zeros(1, jnp.int32), lambda a: a[0])[2]
-
-
-def activations(params: ci.Params, row: list[int]) -> list[np.ndarray]:
-    """Of each layer, [T, F], in one shape for all texts: what follows does not change them."""
-    padded = jnp.zeros((1, OPT.max_positions), jnp.int32).at[0, : len(row)].set(jnp.asarray(row, jnp.int32))
-    return [np.asarray(a)[: len(row)] for a in observed(params, padded)]
-
-
 def core_set(a: np.ndarray, kept: int = K) -> set[int]:
     """Sentence-wise core neurons of activations [T, F]."""
     return set(voted(a, kept).tolist())
@@ -136,7 +128,7 @@ def test_votes_at_marks_equal_numpy(family: str) -> None:
 def test_masks_are_the_most_voted_neurons() -> None:
     rng = np.random.default_rng(1)
     counts, sums = rng.integers(0, 5, (2, 3, F)), rng.standard_normal((2, 3, F)).astype(np.float32)
-    masks = core_masks(Votes(jnp.asarray(counts, jnp.int32), jnp.asarray(sums)), K)
+    masks = core_masks(Tally(jnp.asarray(counts, jnp.int32), jnp.asarray(sums)), K)
     for b in range(2):
         for m in range(3):
             np.testing.assert_array_equal(np.flatnonzero(masks[b, m]), top(counts[b, m], sums[b, m], K))
@@ -155,7 +147,7 @@ def test_overlaps_equal_numpy_whatever_the_batches(monkeypatch: pytest.MonkeyPat
 
 
 def test_extension_measures_every_length_that_fits() -> None:
-    found = stability.extension(inputs())
+    found = growth.extension(inputs())
     lengths = list(zip(found["original_tokens"], found["added_tokens"], strict=True))
     assert (128, 32) in lengths
     assert (128, 64) not in lengths
@@ -167,11 +159,11 @@ def test_extension_measures_every_length_that_fits() -> None:
     ]
     assert found["overlap"]["mean"][i] == pytest.approx(np.mean(by_hand), abs=1e-6)
     assert found["overlap"]["lower_quartile"][i] == pytest.approx(np.percentile(by_hand, 25), abs=1e-6)
-    assert stability.extension(inputs(texts=("short", *TEXTS), count=9))["too_short"] == 3
+    assert growth.extension(inputs(texts=("short", *TEXTS), count=9))["too_short"] == 3
 
 
 def test_growth_ends_in_itself_and_its_map_is_sorted_votes() -> None:
-    found = stability.growth(inputs())
+    found = growth.growth(inputs())
     assert found["tokens"] == [8, 16, 24, 32, 48, 64, 96, 128]
     assert found["overlap"]["mean"][-1] == 1
     assert found["overlap"]["mean"][0] < 0.95
@@ -218,11 +210,9 @@ def test_perplexities_are_those_of_narrowed_weights(family: str) -> None:
         start = ci.CoreNeurons([voted(layer[:prompt], K) for layer in a])
         losses["dense"].append(mean_loss(np.asarray(ci.forward(params, read))[0], following))
         losses["text"].append(mean_loss(np.asarray(ci.forward(params, read, whole))[0], following))
-        empty = init_cache(params.config, 1, 160, jnp.dtype("float32"))
-        begin, middle = jnp.zeros(1, jnp.int32), jnp.full(1, prompt, jnp.int32)
-        _, past, _ = extend(params, read[:, :prompt], empty, begin, observe_nothing)
-        hidden, _, _ = extend(compact(params, start), read[:, prompt:], past, middle, observe_nothing)
-        losses["decoding"].append(mean_loss(np.asarray(unembed(params, hidden))[0], following[prompt:]))
+        _, past, _ = run_tokens(params, read[:, :prompt], empty_cache(params, 1), 0)
+        logits, _, _ = run_tokens(compact(params, start), read[:, prompt:], past, prompt)
+        losses["decoding"].append(mean_loss(logits[0], following[prompt:]))
     by_hand = {name: np.exp(np.mean(values)) for name, values in losses.items()}
     assert numbers["dense"] == pytest.approx(by_hand["dense"], rel=1e-4)
     assert numbers["text"][beta] == pytest.approx(by_hand["text"], rel=1e-4)
@@ -240,6 +230,14 @@ def test_keeping_everything_is_dense(family: str) -> None:
     assert numbers["token"][0] != pytest.approx(numbers["dense"], rel=1e-3)
 
 
+@jax.jit
+def with_activations(params: ci.Params, row: jax.Array, a: jax.Array) -> jax.Array:
+    """Logits [T, V] of a row [1, T] whose activations are `a` [T, F] instead, in every layer."""
+    start = jnp.zeros(1, jnp.int32)
+    hidden, _, _ = extend(params, row, empty_cache(params, 1), start, observe_nothing, lambda *_: a[None])
+    return unembed(params, hidden)[0]
+
+
 def test_each_token_is_cut_to_its_own_core_neurons() -> None:
     params = replace(model(), layers=model().layers[:1], config=replace(OPT, num_layers=1))
     numbers = perplexity.measure(inputs(params=params))["perplexity"]
@@ -251,11 +249,8 @@ def test_each_token_is_cut_to_its_own_core_neurons() -> None:
             ranked = sorted(np.flatnonzero(own > 0), key=lambda n: (-own[n], n))
             kept = ranked[: int(np.floor(ALPHA * len(ranked)))]
             cut[t, kept] = own[kept]
-        empty = init_cache(params.config, 1, 160, jnp.dtype("float32"))
-        read = jnp.asarray([row[:-1]], jnp.int32)
-        edit = partial(lambda cut, *_: jnp.asarray(cut[None]), cut)
-        hidden, _, _ = extend(params, read, empty, jnp.zeros(1, jnp.int32), observe_nothing, edit)
-        losses.append(mean_loss(np.asarray(unembed(params, hidden))[0], row[1:]))
+        logits = with_activations(params, jnp.asarray([row[:-1]], jnp.int32), jnp.asarray(cut))
+        losses.append(mean_loss(np.asarray(logits), row[1:]))
     assert numbers["token"][perplexity.SHARES.index(ALPHA)] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
 
 
@@ -475,10 +470,10 @@ def test_what_is_done_is_not_done_again(done: Path, tmp_path: Path, monkeypatch:
     (out / "pairs.png").unlink()
     measured: list[str] = []
 
-    def counting(part: report.Part) -> report.Part:
+    def counting(part: parts.Part) -> parts.Part:
         return replace(part, measure=lambda own: measured.append(part.name) or part.measure(own))
 
-    monkeypatch.setattr(report, "PARTS", tuple(counting(part) for part in report.PARTS))
+    monkeypatch.setattr(parts, "PARTS", tuple(counting(part) for part in parts.PARTS))
     run_all(out)
     assert measured == ["growth"]
     for path in done.iterdir():
@@ -490,8 +485,8 @@ def test_an_interrupted_analysis_keeps_what_it_has(tmp_path: Path, monkeypatch: 
     def stop(own: Inputs) -> dict:
         raise KeyboardInterrupt
 
-    parts = {part.name: part for part in report.PARTS}
-    monkeypatch.setattr(report, "PARTS", (parts["pairs"], replace(parts["topics"], measure=stop)))
+    named = {part.name: part for part in parts.PARTS}
+    monkeypatch.setattr(parts, "PARTS", (named["pairs"], replace(named["topics"], measure=stop)))
     with pytest.raises(KeyboardInterrupt):
         run_all(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"settings.json", "pairs.json", "pairs.png"}
@@ -499,24 +494,24 @@ def test_an_interrupted_analysis_keeps_what_it_has(tmp_path: Path, monkeypatch: 
 
 def test_parts_that_cannot_be_made_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     short = replace(inputs(params=random_model(replace(OPT, max_positions=100))), topics=None, pairs=())
-    assert [part.name for part in report.PARTS if report._wanted(part, short)] == ["extension", "growth"]
+    assert [part.name for part in parts.PARTS if parts._wanted(part, short)] == ["extension", "growth"]
     assert capsys.readouterr().err.splitlines() == [
         "[perplexity is left out: the model's 100 positions are too few]",
         "[topics is left out: needs labelled texts (--topics)]",
         "[pairs is left out: needs judged pairs (--pairs)]",
         "[recall is left out: the model's 100 positions are too few]",
     ]
-    assert stability.growth_tokens(short.config) == 96
-    assert stability.extension_tokens(short.config) == 96
+    assert growth.growth_tokens(short.config) == 96
+    assert growth.extension_tokens(short.config) == 96
     tiny = replace(OPT, max_positions=12)
-    assert (stability.growth_tokens(tiny), stability.extension_tokens(tiny)) == (None, None)
+    assert (growth.growth_tokens(tiny), growth.extension_tokens(tiny)) == (None, None)
 
 
 def test_texts_passed_over_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = ("short",) * 5 + TEXTS[2:5]
-    parts = tuple(part for part in report.PARTS if part.name == "growth")
+    wanted = tuple(part for part in parts.PARTS if part.name == "growth")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "PARTS", parts)
+        patch.setattr(parts, "PARTS", wanted)
         out = run_all(tmp_path / "out", documents=documents(texts), texts=9)
     found = json.loads((out / "growth.json").read_text())
     assert (found["texts"], found["too_short"]) == (3, 5)
@@ -665,7 +660,7 @@ def test_the_command_runs_an_embedded_model(tmp_path: Path, capsys: pytest.Captu
     arguments = ["--data", str(tmp_path / "data.txt"), "--out", str(tmp_path / "out"), "--texts", "3", "--beta", "0.25"]
     topics = ["--topics", str(tmp_path / "topics.csv"), "--topic-text", "words", "--topic-label", "kind"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "PARTS", tuple(part for part in report.PARTS if part.name in ("topics", "pairs")))
+        patch.setattr(parts, "PARTS", tuple(part for part in parts.PARTS if part.name in ("topics", "pairs")))
         assert main(["analyze", *arguments, *topics]) == 0
     told = capsys.readouterr()
     assert told.out.strip() == str(tmp_path / "out")
@@ -676,7 +671,7 @@ def test_the_command_runs_an_embedded_model(tmp_path: Path, capsys: pytest.Captu
 
 
 PARTS = {
-    "growth": stability.growth,
+    "growth": growth.growth,
     "perplexity": perplexity.measure,
     "recall": recall.measure,
     "topics": meaning.topics,

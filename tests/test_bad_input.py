@@ -201,7 +201,8 @@ FRACTIONS = [0, 0.0, -0.1, 1.0001, 5, float("nan"), float("inf"), 0.5j]
 @pytest.mark.parametrize("value", FRACTIONS)
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 def test_shares(name, value):
-    assert f"{name}={value}: " in refusal(lambda: ci.CoreConfig(**{name: value}))
+    setting = {"alpha": ci.rules.Votes, "beta": ci.CoreConfig}[name]
+    assert f"{name}={value}: " in refusal(lambda: setting(**{name: value}))
     assert f"{name}={value}: " in refusal(lambda: ci.select_core_neurons(jnp.ones((3, 5)), **{name: value}))
 
 
@@ -213,7 +214,7 @@ def test_switches(name, value):
 
 @pytest.mark.parametrize("budget", ["", "median", "MEAN", None])
 def test_budgets(budget):
-    assert f"budget={budget!r}" in refusal(lambda: ci.CoreConfig(budget=budget))
+    assert f"budget={budget!r}" in refusal(lambda: ci.rules.Votes(budget=budget))
     assert f"budget={budget!r}" in refusal(lambda: ci.select_core_neurons(jnp.ones((3, 5)), budget=budget))
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +10,9 @@ import pytest
 
 import coreinfer_jax as ci
 from benchmarks import (
+    continuations,
     decode,
     environment,
-    free_running,
     gpu_aims,
     memory,
     performance,
@@ -30,12 +29,16 @@ from benchmarks.contenders.trial import Report, Trial
 from benchmarks.decode import Plan, ratios, trials_of
 from benchmarks.environment import REPOSITORY
 from benchmarks.shapes import SHAPES, shape_config, shape_fields, shape_params
-from coreinfer_jax.engine.session import bytes_read_per_token
+from coreinfer_jax.engine.loop import bytes_read_per_token
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.lab.evaluation.settings import described
 from coreinfer_jax.model.cache import KVCache
-from coreinfer_jax.model.weights import abstract_params
+from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.text.documents import Documents
 from tests.support import random_model
+
+# Benchmarks start processes of their own.
+pytestmark = pytest.mark.slow
 
 TINY = {
     "model_type": "llama",
@@ -110,7 +113,7 @@ def test_shapes_are_the_published_ones():
 
 def test_shape_params_are_random_and_of_the_dtype():
     params = shape_params(shape_config(TINY), "bfloat16")
-    assert params.token_embedding.dtype == jnp.bfloat16
+    assert params.dtype == jnp.bfloat16
     up = np.asarray(params.layers[1].mlp.up.weight, np.float32)
     assert 0.015 < up.std() < 0.025
     assert (np.asarray(params.layers[0].mlp_norm.scale, np.float32) == 1).all()
@@ -413,13 +416,13 @@ def quality_result(model, switched):
     """KL divergences that fall with the keep ratio, of the paper's votes half of chance, of all others a quarter."""
 
     def share(setting, calibrated):
-        key = quality_page.key_of(asdict(setting) | {"calibrated": calibrated})
+        key = quality_page.key_of(described(setting) | {"calibrated": calibrated})
         return {quality_page.RANDOM: 1.0, quality_page.PAPER: 0.5}.get(key, 0.25)
 
     settings = [
-        asdict(setting)
+        (one := described(setting))
         | {"prompt_tokens": n, "agreement": {"mean": 0.5}, "calibrated": calibrated, "kl_by_position": [0.1] * 4}
-        | {"kl": {"mean": (kl := share(setting, calibrated) * (1.1 - setting.keep)), "ci95": [0.9 * kl, 1.1 * kl]}}
+        | {"kl": {"mean": (kl := share(setting, calibrated) * (1.1 - one["keep"])), "ci95": [0.9 * kl, 1.1 * kl]}}
         for n in quality.TEXTS.prompt_tokens
         for calibrated, variants in ((False, quality.UNCALIBRATED), (True, quality.CALIBRATED))
         for setting in quality.settings(variants)
@@ -442,9 +445,8 @@ def test_the_quality_page_compares_with_the_papers_votes_and_with_chance(monkeyp
     assert "| random | 0.900, 200% \\* |" in rules
     assert "| energy | 0.225, 50% \\* |" in rules
     assert "no better than chance" not in rules
-    assert "rules.png" in rules
-    assert "rules.png" not in switched
-    calibrated = "contribution, prior of 256 tokens, 50% of the mean kept, layers by need"
+    assert "| votes | 0.450, 100% |" in switched
+    calibrated = "contribution, 50% of mean, prior 256, measured layers"
     assert f"| {calibrated} | " + " | ".join(["50%"] * 12) + " |" in lengths
     positions, swept = sections["quality positions"](), sections["quality sweeps"]()
     assert "| 1 to 16 | 17 to 32 | 33 to 48 | 49 to 64 |" in positions
@@ -455,7 +457,7 @@ def test_the_quality_page_compares_with_the_papers_votes_and_with_chance(monkeyp
         s | {"kl": {"mean": 2.0, "ci95": [1.9, 2.1]}} if s["rule"] == "norm" else s for s in results[0]["settings"]
     ]
     assert quality_page.sections()["quality rules"]().count("(no better than chance)") == 4
-    assert "| tiny, 0.2 | 0.450, 50% | 0.225, 50% | 0.225, 50% |" in quality_page.summary()
+    assert "| tiny, 20% | 0.450, 50% | 0.225, 50% | 0.225, 50% |" in sections["quality"]()
     assert quality_page.megabytes(results[0]) == pytest.approx({0.2: 2.2, 0.4: 2.4, 0.6: 2.6, 0.8: 2.8})
     quality_page.draw()
     assert (tmp_path / "rules.png").stat().st_size > 10_000
@@ -516,9 +518,9 @@ def test_free_running_is_measured_and_shown(monkeypatch, tinystories, data):
     params, tokenizer = ci.load(tinystories)
     lines = (data / "text" / "tinystories_val.txt").read_text(encoding="utf-8").splitlines()
     documents = Documents("stories", "", tuple(line for line in lines if len(line) > 400)[:2])
-    monkeypatch.setattr(free_running, "subjects", lambda texts, models: [("tiny", params, tokenizer, documents, None)])
-    monkeypatch.setattr(free_running, "NEW", 4)
-    [result] = free_running.measure(None, None)
+    monkeypatch.setattr(continuations, "subjects", lambda texts, models: [("tiny", params, tokenizer, documents, None)])
+    monkeypatch.setattr(continuations, "NEW", 4)
+    [result] = continuations.measure(None, None)
     assert [(s["rule"], s["keep"]) for s in result["settings"]] == [
         (rule, keep) for rule in ("votes", "contribution") for keep in quality.KEEPS
     ]

@@ -1,6 +1,7 @@
 """What a calibration says of a model, where it lies, and how generation goes by it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import coreinfer_jax as ci
 from coreinfer_jax.cli import main
 from coreinfer_jax.io.calibration_file import CALIBRATION
 from coreinfer_jax.lab.evaluation import Bound, Texts, calibrate
-from coreinfer_jax.model.weights import Calibration, named_leaves, params_bytes
+from coreinfer_jax.model.weights import named_leaves, params_bytes
 from coreinfer_jax.sparsity.allocate import allocate
-from coreinfer_jax.sparsity.rules import column_norms
+from coreinfer_jax.sparsity.calibration import Calibration
+from coreinfer_jax.sparsity.rules import Contribution
 from coreinfer_jax.text.documents import Documents
 from tests.support import LLAMA, MODELS, OPT, check_same_core, random_model
 from tests.test_compilation import traced
@@ -108,12 +110,12 @@ def calibrated(params, core=ci.CoreConfig()):
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_a_calibration_counts_as_tokens_of_the_prompt(name):
     params = calibrated(random_model(MODELS[name]))
-    core = ci.CoreConfig(beta=0.4, prior_tokens=10.0)
+    core = ci.CoreConfig(beta=0.4, rule=Contribution(prior_tokens=10))
     out = ci.generate(params, [PROMPTS[0]], core, max_new_tokens=2)
     a = prompt_activations(params.weights, PROMPTS[0])
     kept = allocate(core, params.config, params.calibration.gains)
     check_same_core(out.core, expected_core(params, a, kept, 0.5, params.calibration.prior, 10.0))
-    alone = ci.generate(params, [PROMPTS[0]], replace(core, prior_tokens=0), max_new_tokens=2)
+    alone = ci.generate(params, [PROMPTS[0]], replace(core, rule=Contribution(prior_tokens=0)), max_new_tokens=2)
     check_same_core(alone.core, expected_core(params, a, kept, 0.5))
     votes = replace(ci.CoreConfig.paper(), beta=0.4)
     assert ci.generate(params, [PROMPTS[0]], votes, max_new_tokens=1).core == (
@@ -127,7 +129,8 @@ def test_a_prior_is_what_one_half_of_the_texts_sums_to():
     order = np.random.default_rng(SMALL.seed).permutation(12)[:6]
     rows = [Numbers().encode(documents().texts[i]) for i in order]
     seen = [prompt_activations(params, row) for row in rows]
-    for l, (sums, norms) in enumerate(zip(found.calibration.prior, column_norms(params), strict=True)):
+    for l, sums in enumerate(found.calibration.prior):
+        norms = params.layers[l].mlp.down.input_norms()
         weight, total, squares = moments(np.concatenate([a[l] for a in seen]), np.asarray(norms, np.float64))
         assert sums["tokens"] == 6 * 20
         np.testing.assert_allclose(sums["weight"], weight, rtol=1e-4)
@@ -176,12 +179,6 @@ def test_a_bound_that_none_meets_means_all_neurons():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A directory with the embedded LLaMA, and its calibration."""
-    return ci.convert("embedded:llama", tmp_path_factory.mktemp("model") / "llama")
-
-
-@pytest.fixture(scope="module")
 def stories(tmp_path_factory, data) -> Path:
     path = tmp_path_factory.mktemp("texts") / "stories.txt"
     lines = (data / "text" / "tinystories_val.txt").read_text(encoding="utf-8").splitlines()
@@ -189,7 +186,19 @@ def stories(tmp_path_factory, data) -> Path:
     return path
 
 
-def test_calibrations_come_with_the_embedded_models_and_with_what_is_converted(model):
+SIZES = ("--texts", "4", "--prompt-tokens", "16", "--continuation", "16")
+
+
+@pytest.fixture(scope="module")
+def model(shallow, stories, tmp_path_factory) -> Path:
+    """A directory with the cut-down LLaMA, and its calibration."""
+    directory = ci.convert(shallow["llama"], tmp_path_factory.mktemp("model") / "llama")
+    assert main(["calibrate", "--model", str(directory), "--data", str(stories), *SIZES]) == 0
+    return directory
+
+
+def test_calibrations_come_with_the_embedded_models_and_with_what_is_converted(tmp_path):
+    model = ci.convert("embedded:llama", tmp_path / "llama")
     for name in ("embedded:opt", "embedded:llama", model):
         params, _ = ci.load(name)
         assert params.calibration.core == ci.CoreConfig()
@@ -198,8 +207,8 @@ def test_calibrations_come_with_the_embedded_models_and_with_what_is_converted(m
 
 
 def test_the_command_calibrates_a_model_in_place(model, stories, capsys):
-    arguments = ["calibrate", "--model", str(model), "--data", str(stories), "--texts", "4", "--continuation", "16"]
-    assert main([*arguments, "--prompt-tokens", "16", "--max-kl", "0.2", "--json"]) == 0
+    arguments = ["calibrate", "--model", str(model), "--data", str(stories), *SIZES]
+    assert main([*arguments, "--max-kl", "0.2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     within = [one["keep"] for one in found["settings"] if one["kl"]["ci95"][1] <= 0.2]
     assert found["core"]["beta"] == min(within)
@@ -214,7 +223,7 @@ def test_the_command_calibrates_a_model_in_place(model, stories, capsys):
     shares = ", ".join(f"{width / params.config.mlp_size:.0%}" for width in kept)
     told = f"keep {min(within):g} ({shares}, layer by layer), from {stories.name}, within max_kl 0.2"
     assert told in capsys.readouterr().out
-    assert main([*arguments, "--prompt-tokens", "16", "--max-kl", "1e-9"]) == 0
+    assert main([*arguments, "--max-kl", "1e-9"]) == 0
     assert "no keep ratio meets the bound: all neurons" in capsys.readouterr().out
     assert ci.generate(ci.load(model)[0], [prompt], max_new_tokens=2).stats.method == "dense"
 
@@ -311,18 +320,17 @@ def test_offsets_of_another_size_are_refused_and_are_part_of_what_is_equal():
 
 def test_a_calibration_compiles_no_pass_anew():
     params = random_model(OPT)
-    ci.generate(params, [PROMPTS[0]], ci.CoreConfig(prior_tokens=0), max_new_tokens=3)
-    nothing = Calibration(({},) * OPT.num_layers, None, ci.CoreConfig(prior_tokens=0))
+    core = ci.CoreConfig(rule=Contribution(prior_tokens=0))
+    ci.generate(params, [PROMPTS[0]], core, max_new_tokens=3)
+    nothing = Calibration(({},) * OPT.num_layers, None, core)
     with traced() as messages:
         ci.generate(replace(params, calibration=nothing), [PROMPTS[0]], max_new_tokens=3)
     assert messages == []
 
 
-def test_a_bad_calibration_can_be_made_anew(tmp_path, stories, capsys):
-    source = Path(ci.__file__).parent / "assets" / "llama"
-    directory = rewritten(tmp_path, source, lambda arrays, metadata: metadata.update(model="0" * 16))
-    sizes = ["--texts", "4", "--prompt-tokens", "16", "--continuation", "16"]
-    assert main(["calibrate", "--model", str(directory), "--data", str(stories), *sizes]) == 0
+def test_a_bad_calibration_can_be_made_anew(model, tmp_path, stories, capsys):
+    directory = rewritten(tmp_path, model, lambda arrays, metadata: metadata.update(model="0" * 16))
+    assert main(["calibrate", "--model", str(directory), "--data", str(stories), *SIZES]) == 0
     assert "keep 0.5 (" in capsys.readouterr().out
     assert ci.load(directory)[0].calibration is not None
 
@@ -345,11 +353,11 @@ def test_another_vocabulary_is_refused_and_another_template_is_not(tmp_path):
         ci.load(directory)
 
 
-def test_options_replace_what_was_calibrated(tmp_path, capsys):
+def test_options_replace_what_was_calibrated(model, tmp_path, capsys):
     from coreinfer_jax.io.calibration_file import write_calibration
     from coreinfer_jax.io.loading import open_model, stored_fingerprint
 
-    directory = ci.convert("embedded:opt", tmp_path / "mine")
+    directory = shutil.copytree(model, tmp_path / "mine")
     found = replace(ci.load(directory)[0].calibration, core=ci.CoreConfig(beta=0.3))
     write_calibration(directory, stored_fingerprint(*open_model(directory)), found, {})
     given = {
@@ -377,7 +385,7 @@ def test_narrowed_weights_carry_no_calibration():
 @pytest.mark.parametrize("per_row", [True, False])
 def test_batches_of_calibrated_models_are_chosen_row_by_row_or_together(per_row):
     params = calibrated(random_model(LLAMA))
-    core = ci.CoreConfig(beta=0.4, per_row=per_row, prior_tokens=10.0)
+    core = ci.CoreConfig(beta=0.4, per_row=per_row, rule=Contribution(prior_tokens=10))
     prompts = [PROMPTS[0], PROMPTS[2]]
     out = ci.generate(params, prompts, core, max_new_tokens=2)
     a = [prompt_activations(params.weights, prompt) for prompt in prompts]

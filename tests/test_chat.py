@@ -1,4 +1,4 @@
-"""`coreinfer chat` with a user who types ahead, on the embedded models and on one with a chat template."""
+"""`coreinfer chat` with a user who types ahead, on a small model without and with a chat template."""
 
 import json
 import os
@@ -19,10 +19,10 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def typed(monkeypatch, capsys):
+def typed(monkeypatch, capsys, shallow):
     """Runs `coreinfer chat` while a user types `lines`, then Ctrl-D: status, stdout, stderr."""
 
-    def typed(lines: list[str], *options: str) -> tuple[int, str, str]:
+    def typed(lines: list[str], *options: str, model: Path = shallow["opt"]) -> tuple[int, str, str]:
         waiting: Iterator[str] = iter(lines)
 
         def answer(prompt: str = "") -> str:
@@ -35,16 +35,16 @@ def typed(monkeypatch, capsys):
 
         monkeypatch.setattr("builtins.input", answer)
         capsys.readouterr()
-        status = main(["chat", "--max-new-tokens", "12", *options])
+        status = main(["chat", "--model", str(model), "--max-new-tokens", "12", *options])
         return status, *capsys.readouterr()
 
     return typed
 
 
 @pytest.fixture(scope="module")
-def templated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded OPT model with a chat template."""
-    directory = ci.convert("embedded:opt", tmp_path_factory.mktemp("chat") / "model")
+def templated(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with a chat template."""
+    directory = ci.convert(shallow["opt"], tmp_path_factory.mktemp("chat") / "model")
     described = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     (directory / "tokenizer_config.json").write_text(json.dumps(described | {"chat_template": TEMPLATE}))
     return directory
@@ -59,7 +59,7 @@ def reply_of(model: str | Path, text: str, core: ci.CoreConfig | None = ci.CoreC
 
 
 def test_turns_see_the_whole_conversation(typed, templated):
-    status, out, err = typed(["Hello there", "And then?"], "--model", str(templated), "--temperature", "0")
+    status, out, err = typed(["Hello there", "And then?"], "--temperature", "0", model=templated)
     first = reply_of(templated, "<user> Hello there\n<assistant>")
     second = reply_of(templated, f"<user> Hello there\n<assistant> {first}\n<user> And then?\n<assistant>")
     assert status == 0
@@ -68,16 +68,16 @@ def test_turns_see_the_whole_conversation(typed, templated):
     assert " cached) + 12 new tokens" in err
 
 
-def test_without_a_template_the_conversation_is_one_text(typed):
+def test_without_a_template_the_conversation_is_one_text(typed, shallow):
     _, out, err = typed(["Once upon a time", "The king"], "--temperature", "0")
-    first = reply_of("embedded:opt", "Once upon a time")
-    assert out == f"{first}\n{reply_of('embedded:opt', f'Once upon a time{first}' + chr(10) * 2 + 'The king')}\n"
+    first = reply_of(shallow["opt"], "Once upon a time")
+    assert out == f"{first}\n{reply_of(shallow['opt'], f'Once upon a time{first}' + chr(10) * 2 + 'The king')}\n"
     assert "no chat template" in err
 
 
-def test_reset_forgets(typed):
+def test_reset_forgets(typed, shallow):
     _, out, err = typed(["The king", "/reset", "The king"], "--temperature", "0")
-    assert out == 2 * (reply_of("embedded:opt", "The king") + "\n")
+    assert out == 2 * (reply_of(shallow["opt"], "The king") + "\n")
     assert "forgotten" in err
 
 
@@ -108,25 +108,25 @@ def test_ctrl_c_stops_the_reply_and_the_chat_goes_on(typed, monkeypatch):
 
 
 def test_a_full_conversation_says_so_and_goes_on_after_reset(typed):
-    status, out, err = typed(["word " * 1100, "/reset", "The king"])
+    status, out, err = typed(["word " * 600, "/reset", "The king"])
     assert status == 0
-    assert "exceed the model's 1024 positions" in err
+    assert "exceed the model's 512 positions" in err
     assert err.count("MLP neurons") == 1
     assert out
 
 
 def test_a_reply_is_as_long_as_there_is_room_for(typed):
-    """1024 positions: the second reply has not the 400 that were asked for, and the third none."""
-    lines = ["word " * 300, "word " * 300, "word"]
-    status, _, err = typed(lines, "--max-new-tokens", "400", "--temperature", "0")
+    """512 positions: the second reply has not the 200 that were asked for, and the third none."""
+    lines = ["word " * 100, "word " * 100, "word"]
+    status, _, err = typed(lines, "--max-new-tokens", "200", "--temperature", "0")
     facts = [line for line in err.splitlines() if "MLP neurons" in line]
     counts = [tuple(map(int, re.search(r"(\d+) prompt.* \+ (\d+) new tokens", line).groups())) for line in facts]
     assert status == 0
     assert len(counts) == 2
-    assert counts[0][1] == 400
-    assert sum(counts[1]) == 1024
+    assert counts[0][1] == 200
+    assert sum(counts[1]) == 512
     assert facts[1].endswith("[no room is left: /reset starts over]")
-    assert "exceed the model's 1024 positions" in err
+    assert "exceed the model's 512 positions" in err
 
 
 def test_a_mistake_leaves_what_was_read(typed, monkeypatch):
@@ -136,7 +136,7 @@ def test_a_mistake_leaves_what_was_read(typed, monkeypatch):
     assert " cached) + 12 new tokens" in err
 
 
-def test_a_second_ctrl_c_drops_the_turn(typed, monkeypatch):
+def test_a_second_ctrl_c_drops_the_turn(typed, shallow, monkeypatch):
     add = chat.Reply.add
 
     def interrupted_add(self, chunk):
@@ -149,14 +149,14 @@ def test_a_second_ctrl_c_drops_the_turn(typed, monkeypatch):
     status, out, err = typed(["The queen", "The king"], "--temperature", "0")
     assert status == 0
     assert "[interrupted]" in err
-    assert out == reply_of("embedded:opt", "The king") + "\n"
+    assert out == reply_of(shallow["opt"], "The king") + "\n"
 
 
 def test_a_system_message_needs_a_template(typed, templated):
     status, _, err = typed(["Hello"], "--system", "Be brief")
     assert status == 2
     assert "--system" in err
-    _, out, _ = typed(["Hello"], "--system", "Be brief", "--model", str(templated), "--temperature", "0")
+    _, out, _ = typed(["Hello"], "--system", "Be brief", "--temperature", "0", model=templated)
     assert out == reply_of(templated, "<system> Be brief\n<user> Hello\n<assistant>") + "\n"
 
 

@@ -19,10 +19,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import coreinfer_jax as ci
-from convert import TABLES
 from coreinfer_jax.io import native
 from coreinfer_jax.io.hub import looks_like_hub_id, needed_files
 from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.families import FAMILIES
 from coreinfer_jax.model.weights import named_leaves
 from tests.support import LLAMA, MODELS, OPT, OPT_350M_STYLE, random_model
 
@@ -39,11 +39,9 @@ def weights(config: ModelConfig) -> Tensors:
 
 def hub_tensors(config: ModelConfig) -> Tensors:
     """`weights` under the names transformers saves today."""
-    table = TABLES[config.family]
-    names = {
-        ours.format(l=l): theirs.format(l=l) for ours, theirs in table.tensors.items() for l in range(config.num_layers)
-    }
-    prefixed = {leaf: name if name == table.head else f"model.{name}" for leaf, name in names.items()}
+    table = FAMILIES[config.family].tensors
+    names = {ours.format(l=l): theirs.format(l=l) for ours, theirs in table.items() for l in range(config.num_layers)}
+    prefixed = {leaf: name if leaf == "unembedding" else f"model.{name}" for leaf, name in names.items()}
     return {prefixed[leaf]: array for leaf, array in weights(config).items()}
 
 
@@ -477,6 +475,25 @@ def test_manifests_that_cannot_be_used(converted, change, expected):
     with pytest.raises(ci.CoreInferError, match=expected) as caught:
         ci.load(converted)
     assert str(caught.value).startswith(str(manifest))
+
+
+def test_the_manifest_is_that_of_every_release(tmp_path):
+    """Field for field what the first release wrote, so that either reads what the other converted."""
+    rope = replace(LLAMA.rope, theta=5e5, scaling="llama3", factor=8.0, original_max_positions=64)
+    config = replace(LLAMA, rope=rope, eos_ids=(2, 3))
+    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(random_model(config))}
+    native.write_native(tmp_path, config, FLOAT32, iter(leaves.items()))
+    sizes = {"vocab_size": 101, "hidden_size": 32, "embed_size": 32, "mlp_size": 96, "num_layers": 3}
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_size": 8, "max_positions": 160}
+    kinds = {"activation": "silu", "norm_eps": 1e-6, "norm_first": True, "final_norm": True}
+    switches = {"attention_bias": False, "mlp_bias": False, "tied": False}
+    scaling = {"scaling": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    positions = {"rope": {"theta": 5e5, **scaling, "original_max_positions": 64}}
+    ids = {"bos_id": 1, "eos_ids": [2, 3], "pad_id": None}
+    written = {"family": "llama", **sizes, **heads, **kinds, **switches, **positions, **ids}
+    manifest = {"format": "coreinfer_jax", "version": 1, "dtype": "float32", "config": written}
+    assert (tmp_path / "coreinfer.json").read_text() == json.dumps(manifest, indent=2) + "\n"
+    assert ci.load(tmp_path)[0].config == config
 
 
 def assert_only_the_source_is_left(tmp_path: Path) -> None:

@@ -58,11 +58,13 @@ def model(tinystories: Path) -> tuple[ci.Params, list[int]]:
     return params, tokenizer.encode(PROMPT)
 
 
-def test_text_goes_to_stdout_and_one_line_of_facts_to_stderr(run, generate, tinystories):
+def test_text_goes_to_stdout_and_one_line_of_facts_to_stderr(run, generate, model, tinystories):
     status, out, err = run("generate", PROMPT, "--model", tinystories, "--max-new-tokens", 24, "--dtype", "float32")
     assert status == 0
     assert out == PROMPT + generate()["text"] + "\n"
-    assert re.fullmatch(r"\[stability: 50% of 384 MLP neurons in 2 layers; 6 prompt \+ 24 new tokens; [^\n]*\]\n", err)
+    neurons, tokens = model[0].config.mlp_size, len(model[1])
+    told = rf"\[stability: 50% of {neurons} MLP neurons in 2 layers; {tokens} prompt \+ 24 new tokens; [^\n]*\]\n"
+    assert re.fullmatch(told, err)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_text_goes_to_stdout_and_one_line_of_facts_to_stderr(run, generate, tiny
         (["--method", "dense"], None),
         (
             ["--rule", "votes", "--alpha", "0.3", "--beta", "0.7", "--budget", "mean"],
-            ci.CoreConfig(0.3, 0.7, "mean", rule="votes"),
+            ci.CoreConfig(beta=0.7, rule=ci.rules.Votes(alpha=0.3, budget="mean")),
         ),
     ],
     ids=["default", "dense", "mean"],
@@ -172,15 +174,16 @@ def test_a_converted_model_generates_the_same(run, generate, tinystories, tmp_pa
     assert generate(model=tmp_path / "native")["tokens"] == generate()["tokens"]
 
 
-def test_installed_commands(tinystories, tmp_path, generate):
-    """`python -m convert` and the `coreinfer` script, in processes of their own and another directory."""
+def test_commands_in_processes_of_their_own(tinystories, tmp_path, generate):
+    """`python -m convert` in the repository, and the `coreinfer` script in another directory."""
     native = tmp_path / "native"
     convert = [sys.executable, "-m", "convert", tinystories, native, "--dtype", "bfloat16"]
     script = [Path(sys.executable).parent / "coreinfer", "generate", PROMPT, "--model", native, "--device", "cpu"]
     options = ["--dtype", "float32", "--max-new-tokens", "8"]
+    repository = Path(__file__).resolve().parents[1]
     done = [
-        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-        for command in (convert, script + options)
+        subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        for command, folder in ((convert, repository), (script + options, tmp_path))
     ]
     assert [process.returncode for process in done] == [0, 0], done
     assert done[0].stdout == f"{native}\n"

@@ -21,7 +21,8 @@ from coreinfer_jax.lab.clustering import counting
 from coreinfer_jax.lab.clustering.grouping import deciding_layer, elbow, group_by_kmeans, group_by_labels
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint
-from coreinfer_jax.model.weights import named_leaves, random_params
+from coreinfer_jax.model.structure import random_params
+from coreinfer_jax.model.weights import named_leaves
 from tests.support import LLAMA, OPT, random_model
 from tests.test_bad_input import refusal
 from tests.test_prediction import activations, voted
@@ -61,8 +62,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("budget", ["per_token", "mean"])
 def test_frequencies_and_vectors_equal_numpy(name: str, budget: str, tmp_path: Path) -> None:
     params = random_model({"opt": OPT, "llama": LLAMA}[name])
-    core = ci.CoreConfig(alpha=0.3, beta=0.25, budget=budget)
-    built = build(tmp_path / "c", documents(labels=LABELS), params=params, core=core, max_tokens=100)
+    vectors = ci.TextVectors(votes=ci.rules.Votes(alpha=0.3, budget=budget), beta=0.25)
+    built = build(tmp_path / "c", documents(labels=LABELS), params=params, vectors=vectors, max_tokens=100)
     assert (built.names, built.sizes, built.layer, built.origin) == (("x", "y", "z"), (4, 4, 3), 2, "topics")
     for c, label in enumerate("xyz"):
         own = [activations(params, Letters().encode(t)[:100]) for t, l in zip(TEXTS, LABELS, strict=True) if l == label]
@@ -81,7 +82,7 @@ def test_frequencies_and_vectors_equal_numpy(name: str, budget: str, tmp_path: P
 def test_index_sets_equal_numpy(tmp_path: Path) -> None:
     built = build(tmp_path / "c", documents(labels=LABELS))
     for gamma in (0.05, 0.4, 0.77):
-        for c, chosen in enumerate(built.sets(ci.CoreConfig(gamma=gamma, layers=(0.3, 1.0)))):
+        for c, chosen in enumerate(built.sets(gamma, (1, 2))):
             assert chosen.layers[0] is None
             for l in range(1, L):
                 expected = sorted(range(F), key=lambda n: (-built.frequencies[c, l, n], n))[: int(gamma * F)]
@@ -107,11 +108,12 @@ def test_the_same_arguments_give_identical_files(labels: tuple[str, ...] | None,
 
 
 def test_what_is_built_is_what_is_loaded(tmp_path: Path) -> None:
-    built = build(tmp_path / "c", k=3, core=ci.CoreConfig(layers=(0.5, 1.0), method="auto"))
+    vectors = ci.TextVectors(votes=ci.rules.Votes(alpha=0.3), beta=0.25, count_bos=False)
+    built = build(tmp_path / "c", k=3, vectors=vectors)
     loaded = ci.load_clusters(tmp_path / "c")
     for name in ("frequencies", "centroids"):
         np.testing.assert_array_equal(getattr(built, name), getattr(loaded, name))
-    for name in ("names", "sizes", "layer", "core", "origin", "fingerprint"):  # the core's layers do not matter
+    for name in ("names", "sizes", "layer", "vectors", "origin", "fingerprint"):
         assert getattr(built, name) == getattr(loaded, name)
 
 
@@ -206,7 +208,7 @@ def test_the_deciding_layer_is_the_papers(layers: int, layer: int) -> None:
 
 
 def test_nearest_documents_are_those_of_numpy(tmp_path: Path) -> None:
-    built = build(tmp_path / "c", documents(labels=LABELS), core=ci.CoreConfig(beta=0.25))
+    built = build(tmp_path / "c", documents(labels=LABELS), vectors=ci.TextVectors(beta=0.25))
     facts = json.loads((tmp_path / "c" / "clusters.json").read_text())["facts"]
     for c, label in enumerate("xyz"):
         own = [i for i, l in enumerate(LABELS) if l == label]
@@ -222,8 +224,8 @@ def test_nearest_documents_are_those_of_numpy(tmp_path: Path) -> None:
 # Published lists.
 
 REAL = {
-    "opt-6.7B_QA": (replace(OPT, num_layers=32, mlp_size=16384, hidden_size=16, embed_size=16, head_size=4), 5),
-    "Llama3-8B_QA": (replace(LLAMA, num_layers=32, mlp_size=14336, hidden_size=16, embed_size=16, head_size=4), 4),
+    "opt-6.7B_QA": (replace(OPT, mlp_size=16384, hidden_size=16, embed_size=16, head_size=4), 5),
+    "Llama3-8B_QA": (replace(LLAMA, mlp_size=14336, hidden_size=16, embed_size=16, head_size=4), 4),
 }
 
 
@@ -235,31 +237,35 @@ def native(directory: Path, config: ModelConfig) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("layers", [3, pytest.param(32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", REAL)
-def test_published_lists_drive_generation_at_their_real_size(name: str, data: Path, tmp_path: Path) -> None:
-    config, groups = REAL[name]
-    source, checkpoint = data / "neurons" / f"{name}.npz", native(tmp_path / "model", config)
+def test_published_lists_drive_generation(name: str, layers: int, data: Path, tmp_path: Path) -> None:
+    """All 32 layers of them, or the first ones alone."""
+    config, groups = replace(REAL[name][0], num_layers=layers), REAL[name][1]
+    source, checkpoint = tmp_path / f"{name}.npz", native(tmp_path / "model", config)
+    with np.load(data / "neurons" / source.name, allow_pickle=False) as archive:
+        lists = {f"L{l}_C{c}": archive[f"L{l}_C{c}"] for l in range(layers) for c in range(groups)}
+        assert layers < 32 or lists.keys() == {*archive.files}
+    np.savez(source, **lists)
     clusters = ci.import_published(source, tmp_path / "c", checkpoint)
-    with np.load(source, allow_pickle=False) as archive:
-        lists = {key: archive[key] for key in archive.files}
-    assert (clusters.frequencies.shape, clusters.origin) == ((groups, 32, config.mlp_size), "published")
+    assert (clusters.frequencies.shape, clusters.origin) == ((groups, layers, config.mlp_size), "published")
 
     gamma = 0.12
     kept = int(gamma * config.mlp_size)
     overlaps = ci.inspect_clusters(tmp_path / "c", gamma).overlaps
-    for l in range(32):
+    for l in range(layers):
         for c in range(groups):
             for d in range(groups):
                 common = np.intersect1d(lists[f"L{l}_C{c}"][:kept], lists[f"L{l}_C{d}"][:kept])
                 assert overlaps[l, c, d] == pytest.approx(len(common) / kept)
 
     params, _ = ci.load(checkpoint)
-    core = ci.CoreConfig(method="similarity", gamma=gamma)
+    core = ci.Similarity(gamma=gamma)
     ready = ci.prepare_groups(params, ci.load_clusters(tmp_path / "c"), core, compacted=False)
     out = ci.generate(params, [[2, 5, 6, 7, 8]], core, groups=ready, max_new_tokens=4)
     group = out.stats.choices[0].group
-    assert out.stats.kept_neurons == (kept,) * 32
-    for l in range(32):
+    assert out.stats.kept_neurons == (kept,) * layers
+    for l in range(layers):
         np.testing.assert_array_equal(out.core.layers[l], np.sort(lists[f"L{l}_C{group}"][:kept]))
     asked = ci.generate(params, [[2, 5, 6, 7, 8]], out.core, max_new_tokens=4)
     np.testing.assert_array_equal(out.tokens, asked.tokens)
@@ -271,7 +277,7 @@ def test_published_lists_drive_generation_at_their_real_size(name: str, data: Pa
     assert f"asks for {int(0.9 * config.mlp_size)}" in message
     most = float(message.rpartition("gamma=")[2])
     assert int(most * config.mlp_size) <= shortest < int((most + 2e-4) * config.mlp_size)
-    clusters.sets(replace(core, gamma=most))
+    clusters.sets(most, tuple(range(layers)))
 
 
 def archive(path: Path, **arrays: object) -> Path:
@@ -350,7 +356,7 @@ BUILDS = {
     "no tokens": ({"max_tokens": 0}, "max_tokens=0"),
     "too many tokens": ({"max_tokens": 10**6}, "max_tokens=1000000"),
     "documents that are none": ({"corpus": ["a", "b"]}, "read_documents"),
-    "settings that are none": ({"core": None}, "core=None"),
+    "settings that are none": ({"vectors": None}, "vectors=None"),
     "a depth that is none": ({"depth": "deep"}, "depth='deep'"),
     "a label too few": ({"corpus": documents(labels=LABELS[1:])}, "10 labels for 11 texts"),
 }
@@ -450,32 +456,32 @@ def run(capsys):
     return run
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "news.csv"
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "news.csv"
     path.write_text('topic,text\nsea,"The sea, the ship."\nking,The king.\nsea,A wave.\nking,"His ""crown""."\n')
     return path
 
 
-def test_build_inspect_and_generate(run, corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "clusters"
+def test_build_inspect_and_generate(run, shallow: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    out, model = tmp_path / "clusters", ("--model", shallow["opt"])
     columns = ("--text-column", "text", "--label-column", "topic")
-    status, told, err = run("clusters", "build", "--data", corpus, *columns, "--out", out)
+    status, told, err = run("clusters", "build", *model, "--data", corpus, *columns, "--out", out)
     assert status == 0, err
     assert "king: 2 documents" in told
     assert 'His "crown".' in told
     status, shown, _ = run("clusters", "inspect", out, "--gamma", 0.4, "--json")
     facts = json.loads(shown)
     assert (status, facts["names"], facts["sizes"], facts["gamma"]) == (0, ["king", "sea"], [2, 2], 0.4)
-    params, tokenizer = ci.load()
+    params, tokenizer = ci.load(shallow["opt"])
     assert facts["model"] == fingerprint(params)
-    for method in ("similarity", "fused", "auto"):
-        core = ci.CoreConfig(method=method, gamma=0.4, beta=0.4)
+    for core in (ci.Similarity(gamma=0.4), ci.Fused(beta=0.4), ci.Auto(beta=0.4, gamma=0.4)):
+        method = core.method
         groups = ci.prepare_groups(params, ci.load_clusters(out), core)
         prompt = tokenizer.encode("The queen")
         expected = ci.generate(params, [prompt], core, groups=groups, max_new_tokens=6)
         options = ("--method", method, "--clusters", out, "--gamma", 0.4, "--beta", 0.4, "--temperature", 0)
-        status, shown, err = run("generate", "The queen", *options, "--max-new-tokens", 6, "--json")
+        status, shown, err = run("generate", "The queen", *model, *options, "--max-new-tokens", 6, "--json")
         assert status == 0, err
         result = json.loads(shown)
         assert result["tokens"] == expected.tokens[0].tolist()
@@ -485,25 +491,27 @@ def test_build_inspect_and_generate(run, corpus: Path, tmp_path: Path) -> None:
         assert err.startswith(f"[{choice.method} by {facts['names'][choice.group]!r}{why}: 40% of ")
 
 
-def test_auto_without_clusters_says_what_it_does(run) -> None:
-    status, _, err = run("generate", "The queen", "--method", "auto", "--max-new-tokens", 2)
+def test_auto_without_clusters_says_what_it_does(run, shallow: dict[str, Path]) -> None:
+    model = ("--model", shallow["opt"])
+    status, _, err = run("generate", "The queen", *model, "--method", "auto", "--max-new-tokens", 2)
     assert status == 0
     assert "[stability (unstable: 3 voting tokens, fewer than 32; no groups were given to choose from)" in err
 
 
-def test_chat_takes_clusters(run, built_for_embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_takes_clusters(run, on_clusters: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["The queen", "The king"])
     monkeypatch.setattr("builtins.input", lambda *_: next(lines, "/exit"))
-    status, _, err = run("chat", "--method", "similarity", "--clusters", built_for_embedded, "--max-new-tokens", 3)
+    status, _, err = run("chat", "--method", "similarity", *on_clusters, "--max-new-tokens", 3)
     assert status == 0, err
     assert err.count("[similarity by 'group ") == 2
 
 
-@pytest.fixture
-def built_for_embedded(corpus: Path, tmp_path: Path) -> Path:
-    params, tokenizer = ci.load()
-    ci.build_clusters(tmp_path / "ready", params, tokenizer, ci.read_documents(corpus, "text"))
-    return tmp_path / "ready"
+@pytest.fixture(scope="module")
+def on_clusters(shallow: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Options that name a model and its clusters."""
+    ready = tmp_path_factory.mktemp("ready") / "clusters"
+    ci.build_clusters(ready, *ci.load(shallow["opt"]), ci.read_documents(corpus, "text"))
+    return ("--model", shallow["opt"], "--clusters", ready)
 
 
 def test_imported_lists_on_the_command_line(run, tmp_path: Path) -> None:
@@ -520,18 +528,18 @@ def test_imported_lists_on_the_command_line(run, tmp_path: Path) -> None:
     assert "give at most gamma=0.3125" in err
 
 
-def test_settings_of_auto_and_fused_reach_the_prediction(run, built_for_embedded: Path) -> None:
+def test_settings_of_auto_and_fused_reach_the_prediction(run, on_clusters: tuple[object, ...]) -> None:
     def kept(*options: object) -> dict:
-        arguments = ("--clusters", built_for_embedded, "--max-new-tokens", 2, "--json", *options)
+        arguments = (*on_clusters, "--max-new-tokens", 2, "--json", *options)
         status, out, err = run("generate", "The queen and the king", *arguments)
         assert status == 0, err
         return json.loads(out)["stats"]
 
     stats = kept("--method", "auto", "--least-tokens", 2, "--least-stability", -1, "--layers", 0.5, 1)
     assert stats["method"] == "stability"
-    assert stats["kept_neurons"] == [768] * 4 + [384] * 4
+    assert stats["kept_neurons"] == [768, 384]
     assert kept("--method", "auto", "--least-tokens", 2, "--least-stability", 1)["method"] == "similarity"
-    status, _, err = run("generate", "x", "--method", "fused", "--clusters", built_for_embedded, "--group-tokens", -1)
+    status, _, err = run("generate", "x", "--method", "fused", *on_clusters, "--group-tokens", -1)
     assert (status, "group_tokens=-1.0" in err) == (2, True)
 
 
@@ -545,8 +553,8 @@ UNUSED = [
 
 
 @pytest.mark.parametrize(("options", "said"), UNUSED)
-def test_options_that_would_change_nothing_are_refused(options, said, run, built_for_embedded: Path) -> None:
-    status, _, err = run("generate", "x", "--clusters", built_for_embedded, *options)
+def test_options_that_would_change_nothing_are_refused(options, said, run, on_clusters: tuple[object, ...]) -> None:
+    status, _, err = run("generate", "x", *on_clusters, *options)
     assert (status, said in err) == (2, True), err
 
 
@@ -585,6 +593,7 @@ def test_mistakes_on_the_command_line(
     run, arguments: tuple[str, ...], named: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(corpus, tmp_path)
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "one.txt").write_text("One line.\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')

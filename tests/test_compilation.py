@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.engine.programs import DecodeState, decode, no_sums, prefill
-from coreinfer_jax.engine.prompts import make_sampling
-from coreinfer_jax.engine.sampling import Sampling
+from coreinfer_jax.engine.options import GREEDY
+from coreinfer_jax.engine.programs import decode, no_sums, prefill
+from coreinfer_jax.engine.rows import Rows
+from coreinfer_jax.engine.sampling import make_sampling
 from coreinfer_jax.model.cache import init_cache
-from coreinfer_jax.model.weights import abstract_params, leaf_bytes
-from coreinfer_jax.sparsity.votes import make_voting
+from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import leaf_bytes
+from coreinfer_jax.sparsity.rules import RULES
 from tests.support import LLAMA, MODELS, random_model
 
 RNG = np.random.default_rng(0)
@@ -58,7 +60,7 @@ def test_within_a_bucket_nothing_is_traced_again(name: str) -> None:
     with traced() as messages:
         run(params, 10)
         run(params, 41, max_new_tokens=23, eos_ids=(4, 5))
-        run(params, 2, ci.CoreConfig(alpha=0.7), max_new_tokens=60)
+        run(params, 2, ci.CoreConfig(rule=ci.rules.Contribution(prior_tokens=9)), max_new_tokens=60)
         run(params, 33, max_new_tokens=5, temperature=1.3, top_k=7, key=5)
         run(params, 20, temperature=0.9, top_p=0.4, top_k=3, key=jax.random.key(9), eos_ids=(7,))
         list(ci.stream(params, [[5, 6, 7]], max_new_tokens=17))
@@ -87,24 +89,23 @@ WIDE = replace(
 )
 
 
-def prefilled(params: ci.Params, rows: int = 1, capacity: int = 64) -> tuple[DecodeState, Sampling]:
-    sampling = make_sampling(params.config, 0.0, None, None, (), None)
+def prefilled(params: ci.Params, rows: int = 1, capacity: int = 64) -> Rows:
+    sampling = make_sampling(params.config, rows, GREEDY, 50)
     tokens, lengths = np.ones((rows, 64), np.int32), np.full(rows, 9, np.int32)
-    cache = init_cache(params.config, rows, capacity, params.token_embedding.dtype)
+    cache = init_cache(params.config, rows, capacity, params.dtype)
     start = np.zeros(rows, np.int32)
-    return prefill(params, tokens, lengths, start, cache, [], sampling, None, voted=(), rule="votes")[0], sampling
+    return prefill(params, tokens, lengths, start, cache, [], sampling, None, observed=())[0]
 
 
-def prefill_temporaries(params: ci.Params, tokens: int, voted: tuple[int, ...], rule: str) -> int:
-    """Bytes a prefill of `tokens` tokens needs besides its arguments when `rule` sums up layers `voted`."""
+def prefill_temporaries(params: ci.Params, tokens: int, observed: tuple[int, ...], rule: str) -> int:
+    """Bytes a prefill of `tokens` tokens needs besides its arguments when `rule` sums up layers `observed`."""
     config = params.config
-    voting = make_voting(np.ones((1, tokens), bool), config.mlp_size, 0.4, "per_token") if voted else None
+    observer = RULES[rule]().observer(np.ones((1, tokens), bool), config.mlp_size) if observed else None
     cache = init_cache(config, 1, tokens, jnp.dtype("float32"))
-    sums, one = no_sums(config, 1, len(voted), rule, False), np.ones(1, np.int32)
-    sampling = make_sampling(config, 0.0, None, None, (), None)
-    prompt = np.ones((1, tokens), np.int32)
-    arguments = params, prompt, tokens * one, 0 * one, cache, sums, sampling, voting
-    lowered = prefill.lower(*arguments, voted=voted, rule=rule)
+    prompt, one = np.ones((1, tokens), np.int32), np.ones(1, np.int32)
+    sums = no_sums.eval_shape(observer, params.layers[0], prompt, layers=len(observed)) if observed else []
+    arguments = params, prompt, tokens * one, 0 * one, cache, sums, make_sampling(config, 1, GREEDY, 50), observer
+    lowered = prefill.lower(*arguments, observed=observed)
     return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
 
@@ -117,7 +118,7 @@ def test_one_layer_is_summed_up_before_the_next(name: str, rule: str) -> None:
 
     def added(layers: int) -> int:
         shapes = abstract_params(replace(config, num_layers=layers), jnp.dtype("float32"))
-        plain, voting = (prefill_temporaries(shapes, tokens, voted, rule) for voted in ((), tuple(range(layers))))
+        plain, voting = (prefill_temporaries(shapes, tokens, own, rule) for own in ((), tuple(range(layers))))
         return voting - plain
 
     assert added(many) - added(few) < 1.1 * (many - few) * block * config.mlp_size * 4
@@ -135,13 +136,13 @@ def test_decode_loop_temporaries_stay_below_one_layer(dtype: str, kept: object) 
     params = random_model(WIDE, dtype=dtype)
     layer = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params.layers[0]))
     narrow = params if kept is None else ci.compact(params, ci.CoreNeurons([kept] * WIDE.num_layers))
-    state, sampling = prefilled(params, rows=3 if isinstance(kept, list) else 1, capacity=8192)
-    memory = decode.lower(narrow, state, sampling, np.int32(8)).compile().memory_analysis()
+    rows = prefilled(params, rows=3 if isinstance(kept, list) else 1, capacity=8192)
+    memory = decode.lower(narrow, rows, np.int32(8)).compile().memory_analysis()
     assert 0 < memory.temp_size_in_bytes < layer
 
 
 def test_the_cache_is_donated() -> None:
     params = random_model(LLAMA)
-    state, sampling = prefilled(params)
-    decode(params, state, sampling, np.int32(3))
-    assert state.cache.keys[0].is_deleted()
+    rows = prefilled(params)
+    decode(params, rows, np.int32(3))
+    assert rows.cache.keys[0].is_deleted()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io.config_json import model_config, read_model_config
@@ -235,6 +236,17 @@ NOT_IMPLEMENTED = [
     ("llama", "rope_parameters", {"rope_type": "llama3", "factor": 8.0}),
     ("llama", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.25}),
     ("llama", "rope_scaling", "linear"),
+    ("llama", "rope_scaling", {"rope_type": "default", "mrope_section": [16, 24, 24]}),
+    ("llama", "rope_interleaved", True),
+    # What nobody here knows, from models that are LLaMA but for this.
+    ("llama", "attn_logit_softcapping", 50.0),
+    ("llama", "use_qk_norm", True),
+    ("llama", "embedding_multiplier", 12.0),
+    ("llama", "no_rope_layers", [1, 1, 1, 0]),
+    ("llama", "num_local_experts", 8),
+    ("opt", "scale_embeddings", True),
+    ("opt", "head_dim", 32),
+    ("opt", "my_note", "trained at home"),
     ("llama", "architectures", ["LlamaForSequenceClassification"]),
 ]
 
@@ -257,13 +269,83 @@ def test_everything_wrong_is_named_in_one_error(family):
     [
         {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.5, "init_std": 0.02},
         {"torch_dtype": "float16", "dtype": "bfloat16", "use_cache": False, "transformers_version": "4.21.0"},
-        {"quantization_config": None, "partial_rotary_factor": 1.0, "activation_function": "relu"},
-        {"my_note": "trained at home"},
+        {"quantization_config": None, "attn_logit_softcapping": None, "is_encoder_decoder": False, "pruned_heads": {}},
+        {"id2label": {"0": "yes"}, "do_sample": True, "temperature": 0.6, "max_length": 99, "unsloth_version": "2024"},
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_harmless_fields_are_ignored(family, harmless):
     assert model_config(FAMILIES[family] | harmless) == model_config(FAMILIES[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_takes_for_granted_may_be_stated(family):
+    """All fields of transformers' own configuration at their defaults; sizes and ids are the family's here."""
+    usual = transformers.AutoConfig.for_model(family).to_dict()
+    stated = usual | FAMILIES[family] | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    stated |= dict.fromkeys(("head_dim", "num_key_value_heads", "word_embed_proj_dim"))
+    assert model_config(stated) == model_config(FAMILIES[family])
+
+
+@pytest.mark.parametrize(("field", "value"), [("partial_rotary_factor", 1.0), ("rope_interleaved", False)])
+def test_what_is_computed_may_be_stated(field, value):
+    assert model_config(LLAMA | {field: value}) == model_config(LLAMA)
+
+
+def test_many_unknown_fields_are_one_readable_line():
+    assert len(refusal(LLAMA | {f"unknown_{i}": "x" * 1000 for i in range(10_000)})) < 10_000
+
+
+# The keys of published files, with values that are theirs or as harmless.
+PUBLISHED = {
+    "opt-6.7b": OPT
+    | {"_name_or_path": "facebook/opt-6.7b", "_remove_final_layer_norm": False, "activation_dropout": 0.0}
+    | {"activation_function": "relu", "architectures": ["OPTForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 2}
+    | {"do_layer_norm_before": True, "dropout": 0.1, "eos_token_id": 2, "init_std": 0.02, "layerdrop": 0.0}
+    | {"max_position_embeddings": 2048, "pad_token_id": 1, "prefix": "</s>", "torch_dtype": "float16"}
+    | {"transformers_version": "4.21.0.dev0", "use_cache": True, "word_embed_proj_dim": 768}
+    | {"enable_bias": True, "layer_norm_elementwise_affine": True},
+    "llama-7b": LLAMA
+    | {"architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu"}
+    | {"initializer_range": 0.02, "max_sequence_length": 2048, "pad_token_id": -1, "rms_norm_eps": 1e-06}
+    | {"torch_dtype": "float16", "transformers_version": "4.27.0.dev0", "use_cache": True},
+    "llama-3.2-1b": LLAMA
+    | {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000}
+    | {"eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "initializer_range": 0.02, "mlp_bias": False}
+    | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05}
+    | {"rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    | {"transformers_version": "4.45.0.dev0", "use_cache": True},
+    "tinyllama-1.1b": LLAMA
+    | {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2}
+    | {"hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 2048, "num_key_value_heads": 4}
+    | {"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0}
+    | {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.35.0", "use_cache": True},
+    "smollm2-135m": LLAMA
+    | {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1}
+    | {"eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.041666666666666664, "is_llama_config": True}
+    | {"max_position_embeddings": 8192, "mlp_bias": False, "num_key_value_heads": 8, "pad_token_id": 2}
+    | {"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None}
+    | {"rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True}
+    | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "transformers_version": "4.42.3"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_load(name):
+    config = model_config(PUBLISHED[name])
+    assert config.max_positions == PUBLISHED[name].get("max_position_embeddings", 2048)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rope"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5}, Rope(5e5, "linear", 2.0)),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, Rope(5e5, "linear", 2.0)),
+    ],
+)
+def test_two_rotary_spellings_may_agree(fields, rope):
+    new = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
+    assert model_config(LLAMA | new | fields).rope == rope
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mistral", None, 3, ["opt"]])
@@ -302,6 +384,8 @@ def test_sizes_are_whole_numbers_above_0(family, field, value):
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling with a factor but without a type"),
         ({"rope_parameters": {"rope_theta": -5.0}}, "rope_parameters.rope_theta=-5.0"),
         ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "together"),
+        ({"rope_parameters": LLAMA3_ROPE, "rope_scaling": LLAMA3_ROPE | {"factor": 32.0}}, "together"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, "rope_theta=10000.0 and 500000.0"),
     ],
 )
 def test_other_values_that_make_no_model(fields, named):

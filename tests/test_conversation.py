@@ -13,7 +13,7 @@ CORES = {
     "stability": ci.CoreConfig(),
     "votes": ci.CoreConfig.paper(),
     "without-bos": ci.CoreConfig(count_bos=False, layers=(0.3, 1.0)),
-    "mean": replace(ci.CoreConfig.paper(), budget="mean"),
+    "mean": replace(ci.CoreConfig.paper(), rule=ci.rules.Votes(budget="mean")),
     "given": ci.CoreNeurons([range(5, 60)] * 3),
     "dense": None,
 }
@@ -67,15 +67,15 @@ CHANGES = {
     "another-text": ([2, 5, 5, 5, 5], ci.CoreConfig()),
     "nothing-new": (TURNS[0], ci.CoreConfig()),
     "shorter": (TURNS[0][:5], ci.CoreConfig()),
-    "another-alpha": ([*TURNS[0], 9], ci.CoreConfig(alpha=0.7)),
-    "mean": ([*TURNS[0], 9], replace(ci.CoreConfig.paper(), budget="mean")),
+    "another-ratio": ([*TURNS[0], 9], ci.CoreConfig(beta=0.7)),
+    "mean": ([*TURNS[0], 9], replace(ci.CoreConfig.paper(), rule=ci.rules.Votes(budget="mean"))),
 }
 
 
 @pytest.mark.parametrize(("tokens", "core"), CHANGES.values(), ids=CHANGES.keys())
 def test_what_does_not_go_on_is_read_from_the_start(tokens: list[int], core: ci.CoreConfig) -> None:
     params = random_model(MODELS["opt"])
-    first = core if core.budget == "mean" else ci.CoreConfig()
+    first = core if core.ranking.name == "votes" else ci.CoreConfig()
     _, _, past = answer(params, TURNS[0], None, first)
     reply, last, _ = answer(params, tokens, past, core)
     assert last.stats.cached_tokens == (0,)

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from convert import TABLES
 from coreinfer_jax.io.config_json import model_config
 from coreinfer_jax.io.mapping import leaf_shapes
+from coreinfer_jax.model.families import FAMILIES
+
+# A checkpoint of a gigabyte is written.
+pytestmark = pytest.mark.slow
 
 MIB, GIB = 2**20, 2**30
 FIELDS = {
@@ -30,7 +33,7 @@ def write_zeros(directory: Path) -> dict[str, tuple[int, ...]]:
     for leaf, shape in shapes.items():
         parts = leaf.split(".")
         template = leaf if parts[0] != "layers" else ".".join(["layers", "{l}", *parts[2:]])
-        name = TABLES["llama"].tensors[template].format(l=parts[1] if parts[0] == "layers" else None)
+        name = FAMILIES["llama"].tensors[template].format(l=parts[1] if parts[0] == "layers" else None)
         size = 2 * prod(shape)
         prefix = "" if name == "lm_head.weight" else "model."
         header[prefix + name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}

@@ -6,8 +6,7 @@ import pytest
 import coreinfer_jax as ci
 from coreinfer_jax import device
 from coreinfer_jax.cli import main
-from coreinfer_jax.engine.prompts import make_sampling
-from coreinfer_jax.engine.request import make_request
+from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.errors import CoreInferError
 from tests.support import LLAMA, OPT, random_model
 from tests.test_prediction import AUTO, FUSED, SIMILARITY, groups
@@ -16,7 +15,7 @@ PROMPT = [[5, 6, 7, 8]]
 
 
 def request(params, core, tokens=PROMPT, new=8):
-    return make_request(params, tokens, core, None, new, make_sampling(params.config, 0.0, None, None, (), None))
+    return make_request(params, tokens, core, {"max_new_tokens": new})
 
 
 @pytest.mark.parametrize(("config", "per_neuron"), [(OPT, 2 * 32), (LLAMA, 3 * 32)], ids=["opt", "llama"])
@@ -100,7 +99,6 @@ def test_free_memory_counts_what_is_available_and_swap(monkeypatch, tmp_path):
 )
 def test_groups_that_are_ready_need_no_room(core, compacted, rows, gathered):
     ready = groups(core, compacted)
-    sampling = make_sampling(OPT, 0.0, None, None, (), None)
-    made = make_request(ready.params, PROMPT * rows, core, ready, 8, sampling)
+    made = make_request(ready.params, PROMPT * rows, core, {"groups": ready, "max_new_tokens": 8})
     cache = rows * 4 * 2 * 3 * OPT.num_kv_heads * 8 * 64
     assert made.added_bytes == cache + gathered * 4 * 3 * 48 * 2 * 32

@@ -68,12 +68,12 @@ def test_another_name_is_refused() -> None:
 
 @pytest.mark.parametrize("number", [0, 1], ids=["stories", "prose"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_stated_loss_is_measured_again(name: str, number: int, data: Path) -> None:
+def test_the_stated_loss_is_measured_again(name: str, number: int, real_data: Path) -> None:
     """From the raw documents, by this test's own code: 32 windows spread evenly over all that was held out."""
     stated = facts(name)
     file = stated["texts"][number]
     params, tokenizer = ci.load(f"embedded:{name}", stated["recipe"]["dtype"])
-    documents = (data / "text" / file["file"]).read_text(encoding="utf-8").split("\n<|endoftext|>\n")
+    documents = (real_data / "text" / file["file"]).read_text(encoding="utf-8").split("\n<|endoftext|>\n")
     bos, (eos,) = params.config.bos_id, params.config.eos_ids
     tokens: list[int] = []
     for entry in file["held_out"]:
@@ -91,9 +91,9 @@ def _loss(params: ci.Params, window: jax.Array) -> float:
     return -float(log_probability[jnp.arange(1024), window[1:]].mean())
 
 
-def test_the_card_credits_every_source_and_names_what_was_held_out(data: Path) -> None:
+def test_the_card_credits_every_source_and_names_what_was_held_out(real_data: Path) -> None:
     card = (ASSETS / "MODEL_CARD.md").read_text(encoding="utf-8")
-    sources = (data / "text" / "SOURCES.md").read_text(encoding="utf-8")
+    sources = (real_data / "text" / "SOURCES.md").read_text(encoding="utf-8")
     rows = [row.split("|") for row in sources.splitlines() if row.startswith(("| stories.txt", "| prose.txt"))]
     assert len(rows) > 100
     for _, file, repository, path, *_ in rows:

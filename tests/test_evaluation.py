@@ -1,7 +1,7 @@
 """What an evaluation measures, against plain NumPy and decoding token by token on narrowed weights."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,20 +9,24 @@ import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
-from coreinfer_jax.cli.options import labels
-from coreinfer_jax.io.calibration_file import CALIBRATION
+from coreinfer_jax.cli.arguments import labels
 from coreinfer_jax.lab.evaluation.comparison import Texts, evaluate, interval, perplexity, summary
-from coreinfer_jax.lab.evaluation.free_running import core_of, departure, free_running, repetition
-from coreinfer_jax.lab.evaluation.measure import PER_TOKEN, Measured, Setting, collect, measure
+from coreinfer_jax.lab.evaluation.free_running import departure, free_running, generating, repetition
+from coreinfer_jax.lab.evaluation.measure import Measured, collect, measure
+from coreinfer_jax.lab.evaluation.settings import PER_TOKEN, RANKINGS, Foreknown, PerToken, kept_by
 from coreinfer_jax.model import extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.weights import weight_bytes_per_step
+from coreinfer_jax.sparsity.choosers import settings_of
 from coreinfer_jax.sparsity.neurons import CoreNeurons
-from coreinfer_jax.sparsity.rules import RULES, column_norms
+from coreinfer_jax.sparsity.rules import Energy, Votes
 from coreinfer_jax.sparsity.votes import kept_neurons
 from coreinfer_jax.text.corpus import Beginnings, Corpus
 from coreinfer_jax.text.documents import Documents, read_documents
+from tests.stand_ins import shallow_model
 from tests.support import MODELS, random_model
+from tests.test_compilation import traced
+from tests.test_generate import run_all
 
 CONTEXT, REST = 11, 6
 N = 3
@@ -32,13 +36,21 @@ def texts(config, rows=N, size=CONTEXT + REST + 1):
     return np.random.default_rng(1).integers(3, config.vocab_size, (rows, size)).astype(np.int32)
 
 
+def setting(rule, keep, compensation=0.0, prior_tokens=0.0, **others):
+    """Every layer alike, by the rule of a name."""
+    if rule in PER_TOKEN:
+        return PerToken(rule=rule, beta=keep, **others)
+    ranking = replace(RANKINGS[rule], prior_tokens=prior_tokens)
+    return ci.CoreConfig(**{"allocation": "equal"} | others, rule=ranking, beta=keep, compensation=compensation)
+
+
 def whole(rows):
     return Beginnings(rows, np.full(len(rows), rows.shape[1], np.int32))
 
 
-def run_tokens(params, tokens, cache, start, observe=observe_nothing):
-    hidden, cache, seen = extend(params, jnp.asarray(tokens), cache, jnp.full(len(tokens), start, jnp.int32), observe)
-    return np.asarray(unembed(params, hidden), np.float64), cache, seen
+def run_tokens(params, tokens, cache, start):
+    logits, cache, seen = run_all(params, jnp.asarray(tokens), cache, jnp.full(len(tokens), start, jnp.int32))
+    return np.asarray(logits, np.float64), cache, seen
 
 
 def log_softmax(logits):
@@ -53,7 +65,7 @@ def decoded(params, rows, choose):
     for row in rows:
         empty = init_cache(config, 1, CONTEXT + REST, jnp.dtype("float32"))
         full, _, _ = run_tokens(params, row[None, :-1], empty, 0)
-        _, cache, seen = run_tokens(params, row[None, :CONTEXT], empty, 0, lambda a: a)
+        _, cache, seen = run_tokens(params, row[None, :CONTEXT], empty, 0)
         narrowed = ci.compact(params, choose([np.asarray(a[0], np.float64) for a in seen]))
         steps = []
         for t in range(CONTEXT, CONTEXT + REST):
@@ -66,19 +78,22 @@ def decoded(params, rows, choose):
     return np.stack(kl), np.stack(agreement), np.stack(loss)
 
 
+@pytest.mark.parametrize("count_bos", [True, False])
 @pytest.mark.parametrize("model", MODELS)
-def test_one_pass_equals_decoding_token_by_token_on_narrowed_weights(model):
+def test_one_pass_equals_decoding_token_by_token_on_narrowed_weights(model, count_bos):
     params = random_model(MODELS[model])
     rows = texts(params.config)
-    norms = [np.asarray(norm, np.float64) for norm in column_norms(params)]
+    rows[:, 0] = params.config.bos_id
+    norms = [np.linalg.norm(np.asarray(layer.mlp.down.weight, np.float64), axis=0) for layer in params.layers]
     kept = kept_neurons(0.4, params.config.mlp_size)
 
     def energy(activations):
-        scores = [(a**2).sum(axis=0) * norm**2 for a, norm in zip(activations, norms, strict=True)]
+        counted = [a if count_bos else a[1:] for a in activations]
+        scores = [(a**2).sum(axis=0) * norm**2 for a, norm in zip(counted, norms, strict=True)]
         return CoreNeurons(np.sort(np.argsort(-own, kind="stable")[:kept]) for own in scores)
 
     kl, agreement, loss = decoded(params, rows, energy)
-    _, (found,) = measure(params, rows, CONTEXT, [Setting("energy", 0.4)])
+    _, (found,) = measure(params, rows, CONTEXT, [setting("energy", 0.4, count_bos=count_bos)])
     np.testing.assert_allclose(found.kl, kl, rtol=2e-3, atol=2e-5)
     np.testing.assert_allclose(found.loss, loss, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(found.agreement, agreement)
@@ -91,11 +106,11 @@ def test_paper_votes_are_those_that_generate_decodes_with():
 
     def chosen(activations):
         return CoreNeurons(
-            np.asarray(ci.select_core_neurons(jnp.asarray(a, jnp.float32), core.alpha, core.beta)) for a in activations
+            np.asarray(ci.select_core_neurons(jnp.asarray(a, jnp.float32), 0.4, core.beta)) for a in activations
         )
 
     kl, _, _ = decoded(params, rows, chosen)
-    _, (found,) = measure(params, rows, CONTEXT, [Setting("votes", 0.3)])
+    _, (found,) = measure(params, rows, CONTEXT, [setting("votes", 0.3)])
     np.testing.assert_allclose(found.kl, kl, rtol=2e-3, atol=2e-5)
 
 
@@ -105,12 +120,12 @@ def test_all_neurons_change_nothing_whatever_the_rule(model):
     rows = texts(params.config)
     prior = collect(params, whole(rows))
     settings = [
-        Setting(rule, 1.0, compensation, tokens)
-        for rule in RULES
+        setting(rule, 1.0, compensation, tokens)
+        for rule in RANKINGS
         for compensation in (0.0, 0.5)
         for tokens in (0.0, 9.0)
     ]
-    settings += [Setting(rule, 1.0) for rule in PER_TOKEN]
+    settings += [setting(rule, 1.0) for rule in PER_TOKEN]
     full, measured = measure(params, rows, CONTEXT, settings, prior=prior)
     for one in measured:
         assert np.abs(one.kl).max() < 1e-6
@@ -128,24 +143,24 @@ def test_a_prior_is_what_the_texts_sum_to(monkeypatch):
     params = random_model(MODELS["llama"])
     rows = texts(params.config, rows=5)
     empty = init_cache(params.config, 5, rows.shape[1], jnp.dtype("float32"))
-    _, _, seen = run_tokens(params, rows, empty, 0, lambda a: a)
+    _, _, seen = run_tokens(params, rows, empty, 0)
     # The last batch is of one.
     monkeypatch.setattr("coreinfer_jax.lab.evaluation.measure.BATCH_TOKENS", 2 * rows.shape[1])
     lengths = rows.shape[1] - np.arange(5, dtype=np.int32)
     read = np.arange(rows.shape[1])[None, :, None] < lengths[:, None, None]
-    for layer, a in zip(collect(params, Beginnings(rows, lengths)), seen, strict=True):
+    prior = collect(params, Beginnings(rows, lengths))
+    for energy, votes, a in zip(prior[Energy()], prior[Votes()], seen, strict=True):
         a = np.where(read, np.asarray(a), 0)
-        assert int(layer["energy"]["tokens"]) == lengths.sum()
-        np.testing.assert_allclose(layer["energy"]["squares"], (a**2).sum(axis=(0, 1)), rtol=1e-5)
-        np.testing.assert_allclose(layer["votes"]["total"], a.sum(axis=(0, 1)), rtol=1e-4, atol=1e-4)
+        assert int(energy["tokens"]) == lengths.sum()
+        np.testing.assert_allclose(energy["squares"], (a**2).sum(axis=(0, 1)), rtol=1e-5)
+        np.testing.assert_allclose(votes["total"], a.sum(axis=(0, 1)), rtol=1e-4, atol=1e-4)
 
 
 def by_magnitude(rule, kept, norms):
     """An edit that leaves each token the neurons that are largest by a rule's definition, in NumPy."""
-    remaining = iter(norms)
 
-    def edit(activations, gated):
-        a, norm = np.asarray(activations), next(remaining)
+    def edit(l, layer, activations, gated):
+        a, norm = np.asarray(activations), norms[l]
         magnitude = {"token-magnitude": np.abs(a), "token-norm": np.abs(a) * norm, "token-gate": np.abs(gated)}[rule]
         last = np.sort(magnitude, axis=-1)[..., -kept, None]
         return jnp.asarray(np.where(magnitude >= last, a, 0))
@@ -166,13 +181,13 @@ def test_neurons_of_each_token_are_those_of_numpy(model, rule):
     edit = by_magnitude(rule, kept, norms)
     hidden, _, _ = extend(params, jnp.asarray(rows[:, CONTEXT:-1]), cache, start, observe_nothing, edit)
     p, q = log_softmax(full[:, CONTEXT:]), log_softmax(np.asarray(unembed(params, hidden), np.float64))
-    _, (found,) = measure(params, rows, CONTEXT, [Setting(rule, 0.3)])
+    _, (found,) = measure(params, rows, CONTEXT, [setting(rule, 0.3)])
     np.testing.assert_allclose(found.kl, (np.exp(p) * (p - q)).sum(axis=-1), rtol=2e-3, atol=2e-5)
 
 
 def test_all_rules_run_on_16_bit_weights():
     params = random_model(MODELS["llama"], dtype="bfloat16")
-    settings = [Setting(rule, 0.3) for rule in (*RULES, *PER_TOKEN)]
+    settings = [setting(rule, 0.3) for rule in (*RANKINGS, *PER_TOKEN)]
     _, measured = measure(params, texts(params.config), CONTEXT, settings)
     assert all(np.isfinite(one.kl).all() and one.kl.mean() > 0 for one in measured)
 
@@ -198,12 +213,13 @@ def test_compensation_is_a_constant_added_to_the_output(model):
     kept = kept_neurons(0.2, params.config.mlp_size)
     empty = init_cache(params.config, 1, CONTEXT + REST, jnp.dtype("float32"))
     full, _, _ = run_tokens(params, rows[:, :-1], empty, 0)
-    _, cache, seen = run_tokens(params, rows[:, :CONTEXT], empty, 0, lambda a: a)
+    _, cache, seen = run_tokens(params, rows[:, :CONTEXT], empty, 0)
     sets, constants = [], []
-    for layer, norms, a in zip(params.layers, column_norms(params), seen, strict=True):
+    for layer, a in zip(params.layers, seen, strict=True):
+        norms = np.linalg.norm(np.asarray(layer.mlp.down.weight), axis=0)
         mean = np.asarray(a[0]).mean(axis=0)
         lost = ((np.asarray(a[0]) - 0.5 * mean) ** 2).mean(axis=0)
-        order = np.argsort(-lost * np.asarray(norms) ** 2, kind="stable")
+        order = np.argsort(-lost * norms**2, kind="stable")
         sets.append(np.sort(order[:kept]))
         dropped = order[kept:]
         constants.append(np.asarray(layer.mlp.down.weight)[:, dropped] @ (0.5 * mean[dropped]))
@@ -211,27 +227,27 @@ def test_compensation_is_a_constant_added_to_the_output(model):
     layers = [with_constant(layer, own) for layer, own in zip(narrowed.layers, constants, strict=True)]
     logits, _, _ = run_tokens(replace(narrowed, layers=tuple(layers)), rows[:, CONTEXT:-1], cache, CONTEXT)
     p, q = log_softmax(full[:, CONTEXT:]), log_softmax(logits)
-    _, (found,) = measure(params, rows, CONTEXT, [Setting("energy", 0.2, compensation=0.5)])
+    _, (found,) = measure(params, rows, CONTEXT, [setting("energy", 0.2, compensation=0.5)])
     np.testing.assert_allclose(found.kl, (np.exp(p) * (p - q)).sum(axis=-1), rtol=2e-3, atol=2e-5)
 
 
 def test_layers_that_are_not_narrowed_keep_all_neurons():
     params = random_model(MODELS["opt"])
     rows = texts(params.config)
-    assert Setting("energy", 0.2, layers=(0.5, 1.0)).kept(params).tolist() == [96, 96, 19]
+    assert kept_by(setting("energy", 0.2, layers=(0.5, 1.0)), params).tolist() == [96, 96, 19]
     _, (partly, whole) = measure(
-        params, rows, CONTEXT, [Setting("energy", 0.2, layers=(0.5, 1.0)), Setting("energy", 0.2)]
+        params, rows, CONTEXT, [setting("energy", 0.2, layers=(0.5, 1.0)), setting("energy", 0.2)]
     )
     assert partly.kl.mean() < whole.kl.mean()
 
 
 def test_neurons_of_each_token_are_a_ceiling(data):
-    params, tokenizer = ci.load("embedded:llama", "float32")
+    params, tokenizer = shallow_model("llama")
     documents = read_documents(data / "text" / "tinystories_val.txt")
-    settings = [Setting(rule, 0.4) for rule in (*RULES, *PER_TOKEN)] + [Setting("energy", 0.4, known="continuation")]
+    settings = [setting(rule, 0.4) for rule in (*RANKINGS, *PER_TOKEN)] + [Foreknown(setting("energy", 0.4))]
     results = evaluate(params, tokenizer, documents, settings, Texts((32,), 24, 6))
     kl = {(r["rule"], r["known"]): r["kl"]["mean"] for r in results}
-    fixed = [kl[rule, "context"] for rule in RULES]
+    fixed = [kl[rule, "context"] for rule in RANKINGS]
     assert kl["token-norm", "context"] < min(fixed)
     assert kl["energy", "continuation"] < min(fixed)
     assert max(fixed) <= max(kl["random", "context"], kl["norm", "context"])
@@ -240,21 +256,21 @@ def test_neurons_of_each_token_are_a_ceiling(data):
 def test_prior_tokens_need_a_prior():
     params = random_model(MODELS["opt"])
     with pytest.raises(ci.CoreInferError, match="prior tokens are of a prior"):
-        measure(params, texts(params.config), CONTEXT, [Setting("energy", 0.5, prior_tokens=3.0)])
+        measure(params, texts(params.config), CONTEXT, [setting("energy", 0.5, prior_tokens=3.0)])
 
 
 def test_prompt_lengths_are_scored_on_the_same_tokens():
     params = random_model(MODELS["opt"])
-    results = evaluate(params, Numbers(), numbers(4), [Setting("votes", 0.5)], Texts((4, 16), 8, 4))
+    results = evaluate(params, Numbers(), numbers(4), [setting("votes", 0.5)], Texts((4, 16), 8, 4))
     assert results[0]["dense_perplexity"] != results[1]["dense_perplexity"]
-    longest = evaluate(params, Numbers(), numbers(4), [Setting("votes", 0.5)], Texts((16,), 8, 4))
+    longest = evaluate(params, Numbers(), numbers(4), [setting("votes", 0.5)], Texts((16,), 8, 4))
     assert results[1] == longest[0]
 
 
 def test_a_switched_continuation_is_that_of_another_text():
     params = random_model(MODELS["opt"])
     own, other = (
-        evaluate(params, Numbers(), numbers(2), [Setting("votes", 0.5)], Texts((8,), 8, 2, switched))[0]
+        evaluate(params, Numbers(), numbers(2), [setting("votes", 0.5)], Texts((8,), 8, 2, switched))[0]
         for switched in (False, True)
     )
     assert own["kl"] != other["kl"]
@@ -263,8 +279,8 @@ def test_a_switched_continuation_is_that_of_another_text():
 def test_what_generate_writes_is_compared_with_the_full_models():
     params = random_model(replace(MODELS["opt"], eos_ids=()))
     prompts = texts(params.config, rows=3, size=9)
-    setting = Setting("contribution", 0.3, 0.5, allocation="sensitivity")
-    full, narrowed, whole = free_running(params, prompts, [core_of(setting, 0.4), ci.CoreConfig(beta=1.0)], 12)
+    cores = [setting("contribution", 0.3, 0.5, allocation="sensitivity"), ci.CoreConfig(beta=1.0)]
+    full, narrowed, whole = free_running(params, prompts, cores, 12)
     made = [
         ci.generate(params, prompts, core, max_new_tokens=12, eos_ids=params.config.eos_ids)
         for core in (None, ci.CoreConfig(beta=0.3))
@@ -288,15 +304,47 @@ def test_phrases_of_four_tokens_count_when_they_come_again():
 
 
 def test_a_setting_generates_as_it_is_evaluated():
-    assert core_of(Setting("votes", 0.2), 0.4) == replace(ci.CoreConfig.paper(), prior_tokens=0.0)
-    assert core_of(Setting("votes-mean-budget", 0.2), 0.3).budget == "mean"
-    for setting, said in (
-        (Setting("token-norm", 0.2), "neurons of its own"),
-        (Setting("energy", 0.2, known="continuation"), "not known before"),
-        (Setting("energy", 0.2, prior_tokens=64), "without a prior"),
+    params = random_model(MODELS["opt"])
+    assert setting("votes", 0.2) == ci.CoreConfig.paper()
+    mean = setting("votes-mean-budget", 0.2)
+    assert generating([mean], params) == [replace(ci.CoreConfig.paper(), rule=Votes(budget="mean"))]
+    for other, said in (
+        (setting("token-norm", 0.2), "neurons of its own"),
+        (Foreknown(setting("energy", 0.2)), "not known before"),
+        (setting("energy", 0.2, prior_tokens=64), "without a prior"),
     ):
         with pytest.raises(ci.CoreInferError, match=said):
-            core_of(setting, 0.4)
+            generating([other], params)
+
+
+def test_what_cannot_be_compared_is_refused():
+    params, texts = random_model(MODELS["opt"]), Texts((4,), 8, 2)
+    for other, said in (
+        (ci.Similarity(), "give a CoreConfig, a PerToken or a Foreknown"),
+        (Foreknown(setting("token-norm", 0.2)), "give a CoreConfig, a PerToken or a Foreknown"),
+        (ci.CoreConfig(per_row=False), "per_row=False"),
+        (ci.CoreConfig(layers=(0.9, 1.0)), "selects none"),
+    ):
+        with pytest.raises(ci.CoreInferError, match=said):
+            evaluate(params, Numbers(), numbers(2), [other], texts)
+    with pytest.raises(ci.CoreInferError, match="rule='token-max'"):
+        PerToken(rule="token-max", beta=0.4)
+
+
+def test_a_new_alpha_compiles_nothing():
+    params = random_model(MODELS["opt"])
+    rows = texts(params.config)
+
+    def run(alpha):
+        core = replace(ci.CoreConfig.paper(), rule=Votes(alpha=alpha, prior_tokens=3))
+        prior = collect(params, whole(rows), [core.ranking])
+        return measure(params, rows, CONTEXT, [core, Foreknown(core)], prior=prior)[1][0].kl
+
+    first = run(0.4)
+    with traced() as messages:
+        other = run(0.7)
+    assert messages == []
+    assert (first != other).any()
 
 
 class Numbers:
@@ -333,11 +381,17 @@ def test_summaries_are_means_over_texts_and_by_position():
     np.testing.assert_allclose(perplexity(kl[:, :1] * 0 + 2, 0)["ci95"], [np.exp(2), np.exp(2)])
 
 
-def test_the_command_reports_every_setting(tmp_path, capsys):
+@pytest.fixture
+def on_texts(shallow, tmp_path):
+    """Options that name a model and three texts."""
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(["Once upon a time there was a king who had a daughter and a garden. " * 4] * 3))
+    return ["--model", str(shallow["opt"]), "--data", str(path)]
+
+
+def test_the_command_reports_every_setting(on_texts, capsys):
     sizes = ["--prompt-tokens", "8", "16", "--continuation", "8", "--texts", "3"]
-    arguments = ["eval", "--data", str(path), "--rule", "votes", "random", "--beta", "0.2", "0.6", *sizes]
+    arguments = ["eval", *on_texts, "--rule", "votes", "random", "--beta", "0.2", "0.6", *sizes]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(s["prompt_tokens"], s["rule"], s["keep"]) for s in found["settings"]] == [
@@ -372,10 +426,8 @@ def test_the_default_is_what_generate_uses_and_the_paper_is_the_papers(tmp_path,
     assert [found["paper"][key] for key in keys] == ["votes", 0.2, 0.0, 0.0, "equal"]
 
 
-def test_alphas_and_ranges_of_layers_are_compared_and_drawn(tmp_path, capsys):
-    path = tmp_path / "texts.txt"
-    path.write_text("\n".join(["Once upon a time there was a king who had a daughter and a garden. " * 4] * 2))
-    arguments = ["eval", "--data", str(path), "--prompt-tokens", "8", "--continuation", "8", "--texts", "2", "--json"]
+def test_alphas_and_ranges_of_layers_are_compared_and_drawn(on_texts, shallow, tmp_path, capsys):
+    arguments = ["eval", *on_texts, "--prompt-tokens", "8", "--continuation", "8", "--texts", "2", "--json"]
     arguments += ["--rule", "votes", "--alpha", "0.2", "0.6", "--beta", "0.2", "0.6", "--layers", "0", "1"]
     arguments += ["--layers", "0.5", "1", "--chart", str(tmp_path / "chart.png")]
     assert main(arguments) == 0
@@ -385,21 +437,19 @@ def test_alphas_and_ranges_of_layers_are_compared_and_drawn(tmp_path, capsys):
     ]
     assert len({s["kl"]["mean"] for s in settings}) == len(settings)
     assert (tmp_path / "chart.png").stat().st_size > 10_000
-    params, _ = ci.load("embedded:opt")
+    params, _ = ci.load(shallow["opt"])
     row = 4 * params.config.hidden_size  # bytes of a neuron in one matrix of the two
     whole = weight_bytes_per_step(params, 1)
-    assert settings[0]["bytes_per_token"] == whole - 8 * 2 * (768 - 153) * row
-    assert settings[2]["bytes_per_token"] == whole - 4 * 2 * (768 - 153) * row
+    assert settings[0]["bytes_per_token"] == whole - 2 * 2 * (768 - 153) * row
+    assert settings[2]["bytes_per_token"] == whole - 2 * (768 - 153) * row
     assert main([*arguments[:-1], str(tmp_path / "chart.unknown")]) == 2
     assert "end it in .png or .svg" in capsys.readouterr().err
 
 
-def test_tables_tell_settings_apart_by_what_differs(tmp_path, capsys):
-    path = tmp_path / "texts.txt"
-    path.write_text("\n".join(["Once upon a time there was a king who had a daughter and a garden. " * 4] * 2))
+def test_tables_tell_settings_apart_by_what_differs(on_texts, capsys):
     sizes = ["--prompt-tokens", "8", "--continuation", "8", "--texts", "2", "--generate", "3"]
     arguments = ["--beta", "0.2", "0.4", "--allocation", "sensitivity", "equal"]
-    assert main(["eval", "--data", str(path), *sizes, *arguments]) == 0
+    assert main(["eval", *on_texts, *sizes, *arguments]) == 0
     measured, written = capsys.readouterr().out.split("\n\n")
     assert [line.count("layers alike") for line in measured.splitlines()] == [0, 0, 0, 1, 1]
     for line, label in zip(
@@ -411,25 +461,26 @@ def test_tables_tell_settings_apart_by_what_differs(tmp_path, capsys):
 
 
 def test_a_setting_is_named_by_its_keep_ratio_and_what_others_do_not_share():
-    cores = [None, asdict(ci.CoreConfig(beta=0.3)), asdict(ci.CoreConfig(beta=0.3, rule="votes", compensation=0))]
-    first = {**cores[1], "rule": "contribution"}
-    assert labels([None, first]) == ["all neurons", "keep 0.3"]
-    assert labels([None, first, cores[2]]) == [
+    contribution = settings_of(ci.CoreConfig(beta=0.3))
+    votes = settings_of(ci.CoreConfig(beta=0.3, rule="votes", compensation=0))
+    assert labels([None, contribution]) == ["all neurons", "keep 0.3"]
+    assert labels([None, contribution, votes]) == [
         "all neurons",
-        "contribution, keep 0.3, compensation 0.5",
-        "votes, keep 0.3, compensation 0",
+        "contribution, keep 0.3, compensation 0.5, prior tokens 256.0",
+        "votes, keep 0.3, compensation 0, prior tokens 0.0",
     ]
+    assert labels([votes | {"alpha": 0.2}, votes]) == ["keep 0.3, alpha 0.2", "keep 0.3, alpha 0.4"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--beta", "1.5"], "keep=1.5"),
+        (["--beta", "1.5"], "beta=1.5"),
         (["--prompt-tokens", "0"], "at least 1"),
         (["--prompt-tokens", "100000"], "exceed the model's"),
         (["--texts", "1"], "texts=1"),
         (["--alpha", "0"], "alpha=0"),
-        (["--model", "{mine}", "--prior-tokens", "5"], "no rule here has a prior to weigh; give --prior FILE"),
+        (["--model", "{shallow[opt]}", "--prior-tokens", "5"], "no rule here has a prior to weigh; give --prior FILE"),
         (["--rule", "votes", "--prior-tokens", "5"], "no rule here has a prior to weigh; give --prior FILE"),
         (["--generate", "100000"], "positions"),
         (["--generate", "4", "--rule", "token-norm"], "neurons of its own"),
@@ -438,13 +489,10 @@ def test_a_setting_is_named_by_its_keep_ratio_and_what_others_do_not_share():
         (["--prompt-tokens", "64"], "texts of 129 tokens are needed"),
     ],
 )
-def test_mistakes_get_one_line(tmp_path, capsys, arguments, said):
+def test_mistakes_get_one_line(shallow, tmp_path, capsys, arguments, said):
     path = tmp_path / "texts.txt"
     path.write_text("A short text.\nAnother one.\n")
-    if "{mine}" in arguments:  # one without a calibration
-        mine = ci.convert("embedded:opt", tmp_path / "mine")
-        (mine / CALIBRATION).unlink()
-        arguments = [argument.format(mine=mine) for argument in arguments]
+    arguments = [argument.format(shallow=shallow) for argument in arguments]
     assert main(["eval", "--data", str(path), *arguments]) == 2
     error = capsys.readouterr().err.splitlines()
     assert said in error[-1]

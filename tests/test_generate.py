@@ -22,7 +22,7 @@ PROMPTS = [RNG.integers(3, 101, n).tolist() for n in (23, 1, 100)]
 @jax.jit
 def run_all(params: ci.Params, tokens: jax.Array, cache: KVCache, start: jax.Array) -> tuple[jax.Array, KVCache, tuple]:
     """Logits [B, T, V], cache and every layer's activations [B, T, F]."""
-    hidden, cache, seen = extend(params, tokens, cache, start, lambda a: a)
+    hidden, cache, seen = extend(params, tokens, cache, start, lambda l, layer, a: a)
     return unembed(params, hidden), cache, seen
 
 
@@ -65,7 +65,7 @@ def test_prefill_and_single_steps_equal_one_forward(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_generate_equals_a_plain_loop_on_the_prompts_own_core_neurons(name: str) -> None:
     params, prompt = random_model(MODELS[name]), PROMPTS[0]
-    out = ci.generate(params, [prompt], replace(VOTES, alpha=0.3, beta=0.5), max_new_tokens=20)
+    out = ci.generate(params, [prompt], replace(VOTES, rule=ci.rules.Votes(alpha=0.3), beta=0.5), max_new_tokens=20)
     for l, a in enumerate(prompt_activations(params, prompt)):
         np.testing.assert_array_equal(out.core.layers[l], reference_selection(a, 0.3, 0.5, "per_token"))
     assert out.tokens.dtype == out.lengths.dtype == np.int32
@@ -88,7 +88,7 @@ def test_dense_generation_equals_a_plain_loop(name: str) -> None:
     ("name", "core"),
     [
         ("opt", ci.CoreConfig()),
-        ("opt-350m-style", replace(VOTES, budget="mean", layers=(0.5, 1.0))),
+        ("opt-350m-style", replace(VOTES, rule=ci.rules.Votes(budget="mean"), layers=(0.5, 1.0))),
         ("llama", ci.CoreConfig()),
         ("relu-llama", None),
     ],
@@ -168,7 +168,7 @@ def test_the_first_token_does_not_wait_for_the_gather(monkeypatch: pytest.Monkey
     def no_gather(*_: object) -> None:
         raise AssertionError("gathered")
 
-    monkeypatch.setattr("coreinfer_jax.sparsity.choosers.narrow", no_gather)
+    monkeypatch.setattr("coreinfer_jax.sparsity.choice.narrow", no_gather)
     params = random_model(OPT)
     chunks = ci.stream(params, PROMPTS[:1], max_new_tokens=3)
     assert next(chunks).stats.compaction_seconds == 0

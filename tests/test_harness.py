@@ -7,11 +7,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
@@ -20,9 +20,12 @@ from coreinfer_jax.lab.evaluation.harness import CoreInferLM, cut_before, wanted
 from coreinfer_jax.lab.evaluation.tasks import readers, scores
 from coreinfer_jax.lab.evaluation.tasks.suite import LOCAL, Tasks
 from coreinfer_jax.text import TOKENIZER_FILES
+from tests.stand_ins import shallow_model
 from tests.support import LLAMA, OPT, random_model
 
-ASSETS = Path(ci.__file__).parent / "assets"
+# Lm-evaluation-harness takes long to read its tasks.
+pytestmark = pytest.mark.slow
+
 CORE = ci.CoreConfig(beta=0.4)
 TALE = "Once upon a time there was a king who had three sons, and the youngest of them was called a fool. "
 
@@ -31,35 +34,51 @@ PAIRS = [
     ("The old woman said", " nothing at all"),
     ("", "Once upon a time"),
     ("The trailing space ", "moves over"),
-    (TALE * 70, " Then he went into the forest."),  # longer than the model's positions
+    (TALE * 35, " Then he went into the forest."),  # longer than the model's positions
     (TALE, TALE * 2),
 ]
 UNTIL = {"until": ["\n", " the"], "max_gen_toks": 24, "do_sample": False}
-ROLLING = ["The king.", TALE * 3, TALE * 50]
+ROLLING = ["The king.", TALE * 3, TALE * 25]
 
 load = cache(ci.load)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_index():
+    """Reading the descriptions of all published tasks takes seconds: every list of them is made once."""
+    made = {}
+
+    def manager(**asked):
+        key = json.dumps(asked, sort_keys=True)
+        made[key] = made.get(key) or TaskManager(**asked)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coreinfer_jax.lab.evaluation.tasks.suite.TaskManager", manager)
+        yield
 
 
 def requests(kind, *arguments):
     return [Instance(request_type=kind, doc={}, arguments=own, idx=i) for i, own in enumerate(arguments)]
 
 
-def ours(model="embedded:opt", core=None, **settings):
-    return CoreInferLM(*load(model, "float32"), core, **settings)
+def ours(model=None, core=None, **settings):
+    """The cut-down embedded OPT model, or that of a directory."""
+    return CoreInferLM(*(load(model, "float32") if model else shallow_model("opt")), core, **settings)
 
 
 @pytest.fixture(scope="module", params=["opt", "llama"])
-def model(request, tmp_path_factory):
+def model(request, shallow, tmp_path_factory):
     """Directories of an OPT and a LLaMA model, with a tokenizer that transformers reads as this package does."""
     if request.param == "opt":
-        return str(ASSETS / "opt")
+        return str(shallow["opt"])
     directory = tmp_path_factory.mktemp("llama")
-    config = load("embedded:opt", "float32")[0].config
+    config = shallow_model("opt")[0].config
     ids = {name: getattr(config, name) for name in ("vocab_size", "max_positions", "bos_id", "eos_ids", "pad_id")}
     write_hugging_face(directory, random_model(replace(LLAMA, **ids)), np.dtype("float32"))
     for name in TOKENIZER_FILES:
-        if (ASSETS / "opt" / name).is_file():
-            shutil.copyfile(ASSETS / "opt" / name, directory / name)
+        if (shallow["opt"] / name).is_file():
+            shutil.copyfile(shallow["opt"] / name, directory / name)
     return str(directory)
 
 
@@ -110,7 +129,7 @@ def test_texts_are_encoded_as_the_harness_does(model, theirs):
 
 
 def test_a_continuation_is_scored_on_core_neurons_of_its_context():
-    params, tokenizer = load("embedded:opt", "float32")
+    params, tokenizer = shallow_model("opt")
     found = ours(core=CORE, batch_size=4).loglikelihood(requests("loglikelihood", *PAIRS))
     context, continuation = PAIRS[0]
     ids = tokenizer.encode(context)
@@ -144,12 +163,12 @@ def test_contexts_that_were_too_long_are_counted():
     lm = ours(batch_size=2)
     lm.loglikelihood(requests("loglikelihood", *PAIRS))
     assert lm.truncated == 1
-    lm.generate_until(requests("generate_until", (TALE, UNTIL), (TALE * 70, UNTIL)))
+    lm.generate_until(requests("generate_until", (TALE, UNTIL), (TALE * 35, UNTIL)))
     assert lm.truncated == 2
 
 
 def test_generated_text_is_that_of_generate():
-    params, tokenizer = load("embedded:opt", "float32")
+    params, tokenizer = shallow_model("opt")
     prompt = tokenizer.encode(TALE)
     out = ci.generate(params, [prompt], CORE, max_new_tokens=40, eos_ids=params.config.eos_ids)
     whole = tokenizer.decode(out.tokens[0, : out.lengths[0]])
@@ -167,7 +186,7 @@ class Marking:
 
 
 def test_a_special_token_ends_a_text():
-    params, tokenizer = load("embedded:opt", "float32")
+    params, tokenizer = shallow_model("opt")
     made = ci.generate(params, [tokenizer.encode(TALE)], None, max_new_tokens=20).tokens[0].tolist()
     lm = CoreInferLM(params, Marking(tokenizer, made[12]), None)
     asked = requests("generate_until", (TALE, {"until": ["<stop>"], "max_gen_toks": 20}))
@@ -188,7 +207,7 @@ def test_first_windows_are_half_the_full_models():
 
 
 def test_rolling_sums_what_its_parts_are_worth():
-    params, tokenizer = load("embedded:opt", "float32")
+    params, tokenizer = shallow_model("opt")
     ids, bos = tokenizer.encode(TALE * 2), params.config.bos_id
     half = (len(ids) + 1) // 2
     assert half < 64
@@ -326,18 +345,19 @@ def write_questions(directory):
         table.writerows([["a", f"Who, {i}?", "Nobody", "Nobody; No one", "You; Me"] for i in range(10)])
 
 
-def test_tasks_run_dense_and_narrowed(tmp_path, capsys, monkeypatch):
+def test_tasks_run_dense_and_narrowed(shallow, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_stories(tmp_path)
     write_questions(tmp_path)
     sizes = ["--limit", "2", "--batch-size", "2", "--beta", "0.3", "0.6", "--num-fewshot", "1"]
-    arguments = ["eval", "--tasks", *LOCAL, "--task-data", str(tmp_path), *sizes]
+    model = ["--model", str(shallow["opt"])]
+    arguments = ["eval", *model, "--tasks", *LOCAL, "--task-data", str(tmp_path), *sizes]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found["tasks"]) == set(LOCAL)
     assert all(own["documents"] == 2 and own["num_fewshot"] == 1 for own in found["tasks"].values())
     assert [own["core"] and own["core"]["beta"] for own in found["settings"]] == [None, 0.3, 0.6]
-    assert (found["model"], found["limit"], found["num_fewshot"]) == ("embedded:opt", 2, 1)
+    assert (found["model"], found["limit"], found["num_fewshot"]) == (str(shallow["opt"]), 2, 1)
     for own in found["settings"]:
         assert own["truncated"] == 0
         assert set(own["scores"]["local_story_cloze"]) == {"acc", "acc_norm"}
@@ -346,21 +366,31 @@ def test_tasks_run_dense_and_narrowed(tmp_path, capsys, monkeypatch):
         )
 
 
-def test_a_table_has_a_column_per_keep_ratio(tmp_path, capsys):
+def test_a_table_has_a_column_per_keep_ratio(shallow, tmp_path, capsys):
     write_stories(tmp_path)
-    arguments = ["eval", "--tasks", "local_story_cloze", "--task-data", str(tmp_path), "--limit", "1"]
+    arguments = [
+        "eval",
+        "--model",
+        str(shallow["opt"]),
+        "--tasks",
+        "local_story_cloze",
+        "--task-data",
+        str(tmp_path),
+        "--limit",
+        "1",
+    ]
     assert main([*arguments, "--batch-size", "2", "--beta", "0.3", "0.6"]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0] == ["task", "shots", "documents", "metric", "all", "neurons", "keep", "0.3", "keep", "0.6"]
     assert [line[:4] for line in table[1:]] == [["local_story_cloze", "0", "1", name] for name in ("acc", "acc_norm")]
 
 
-def test_accuracy_is_that_of_scores_by_hand(tmp_path, capsys):
+def test_accuracy_is_that_of_scores_by_hand(shallow, tmp_path, capsys):
     write_stories(tmp_path)
-    arguments = ["eval", "--tasks", "local_story_cloze", "--task-data", str(tmp_path), "--beta", "0.4", "--json"]
-    assert main(arguments) == 0
+    arguments = ["--model", str(shallow["opt"]), "--tasks", "local_story_cloze", "--task-data", str(tmp_path)]
+    assert main(["eval", *arguments, "--beta", "0.4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    params, tokenizer = load("embedded:opt", "float32")
+    params, tokenizer = shallow_model("opt")
     right = {"None": [], "core": []}
     for document in readers.story_cloze([str(tmp_path)])["test"]:
         ids = tokenizer.encode(document["beginning"])
@@ -372,8 +402,8 @@ def test_accuracy_is_that_of_scores_by_hand(tmp_path, capsys):
         assert setting["scores"]["local_story_cloze"]["acc"]["value"] == pytest.approx(np.mean(right[name]))
 
 
-def test_the_files_beside_the_project_are_read(data):
-    directories = [str(data / "tasks"), str(data / "text")]
+def test_the_files_beside_the_project_are_read(real_data):
+    directories = [str(real_data / "tasks"), str(real_data / "text")]
     sizes = {name: len(getattr(readers, name)(directories)["test"]) for name in ("xquad", "gsm8k", "truthfulqa")}
     assert sizes["gsm8k"] == 1319 - 8
     assert sizes["truthfulqa"] == 817 - 8

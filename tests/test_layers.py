@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreinfer_jax.engine.programs import DECODE_OPTIONS
-from coreinfer_jax.model.layers import linear, matmul, mlp_activations
+from coreinfer_jax.model.backends import DECODE_OPTIONS, matmul
+from coreinfer_jax.model.layers import mlp_activations
 from coreinfer_jax.model.weights import Linear
 from tests.support import MODELS, random_model
 
@@ -31,10 +31,32 @@ def test_a_single_narrow_row_is_exact_but_for_the_order_of_sums(size, dtype):
 
 def test_rows_of_their_own_weights_equal_single_rows():
     x, weight = drawn((3, 1, 40), 2), drawn((3, 11, 40), 3)
-    together = linear(x, Linear(weight=weight))
+    together = Linear(weight=weight)(x)
     for b in range(3):
-        alone = linear(x[b : b + 1], Linear(weight=weight[b]))
+        alone = Linear(weight=weight[b])(x[b : b + 1])
         assert np.array_equal(np.asarray(together[b], np.float32), np.asarray(alone[0], np.float32))
+
+
+@pytest.mark.parametrize("bias", [None, np.arange(7)])
+def test_parts_of_a_linear_are_those_of_numpy(bias):
+    weight, x, offset = (np.asarray(drawn(shape, seed)) for seed, shape in enumerate(((7, 5), (2, 1, 5), (2, 7))))
+    layer = Linear(jnp.asarray(weight), None if bias is None else jnp.asarray(bias, jnp.bfloat16))
+    rows = jnp.asarray([[0, 3], [2, 4]])
+    exact, wide = weight.astype(np.float64), np.asarray(x, np.float64)[:, 0]
+    for b in range(2):
+        outputs, inputs = layer.take_outputs(rows), layer.take_inputs(rows)
+        assert (outputs.rows, outputs.size_out, outputs.size_in) == (2, 2, 5)
+        assert (inputs.rows, inputs.size_out, inputs.size_in) == (2, 7, 2)
+        np.testing.assert_array_equal(outputs.weight[b], weight[rows[b]])
+        np.testing.assert_array_equal(inputs.weight[b], weight[:, rows[b]])
+        assert bias is None or outputs.bias[b].tolist() == rows[b].tolist()
+        assert inputs.bias is layer.bias
+    np.testing.assert_allclose(layer.input_norms(), np.linalg.norm(exact, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(layer.mixed(jnp.asarray(wide, jnp.float32)), wide @ exact.T, rtol=1e-5, atol=1e-6)
+    shifted = layer.shifted(jnp.asarray(offset, jnp.float32))(jnp.asarray(x, jnp.float32).astype(jnp.bfloat16))
+    expected = wide @ exact.T + np.asarray(offset, np.float64) + (0 if bias is None else bias)
+    np.testing.assert_allclose(np.asarray(shifted, np.float64)[:, 0], expected, rtol=1e-2, atol=1e-2)
+    assert layer.shifted(None) is layer
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "relu-llama"])
@@ -64,7 +86,7 @@ def test_no_copy_of_a_narrow_weight_is_made(size):
     x, weight, bias = drawn((1, 1, size), 0), drawn((size, size), 1), drawn((size,), 2)
 
     def steps(x, layer):
-        return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(linear(x, layer)), x)
+        return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(layer(x)), x)
 
     lowered = jax.jit(steps, compiler_options=DECODE_OPTIONS).lower(x, Linear(weight=weight, bias=bias))
     assert lowered.compile().memory_analysis().temp_size_in_bytes < size * size

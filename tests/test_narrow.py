@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.model.layers import linear, mlp_activations
+from coreinfer_jax.model.layers import mlp_activations
 from coreinfer_jax.model.weights import Params
 from tests.support import LLAMA, MODELS, OPT, random_model
 
@@ -49,10 +49,10 @@ def test_compacted_mlp_equals_masked_full_width_mlp(name: str, kept: int) -> Non
     narrow, full = ci.compact(params, core).layers[1].mlp, params.layers[1].mlp
     mask = np.zeros(config.mlp_size, np.float32)
     mask[core.layers[1]] = 1
-    expected = linear(mlp_activations(x, full, config)[0] * mask[None, None, :], full.down)
+    expected = full.down(mlp_activations(x, full, config)[0] * mask[None, None, :])
     assert narrow.up.weight.shape == (kept, config.hidden_size)
     assert narrow.down.weight.shape == (config.hidden_size, kept)
-    np.testing.assert_allclose(linear(mlp_activations(x, narrow, config)[0], narrow.down), expected, atol=2e-5)
+    np.testing.assert_allclose(narrow.down(mlp_activations(x, narrow, config)[0]), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

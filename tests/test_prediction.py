@@ -4,17 +4,19 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.engine.request import Core
 from coreinfer_jax.model import extend
 from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.fingerprint import fingerprint
+from coreinfer_jax.sparsity.choice import Chooser
+from coreinfer_jax.sparsity.choosers import Core, chooser_of
 from coreinfer_jax.sparsity.measures import nearest_group
-from coreinfer_jax.sparsity.votes import Votes
+from coreinfer_jax.sparsity.votes import Tally
 from tests.support import LLAMA, OPT, check_same_core, random_model
 from tests.test_bad_input import refusal
 from tests.test_compilation import traced
@@ -24,9 +26,9 @@ L, F = OPT.num_layers, OPT.mlp_size
 LAYER, VECTOR = 2, 0.25
 C = 3
 VOTES = ci.CoreConfig.paper()
-SIMILARITY = ci.CoreConfig(beta=0.5, method="similarity")
-AUTO = replace(SIMILARITY, method="auto")
-FUSED = replace(SIMILARITY, method="fused")
+SIMILARITY, AUTO, FUSED = ci.Similarity(gamma=0.5), ci.Auto(beta=0.5), ci.Fused(beta=0.5)
+# Some prompts of the tests are stable by it.
+STEADY = replace(AUTO, least_stability=0.3)
 
 model = cache(lambda: random_model(OPT))
 
@@ -42,14 +44,14 @@ def clusters(seed: int = 0) -> ci.Clusters:
         names=("a", "b", "c"),
         sizes=(5, 4, 3),
         layer=LAYER,
-        core=ci.CoreConfig(beta=VECTOR),
+        vectors=ci.TextVectors(beta=VECTOR),
         origin="k-means",
         fingerprint=fingerprint(model()),
     )
 
 
 @cache
-def groups(core: ci.CoreConfig = SIMILARITY, compacted: bool = True) -> ci.Groups:
+def groups(core: Chooser = SIMILARITY, compacted: bool = True) -> ci.Groups:
     return ci.prepare_groups(model(), clusters(), core, compacted=compacted)
 
 
@@ -57,12 +59,17 @@ def prompt(length: int, seed: int) -> list[int]:
     return [2, *np.random.default_rng(seed).integers(3, OPT.vocab_size, length - 1).tolist()]
 
 
+@jax.jit
+def observed(params: ci.Params, row: jax.Array) -> tuple[jax.Array, ...]:
+    empty = init_cache(params.config, 1, row.shape[1], jnp.dtype("float32"))
+    return extend(params, row, empty, jnp.zeros(1, jnp.int32), lambda l, layer, a: a[0])[2]
+
+
 def activations(params: ci.Params, tokens: list[int]) -> list[np.ndarray]:
-    """Of each layer, [T, F], of a prompt alone and without padding."""
-    row = jnp.asarray([tokens], jnp.int32)
-    cache = init_cache(params.config, 1, len(tokens), jnp.dtype("float32"))
-    _, _, observed = extend(params, row, cache, jnp.zeros(1, jnp.int32), lambda a: a)
-    return [np.asarray(a[0]) for a in observed]
+    """Of each layer, [T, F], in one shape for all prompts: what follows does not change them."""
+    padded = np.zeros((1, params.config.max_positions), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return [np.asarray(a)[: len(tokens)] for a in observed(params, padded)]
 
 
 def top(score: np.ndarray, sums: np.ndarray, kept: int) -> np.ndarray:
@@ -121,7 +128,7 @@ def test_prompts_are_assigned_as_by_numpy_and_decode_with_their_groups_neurons()
 
 def test_distances_are_euclidean_and_ties_go_to_the_lower_group() -> None:
     centroids = np.array([[1, 1, 1, 1], [0.9, 0.1, 0, 0], [0.9, 0.1, 0, 0]], np.float32)
-    votes = Votes(counts=jnp.array([[3, 0, 0, 0], [4, 3, 2, 1]]), sums=jnp.zeros((2, 4)))
+    votes = Tally(counts=jnp.array([[3, 0, 0, 0], [4, 3, 2, 1]]), sums=jnp.zeros((2, 4)))
     assert nearest_group(votes, 1, jnp.asarray(centroids)).tolist() == [1, 1]
     assert nearest_group(votes, 4, jnp.asarray(centroids)).tolist() == [0, 0]
 
@@ -134,19 +141,17 @@ def test_gamma_is_honoured(gamma: float) -> None:
 
 
 def test_only_the_layers_asked_for_are_narrowed_and_the_deciding_layer_need_not_be_one() -> None:
-    core = replace(SIMILARITY, layers=(0.0, 0.5))
-    for method in ("similarity", "fused", "auto"):
-        asked = replace(core, method=method)
-        out = ci.generate(model(), [prompt(9, 0)], asked, groups=groups(core), max_new_tokens=3)
+    for core in (SIMILARITY, FUSED, AUTO):
+        asked = replace(core, layers=(0.0, 0.5))
+        out = ci.generate(model(), [prompt(9, 0)], asked, groups=groups(asked), max_new_tokens=3)
         assert out.stats.kept_neurons == (F // 2, F // 2, F)
         assert out.stats.choices[0].group == reference_group(prompt(9, 0))
 
 
-@pytest.mark.parametrize("core", [SIMILARITY, AUTO, FUSED], ids=lambda core: core.method)
+@pytest.mark.parametrize("core", [SIMILARITY, STEADY, FUSED], ids=lambda core: core.method)
 @pytest.mark.parametrize("compacted", [True, False])
-def test_rows_of_a_batch_equal_their_single_runs(core: ci.CoreConfig, compacted: bool) -> None:
+def test_rows_of_a_batch_equal_their_single_runs(core: Chooser, compacted: bool) -> None:
     rows = [prompt(5, 0), prompt(45, 1), prompt(64, 2), prompt(33, 3)]
-    core = replace(core, least_stability=0.3)
     ready = groups(SIMILARITY, compacted)
     batch = ci.generate(model(), rows, core, groups=ready, max_new_tokens=9)
     for b, row in enumerate(rows):
@@ -188,7 +193,7 @@ def test_fused_equals_numpy(length: int, prior: float) -> None:
 def test_stability_figure_equals_numpy(name: str, length: int, beta: float) -> None:
     params = random_model({"opt": OPT, "llama": LLAMA}[name])
     tokens = prompt(length, 1)
-    out = ci.generate(params, [tokens], ci.CoreConfig(beta=beta, method="auto"), max_new_tokens=2)
+    out = ci.generate(params, [tokens], ci.Auto(beta=beta), max_new_tokens=2)
     figure = 1.0 if beta == 1 else reference_figure(params, tokens, int(beta * F))
     assert out.stats.choices[0].stability == pytest.approx(figure, abs=1e-6)
 
@@ -216,7 +221,7 @@ def test_boundaries_of_the_automatic_choice() -> None:
         asked = ci.generate(
             model(),
             [tokens],
-            replace(SIMILARITY, method=method) if method == "similarity" else replace(VOTES, beta=SIMILARITY.beta),
+            SIMILARITY if method == "similarity" else replace(VOTES, beta=AUTO.beta),
             groups=groups() if method == "similarity" else None,
             max_new_tokens=5,
         )
@@ -262,16 +267,15 @@ def test_switching_between_compacted_groups_traces_and_gathers_nothing(monkeypat
     def gather(*arguments: object) -> None:
         raise AssertionError("a gather")
 
-    monkeypatch.setattr("coreinfer_jax.sparsity.choosers.narrow", gather)
+    monkeypatch.setattr("coreinfer_jax.sparsity.choice.narrow", gather)
     with traced() as messages:
         outs = [ci.generate(model(), [prompt(20, s)], SIMILARITY, groups=ready, max_new_tokens=9) for s in range(3)]
     assert messages == []
     assert [out.stats.choices[0].group for out in outs] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("core", [SIMILARITY, FUSED, AUTO], ids=lambda core: core.method)
-def test_within_a_bucket_no_method_traces_again(core: ci.CoreConfig) -> None:
-    core = replace(core, least_stability=0.3)
+@pytest.mark.parametrize("core", [SIMILARITY, FUSED, STEADY], ids=lambda core: core.method)
+def test_within_a_bucket_no_method_traces_again(core: Chooser) -> None:
     for length in (5, 40):  # `auto` has a program for either choice
         ci.generate(model(), [prompt(length, 0)], core, groups=groups(), max_new_tokens=9)
     with traced() as messages:
@@ -282,7 +286,7 @@ def test_within_a_bucket_no_method_traces_again(core: ci.CoreConfig) -> None:
 
 
 @pytest.mark.parametrize("core", [SIMILARITY, FUSED, AUTO], ids=lambda core: core.method)
-def test_a_conversation_is_that_of_its_whole_text(core: ci.CoreConfig) -> None:
+def test_a_conversation_is_that_of_its_whole_text(core: Chooser) -> None:
     first, second = prompt(30, 0), prompt(9, 1)[1:]
     *_, (_, conversation) = ci.converse(model(), first, core=core, groups=groups(), max_new_tokens=5)
     tokens = [*first, *second]
@@ -312,13 +316,16 @@ MISTAKES = {
     "similarity without groups": (lambda: generate(SIMILARITY, None), "'similarity' needs groups"),
     "fused without groups": (lambda: generate(FUSED, None), "'fused' needs groups"),
     "groups that are clusters": (lambda: generate(SIMILARITY, clusters()), "prepare_groups"),
-    "groups for stability": (lambda: generate(ci.CoreConfig(), groups()), "not used by method='stability'"),
+    "groups for stability": (lambda: generate(ci.CoreConfig(), groups()), "not used by the method 'stability'"),
     "groups for the full model": (lambda: generate(None, groups()), "leave groups out"),
     "groups for given neurons": (lambda: generate(ci.CoreNeurons([[1]] * L), groups()), "leave groups out"),
     "another gamma": (lambda: generate(replace(SIMILARITY, gamma=0.3), groups()), "48 neurons"),
     "other layers": (lambda: generate(replace(SIMILARITY, layers=(0.0, 0.5)), groups()), "layers=(0.0, 0.5)"),
-    "another alpha": (lambda: generate(replace(SIMILARITY, alpha=0.3), groups()), "alpha=0.4"),
-    "another budget": (lambda: generate(replace(SIMILARITY, budget="mean"), groups()), "budget='per_token'"),
+    "another alpha": (lambda: generate(replace(SIMILARITY, votes=ci.rules.Votes(alpha=0.3)), groups()), "alpha=0.4"),
+    "another budget": (
+        lambda: generate(replace(SIMILARITY, votes=ci.rules.Votes(budget="mean")), groups()),
+        "budget='per_token'",
+    ),
     "a BOS left out": (lambda: generate(replace(SIMILARITY, count_bos=False), groups()), "count_bos=True"),
     "groups of other params": (
         lambda: ci.generate(random_model(OPT, seed=1), [[5]], SIMILARITY, groups=groups()),
@@ -330,21 +337,26 @@ MISTAKES = {
     "settings that are none": (lambda: prepare(None), "core=None"),
     "narrow layers": (lambda: prepare(replace(SIMILARITY, layers=(0.4, 0.5))), "selects none"),
     "ranks as frequencies": (lambda: prepare(FUSED, origin="published"), "'fused'"),
-    "an unknown method": (lambda: ci.CoreConfig(method="nearest"), "method='nearest'"),
-    "no method": (lambda: ci.CoreConfig(method=None), "method=None"),
-    "gamma of 0": (lambda: ci.CoreConfig(gamma=0), "gamma=0"),
-    "gamma of NaN": (lambda: ci.CoreConfig(gamma=float("nan")), "gamma=nan"),
-    "a figure above 1": (lambda: ci.CoreConfig(least_stability=1.5), "least_stability=1.5"),
-    "half a token": (lambda: ci.CoreConfig(least_tokens=2.5), "least_tokens=2.5"),
-    "one token": (lambda: ci.CoreConfig(least_tokens=1), "least_tokens=1"),
-    "a negative group": (lambda: ci.CoreConfig(group_tokens=-1), "group_tokens=-1"),
-    "a negative prior": (lambda: ci.CoreConfig(prior_tokens=-1), "prior_tokens=-1"),
+    "an unknown method": (lambda: chooser_of({"method": "nearest"}), "method='nearest'"),
+    "a method that is none": (lambda: chooser_of({"method": 3}), "method=3"),
+    "gamma of 0": (lambda: ci.Similarity(gamma=0), "gamma=0"),
+    "gamma of NaN": (lambda: ci.Auto(gamma=float("nan")), "gamma=nan"),
+    "a figure above 1": (lambda: ci.Auto(least_stability=1.5), "least_stability=1.5"),
+    "half a token": (lambda: ci.Auto(least_tokens=2.5), "least_tokens=2.5"),
+    "one token": (lambda: ci.Auto(least_tokens=1), "least_tokens=1"),
+    "a negative group": (lambda: ci.Fused(group_tokens=-1), "group_tokens=-1"),
+    "a negative prior": (lambda: ci.rules.Contribution(prior_tokens=-1), "prior_tokens=-1"),
     "an unknown rule": (lambda: ci.CoreConfig(rule="best"), "rule='best'"),
-    "a rule for groups": (lambda: ci.CoreConfig(rule="energy", method="auto"), "rule='energy'"),
+    "a rule for groups": (lambda: ci.Auto(votes=ci.rules.Energy()), "groups are made of votes"),
+    "a prior for groups": (lambda: ci.Auto(votes=ci.rules.Votes(prior_tokens=3)), "leave prior_tokens out"),
+    "a prior that no calibration holds": (
+        lambda: generate(ci.CoreConfig(rule=ci.rules.Energy(prior_tokens=3)), None),
+        "rule 'energy': generates without a prior",
+    ),
     "more than the mean": (lambda: ci.CoreConfig(compensation=1.5), "compensation=1.5"),
     "compensation of NaN": (lambda: ci.CoreConfig(compensation=float("nan")), "compensation=nan"),
-    "an endless prior": (lambda: ci.CoreConfig(prior_tokens=float("inf")), "prior_tokens=inf"),
-    "a prior beyond float32": (lambda: ci.CoreConfig(prior_tokens=10**400), "prior_tokens="),
+    "an endless prior": (lambda: ci.rules.Contribution(prior_tokens=float("inf")), "prior_tokens=inf"),
+    "a prior beyond float32": (lambda: ci.rules.Contribution(prior_tokens=10**400), "prior_tokens="),
 }
 
 
@@ -353,15 +365,18 @@ def test_mistakes(mistake: object, named: str) -> None:
     assert named in refusal(mistake)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+EMBEDDED = [pytest.param(f"embedded:{family}", marks=pytest.mark.slow) for family in ("opt", "llama")]
+
+
+@pytest.mark.parametrize("source", ["{opt}", *EMBEDDED])
 def test_auto_takes_a_short_question_by_its_group_and_a_long_article_by_itself(
-    name: str, data: Path, tmp_path: Path
+    source: str, shallow: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    params, tokenizer = ci.load(f"embedded:{name}", "float32")
+    params, tokenizer = ci.load(source.format(**shallow), "float32")
     wiki = ci.read_documents(data / "text" / "wiki.txt")
     corpus = replace(wiki, texts=wiki.texts[:16], labels=("a", "b") * 8)
     made = ci.build_clusters(tmp_path / "clusters", params, tokenizer, corpus, max_tokens=64)
-    core = ci.CoreConfig(method="auto")
+    core = ci.Auto()
     ready = ci.prepare_groups(params, made, core, compacted=False)
     article = next(ids for text in wiki.texts[16:] if len(ids := tokenizer.encode(text)) >= 300)[:300]
     question = tokenizer.encode("Where is the old king?")[:6]

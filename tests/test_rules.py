@@ -1,12 +1,15 @@
 """Rules against plain NumPy, written from their definitions."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreinfer_jax.sparsity.rules import RULES, column_norms, mean_activations, places, with_prior
-from coreinfer_jax.sparsity.votes import make_voting
+from coreinfer_jax.lab.evaluation.settings import RANKINGS
+from coreinfer_jax.model.weights import Linear
+from coreinfer_jax.sparsity.rules import mean_activations, places, with_prior
 from tests.support import LLAMA, random_model
 
 B, T, F, ALPHA = 2, 12, 40, 0.4
@@ -57,17 +60,20 @@ def expected_order(rule, a, norms):
     return np.argsort(-scores, kind="stable")
 
 
+# A layer whose neurons write by NORMS: each one number.
+LAYER = SimpleNamespace(mlp=SimpleNamespace(down=Linear(jnp.asarray(NORMS[None]))))
+
+
 def sums_of(rule, a, counted=COUNTED):
-    voting = make_voting(counted, F, ALPHA, RULES[rule].budget)
-    return RULES[rule].observe(jnp.asarray(a), jnp.asarray(NORMS), voting)
+    return RANKINGS[rule].observer(counted, F)(0, LAYER, jnp.asarray(a))
 
 
 def scores_of(rule, a, compensation=0.0):
-    return np.asarray(RULES[rule].score(sums_of(rule, a), jnp.asarray(NORMS), jnp.float32(compensation)))
+    return np.asarray(RANKINGS[rule].score(sums_of(rule, a), jnp.asarray(NORMS), jnp.float32(compensation)))
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["swiglu", "relu"])
-@pytest.mark.parametrize("rule", sorted(set(RULES) - {"random"}))
+@pytest.mark.parametrize("rule", sorted(set(RANKINGS) - {"random"}))
 def test_a_rule_ranks_as_numpy_does(rule, relu):
     a = activations(relu=relu)
     found = np.asarray(places(jnp.asarray(scores_of(rule, a))))
@@ -82,7 +88,7 @@ def test_random_ranks_all_rows_alike_and_knows_nothing_of_them():
     assert len(np.unique(first[0])) == F
 
 
-@pytest.mark.parametrize("rule", sorted(set(RULES) - {"votes-mean-budget"}))  # whose budget is of the whole prompt
+@pytest.mark.parametrize("rule", sorted(set(RANKINGS) - {"votes-mean-budget"}))  # whose budget is of the whole prompt
 def test_sums_of_parts_add_up_to_those_of_the_whole(rule):
     a = activations()
     parts = [sums_of(rule, a[:, start : start + 4], COUNTED[:, start : start + 4]) for start in (0, 4, 8)]
@@ -97,7 +103,7 @@ def token_weights(rule, a):
     return 1 / (scaled[rule] ** 2).sum(axis=1) if rule in scaled else np.ones(len(a))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RANKINGS)
 def test_means_are_of_counted_tokens_by_their_weights(rule):
     a = activations()
     rows = [a[b, COUNTED[b]].astype(np.float64) for b in range(B)]
@@ -143,7 +149,8 @@ def test_a_token_without_activations_adds_nothing_to_griffins_sums():
 
 def test_column_norms_are_those_of_what_a_neuron_writes():
     params = random_model(LLAMA)
-    for layer, norms in zip(params.layers, column_norms(params), strict=True):
+    for layer in params.layers:
+        norms = layer.mlp.down.input_norms()
         np.testing.assert_allclose(norms, np.linalg.norm(np.asarray(layer.mlp.down.weight), axis=0), rtol=1e-6)
 
 

@@ -1,12 +1,21 @@
 """Top-k and top-p against transformers' definitions, written out in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreinfer_jax.engine.prompts import make_sampling
-from coreinfer_jax.engine.sampling import draw
+from coreinfer_jax.engine.options import drawing_of
+from coreinfer_jax.engine.sampling import Sampling, draw, make_sampling, with_keys
 from tests.support import OPT
+
+
+def settings(rows: int, **options: object) -> Sampling:
+    return make_sampling(OPT, rows, drawing_of(options, OPT), 20)
+
+
+def drawn_from(logits: jnp.ndarray, sampling: Sampling) -> np.ndarray:
+    return np.asarray(draw(logits, sampling, jnp.zeros(len(logits), jnp.int32)))
 
 
 def allowed(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> set[int]:
@@ -24,9 +33,9 @@ def test_draws_stay_inside_the_allowed_set_and_reach_all_of_it(
     temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     logits = np.random.default_rng(0).standard_normal(OPT.vocab_size).astype(np.float32) * 2
-    sampling = make_sampling(OPT, temperature, top_k, top_p, (), 0)
+    sampling = settings(20_000, temperature=temperature, top_k=top_k, top_p=top_p, key=0)
     rows = jnp.broadcast_to(jnp.asarray(logits)[None, :], (20_000, OPT.vocab_size))
-    drawn = np.asarray(draw(rows, sampling, jnp.int32(0)))
+    drawn = drawn_from(rows, sampling)
     expected = allowed(logits, temperature, top_k, top_p)
     assert set(drawn.tolist()) <= expected
     p = np.exp(logits[list(expected)] / temperature)
@@ -38,11 +47,27 @@ def test_draws_stay_inside_the_allowed_set_and_reach_all_of_it(
 
 def test_tokens_that_tie_at_the_cut_are_kept_together() -> None:
     logits = jnp.asarray([[3.0, 1.0, 1.0, 0.0] + [-9.0] * 97], jnp.float32)
-    sampling = make_sampling(OPT, 1.0, 2, None, (), 0)
+    sampling = settings(2000, temperature=1.0, top_k=2, key=0)
     rows = jnp.broadcast_to(logits, (2000, 101))
-    assert set(np.asarray(draw(rows, sampling, jnp.int32(0))).tolist()) == {0, 1, 2}
+    assert set(drawn_from(rows, sampling).tolist()) == {0, 1, 2}
 
 
 def test_greedy_takes_the_first_of_equal_logits() -> None:
     logits = jnp.zeros((3, OPT.vocab_size), jnp.float32)
-    assert draw(logits, make_sampling(OPT, 0.0, None, None, (), None), jnp.int32(0)).tolist() == [0, 0, 0]
+    assert drawn_from(logits, settings(3)).tolist() == [0, 0, 0]
+
+
+def test_rows_draw_by_their_own_settings() -> None:
+    """A greedy row, one without cuts and one with, together in one program, draw what each draws alone."""
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.standard_normal((3, OPT.vocab_size)) * 2, jnp.float32)
+    own = [
+        with_keys(settings(1)),
+        settings(1, temperature=1.3, key=5),
+        settings(1, temperature=0.7, top_k=4, top_p=0.8, key=6, eos_ids=(3,)),
+    ]
+    together = jax.tree.map(lambda *rows: jnp.concatenate(rows), *own)
+    for step in range(20):
+        steps = jnp.asarray([step, step + 1, step + 2], jnp.int32)
+        alone = [int(draw(logits[b : b + 1], own[b], steps[b : b + 1])[0]) for b in range(3)]
+        assert draw(logits, together, steps).tolist() == alone

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.engine.scoring import BLOCK, _read
+from coreinfer_jax.engine.programs import BLOCK, score_given
 from coreinfer_jax.model import extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import init_cache
 from tests.support import LLAMA, MODELS, OPT, random_model
@@ -108,11 +108,11 @@ def test_every_position_of_the_model_can_be_read():
 
 def test_other_texts_of_the_same_buckets_reuse_the_program():
     params = random_model(LLAMA)
-    before = _read._cache_size()
+    before = score_given._cache_size()
     for context, continuation in ((5, 3), (40, 8), (33, 5)):
         rows = np.full((2, context), 7), np.full((2, continuation), 9)
         ci.score_continuations(params, *rows, ci.CoreConfig(beta=0.23))
-    assert _read._cache_size() - before == 1
+    assert score_given._cache_size() - before == 1
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,8 @@ def test_transformers_ids(data, tinystories, name):
         ("llama2", "Hello this is a test", [1, 15043, 445, 338, 263, 1243]),
     ],
 )
-def test_published_ids(data, llama2, name, text, ids):
-    tokenizer = load_tokenizer({"opt": data / "tokenizers" / "opt", "llama2": llama2}[name])
+def test_published_ids(real_data, llama2, name, text, ids):
+    tokenizer = load_tokenizer({"opt": real_data / "tokenizers" / "opt", "llama2": llama2}[name])
     assert tokenizer.encode(text) == ids
     assert tokenizer.decode(ids) == text
 
@@ -149,7 +149,7 @@ def test_a_model_config_beside_a_tokenizer_changes_no_ids(data, tmp_path):
 
 
 def test_a_long_text_is_encoded_silently(data, caplog):
-    ids = load_tokenizer(data / "tokenizers" / "opt").encode("word " * 3000)  # more than OPT's 2048 positions
+    ids = load_tokenizer(data / "tokenizers" / "opt").encode("the " * 3000)  # more than OPT's 2048 positions
     assert len(ids) == 3002
     assert not caplog.records
 
@@ -168,7 +168,8 @@ def test_added_tokens_are_tokens_within_a_text(chatml):
     ids = tokenizer.encode("<|im_start|>user\nCall <tool>!</s><|im_end|>")
     # The conversion says that only the first part of a text gets a space in front: no "▁user".
     inner = [reference.piece_to_id(piece) for piece in ("user", "<0x0A>", "Call", "▁")]
-    assert ids == [1, 32000, *inner, 32002, reference.piece_to_id("!"), 2, 32001]
+    start, end, tool = range(len(reference), len(reference) + 3)
+    assert ids == [1, start, *inner, tool, reference.piece_to_id("!"), 2, end]
     assert tokenizer.decode(ids) == "user\nCall <tool>!"
 
 
@@ -179,42 +180,46 @@ def test_a_conversion_that_prefixes_every_part_does(chatml, tmp_path):
     pipeline["pre_tokenizer"] = None
     tokenizer = load_tokenizer(copy(chatml, tmp_path, tokenizer=pipeline))
     ids = tokenizer.encode("Call<tool>it<|im_end|>")
-    assert ids == [1, *reference.encode("Call"), 32002, *reference.encode("it"), 32001]
+    end, tool = len(reference) + 1, len(reference) + 2
+    assert ids == [1, *reference.encode("Call"), tool, *reference.encode("it"), end]
     assert tokenizer.decode(ids) == "Call<tool>it"
 
 
-ADDED = {"32000": {"content": "<|im_start|>", "special": True}, "32001": {"content": "<tool>", "rstrip": True}}
+def added_behind(pieces: int) -> dict[str, object]:
+    """A tokenizer_config.json that adds two tokens to a model of so many pieces."""
+    start, tool = {"content": "<|im_start|>", "special": True}, {"content": "<tool>", "rstrip": True}
+    return {"added_tokens_decoder": {str(pieces): start, str(pieces + 1): tool}}
 
 
-@pytest.mark.parametrize(
-    "configs",
-    [
-        {"tokenizer_config": {"added_tokens_decoder": ADDED}},
-        {
-            "added_tokens": {"<|im_start|>": 32000, "<tool>": 32001},
+@pytest.mark.parametrize("where", ["added_tokens_decoder", "added_tokens.json"])
+def test_added_tokens_beside_a_bare_model(llama2, tmp_path, where):
+    reference = sentencepiece_of(llama2)
+    start, tool = len(reference), len(reference) + 1
+    configs = {
+        "added_tokens_decoder": {"tokenizer_config": added_behind(len(reference))},
+        "added_tokens.json": {
+            "added_tokens": {"<|im_start|>": start, "<tool>": tool},
             "special_tokens_map": {"additional_special_tokens": ["<|im_start|>"]},
         },
-    ],
-    ids=["added_tokens_decoder", "added_tokens.json"],
-)
-def test_added_tokens_beside_a_bare_model(llama2, tmp_path, configs):
-    reference = sentencepiece_of(llama2)
-    tokenizer = load_tokenizer(copy(llama2, tmp_path, **configs))
+    }
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, **configs[where]))
     ids = tokenizer.encode("one<|im_start|>two<tool>three")
-    assert ids == [1, *reference.encode("one"), 32000, *reference.encode("two"), 32001, *reference.encode("three")]
+    assert ids == [1, *reference.encode("one"), start, *reference.encode("two"), tool, *reference.encode("three")]
     assert tokenizer.decode(ids) == "one two<tool>three"  # as transformers and sentencepiece leave out special tokens
     assert tokenizer.encode("<s>") == [1, *reference.encode("<s>")]  # declared by no file: text, as to sentencepiece
 
 
 def test_white_space_beside_an_added_token_may_belong_to_it(llama2, tmp_path):
     reference = sentencepiece_of(llama2)
-    tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config={"added_tokens_decoder": ADDED}))
-    assert tokenizer.encode("a <tool>\n b") == [1, *reference.encode("a "), 32001, *reference.encode("b")]
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config=added_behind(len(reference))))
+    tool = len(reference) + 1
+    assert tokenizer.encode("a <tool>\n b") == [1, *reference.encode("a "), tool, *reference.encode("b")]
 
 
 def test_the_longest_added_token_counts(llama2, tmp_path):
-    tokenizer = load_tokenizer(copy(llama2, tmp_path, added_tokens={"<a>": 32000, "<a><b>": 32001}))
-    assert tokenizer.encode("<a><b><a>") == [1, 32001, 32000]
+    a, ab = len(sentencepiece_of(llama2)), len(sentencepiece_of(llama2)) + 1
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, added_tokens={"<a>": a, "<a><b>": ab}))
+    assert tokenizer.encode("<a><b><a>") == [1, ab, a]
 
 
 @pytest.mark.parametrize(
@@ -224,13 +229,19 @@ def test_the_longest_added_token_counts(llama2, tmp_path):
         ({"add_bos_token": True}, [1]),
         ({"bos_token": "</s>"}, [2]),
         ({"bos_token": {"content": "</s>"}}, [2]),
-        ({"bos_token": "<|go|>", "added_tokens_decoder": {"32000": {"content": "<|go|>", "special": True}}}, [32000]),
     ],
     ids=str,
 )
 def test_the_beginning_of_a_sequence(llama2, tmp_path, config, start):
     tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config=config))
-    assert tokenizer.encode("Hello") == [*start, 15043]
+    assert tokenizer.encode("Hello") == [*start, *sentencepiece_of(llama2).encode("Hello")]
+
+
+def test_an_added_token_begins_a_sequence(llama2, tmp_path):
+    reference = sentencepiece_of(llama2)
+    config = added_behind(len(reference)) | {"bos_token": "<|im_start|>"}
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config=config))
+    assert tokenizer.encode("Hello") == [len(reference), *reference.encode("Hello")]
 
 
 def test_a_model_without_a_space_in_front(llama2, tmp_path):
@@ -351,7 +362,7 @@ def test_malformed_added_tokens(llama2, tmp_path, config):
 @pytest.mark.parametrize("source", ["llama2", "tinystories"])
 def test_truncated_tokenizers(tmp_path, llama2, tinystories, source):
     file = {"llama2": llama2 / "tokenizer.model", "tinystories": tinystories / "tokenizer.json"}[source]
-    (tmp_path / file.name).write_bytes(file.read_bytes()[:50_000])
+    (tmp_path / file.name).write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     refused(tmp_path, file.name)
 
 
@@ -378,7 +389,9 @@ def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_about(llama3,
 
 
 def test_ids_beyond_a_sentencepiece_model_decode_to_nothing(llama2):
-    assert load_tokenizer(llama2).decode([1, 15043, 32000, 3186]) == "Hello world"
+    reference = sentencepiece_of(llama2)
+    hello, world = reference.encode("Hello"), reference.encode("world")
+    assert load_tokenizer(llama2).decode([1, *hello, len(reference), *world]) == "Hello world"
 
 
 def test_loading_prints_nothing_without_pytorch_and_leaves_logging_as_it_was(data):
@@ -399,7 +412,7 @@ def test_loading_prints_nothing_without_pytorch_and_leaves_logging_as_it_was(dat
     ran = subprocess.run(
         [sys.executable, "-c", code, str(data / "tokenizers" / "opt")], capture_output=True, text=True, timeout=120
     )
-    assert ran.stdout == "[2, 31414, 232]\n"
+    assert json.loads(ran.stdout) == load_tokenizer(data / "tokenizers" / "opt").encode("Hello world")
     assert ran.stderr.endswith("heard\n")
     assert ran.stderr.count("\n") == 1
 

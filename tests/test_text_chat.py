@@ -59,30 +59,36 @@ def test_llama2_conversations(llama2, where):
     """Meta's code encodes turn by turn, each between BOS and EOS, and the last one without EOS."""
     write_template(llama2, LLAMA2, where)
     reference, tokenizer = sentencepiece.SentencePieceProcessor(str(llama2 / "tokenizer.model")), load_tokenizer(llama2)
-    # As published in many places for "<s>[INST] hi [/INST]".
-    assert tokenizer.encode_chat(HI) == [1, 518, 25580, 29962, 7251, 518, 29914, 25580, 29962]
+    assert tokenizer.encode_chat(HI) == [1, *reference.encode("[INST] hi [/INST]")]
     turns = ["[INST] hi [/INST] Hello. ", "[INST] Wie geht's?  🙂 [/INST]"]
     assert tokenizer.encode_chat(TALK) == [1, *reference.encode(turns[0]), 2, 1, *reference.encode(turns[1])]
+
+
+def test_the_published_ids_of_a_conversation(real_data, llama2):
+    """As in many places for "<s>[INST] hi [/INST]"."""
+    write_template(llama2, LLAMA2, "chat_template.jinja")
+    assert load_tokenizer(llama2).encode_chat(HI) == [1, 518, 25580, 29962, 7251, 518, 29914, 25580, 29962]
 
 
 def test_turns_begin_alike_in_every_version_of_transformers(llama2):
     """Its flag `legacy` is about text behind added tokens; behind a BOS a new sequence begins."""
     write_template(llama2, LLAMA2, "tokenizer_config.json", legacy=False, add_bos_token=True)
-    assert load_tokenizer(llama2).encode_chat(HI) == [1, 518, 25580, 29962, 7251, 518, 29914, 25580, 29962]
+    reference = sentencepiece.SentencePieceProcessor(str(llama2 / "tokenizer.model"))
+    assert load_tokenizer(llama2).encode_chat(HI) == [1, *reference.encode("[INST] hi [/INST]")]
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_chatml_on_a_sentencepiece_model(llama2, legacy):
-    added = {"<|im_start|>": 32000, "<|im_end|>": 32001}
-    (llama2 / "added_tokens.json").write_text(json.dumps(added))
-    write_template(llama2, CHATML, "chat_template.jinja", legacy=legacy)
     reference = sentencepiece.SentencePieceProcessor(str(llama2 / "tokenizer.model"))
+    start, end = len(reference), len(reference) + 1
+    (llama2 / "added_tokens.json").write_text(json.dumps({"<|im_start|>": start, "<|im_end|>": end}))
+    write_template(llama2, CHATML, "chat_template.jinja", legacy=legacy)
 
     def part(text: str) -> list[int]:
         """`text` behind an added token: by sentencepiece, behind a line break where there is to be no space."""
         return reference.encode(text) if legacy else reference.encode("\n" + text)[2:]
 
-    expected = [32000, *part("user\nhi"), 32001, *part("\n"), 32000, *part("assistant\n")]
+    expected = [start, *part("user\nhi"), end, *part("\n"), start, *part("assistant\n")]
     assert load_tokenizer(llama2).encode_chat(HI) == expected
 
 

@@ -44,9 +44,9 @@ def cases(data: Path, tinystories: Path, tmp_path_factory: pytest.TempPathFactor
     vocabulary = json.loads((opt / "vocab.json").read_text())
     one_byte = [i for token, i in vocabulary.items() if len(token) == 1]
     return {
-        "llama2": Case(load_tokenizer(llama2), processor.decode, 32000, range(3, 259)),
-        "converted": Case(load_tokenizer(converted), reference_decode(converted), 32000, range(3, 259)),
-        "opt": Case(load_tokenizer(opt), reference_decode(opt), 50265, one_byte),
+        "llama2": Case(load_tokenizer(llama2), processor.decode, len(processor), range(3, 259)),
+        "converted": Case(load_tokenizer(converted), reference_decode(converted), len(processor), range(3, 259)),
+        "opt": Case(load_tokenizer(opt), reference_decode(opt), len(vocabulary), one_byte),
         "tinystories": Case(load_tokenizer(tinystories), reference_decode(tinystories), 2048, []),
     }
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from sentencepiece import SentencePieceTrainer
 
 import coreinfer_jax as ci
 from coreinfer_jax.files import locked, new_file
-from coreinfer_jax.io.config_json import model_config, read_model_config
-from coreinfer_jax.io.export import hugging_face_fields, write_hugging_face
+from coreinfer_jax.io.config_json import hugging_face_fields, model_config, read_model_config
+from coreinfer_jax.io.export import write_hugging_face
 from coreinfer_jax.lab.training import Recipe, checkpoints, curve, outcome, preparation, recipe, train, trainer, windows
 from coreinfer_jax.model import unembed
 from coreinfer_jax.model.config import ModelConfig, Rope
@@ -110,7 +111,7 @@ def interrupt(function: Callable, at: int, before: bool = False) -> Callable:
 @pytest.mark.parametrize(
     ("module", "name", "at"),
     [
-        (preparation, "train_vocabulary", 0),
+        (SentencePieceTrainer, "train", 0),
         (preparation, "save_file", 0),
         (trainer, "train_step", 0),
         (trainer, "train_step", 7),

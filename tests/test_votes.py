@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.sparsity.votes import count_votes, make_voting
+from coreinfer_jax.sparsity.votes import count_each, count_votes, make_voting
 
 
 def reference_votes(a: np.ndarray, alpha: float, budget: str) -> np.ndarray:
@@ -100,10 +100,9 @@ def test_keep_ratio_is_exact_where_floating_point_is_not() -> None:
 @pytest.mark.parametrize("tokens", [64, 100, 192])
 def test_early_tokens_votes_are_counted_apart_in_every_block(tokens: int) -> None:
     a = activations("normal", tokens, 60, seed=8)
-    early = np.arange(tokens)[None] < 70
-    voting = make_voting(np.ones((1, tokens), bool), 60, 0.4, "per_token", early)
-    votes = count_votes(jnp.asarray(a[None]), voting)
-    assert votes.early is not None
+    everyone, first = np.ones((1, tokens), bool), np.arange(tokens)[None] < 70
+    voting = make_voting(everyone, 60, 0.4, "per_token")
+    votes, early = count_each(jnp.asarray(a[None]), voting, (jnp.asarray(everyone), jnp.asarray(first)))
     np.testing.assert_array_equal(votes.counts[0], reference_votes(a, 0.4, "per_token"))
-    np.testing.assert_array_equal(votes.early.counts[0], reference_votes(a[:70], 0.4, "per_token"))
-    np.testing.assert_allclose(votes.early.sums[0], a[:70].sum(axis=0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(early.counts[0], reference_votes(a[:70], 0.4, "per_token"))
+    np.testing.assert_allclose(early.sums[0], a[:70].sum(axis=0), rtol=1e-5, atol=1e-5)

@@ -9,8 +9,10 @@ import numpy as np
 import coreinfer_jax as ci
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.shapes import random_prompts, shape_config, shape_params
-from coreinfer_jax.engine.programs import DecodeState, decode
-from coreinfer_jax.engine.prompts import make_sampling
+from coreinfer_jax.engine.options import GREEDY
+from coreinfer_jax.engine.programs import decode
+from coreinfer_jax.engine.rows import first_drawn
+from coreinfer_jax.engine.sampling import make_sampling
 from coreinfer_jax.model.cache import bucket, init_cache
 
 
@@ -63,14 +65,7 @@ def _temporary_bytes(params: ci.Params, trial: Trial) -> int | None:
 def decode_program(params: ci.Params, trial: Trial) -> jax.stages.Compiled:
     """The compiled program that decodes with `params` under the terms of `trial`."""
     config, rows = params.config, trial.rows
-    state = DecodeState(
-        cache=init_cache(config, rows, bucket(trial.prompt_tokens + trial.new_tokens), jnp.dtype(trial.dtype)),
-        token=jnp.zeros(rows, jnp.int32),
-        position=jnp.zeros(rows, jnp.int32),
-        length=jnp.ones(rows, jnp.int32),
-        done=jnp.zeros(rows, bool),
-        step=jnp.int32(1),
-        finite=jnp.bool_(True),
-    )
-    sampling = make_sampling(config, 0.0, None, None, (), None)
-    return decode.lower(params, state, sampling, np.int32(1)).compile()
+    cache = init_cache(config, rows, bucket(trial.prompt_tokens + trial.new_tokens), jnp.dtype(trial.dtype))
+    first, logits = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, config.vocab_size), jnp.float32)
+    state = first_drawn(cache, logits, first, first, make_sampling(config, rows, GREEDY, trial.new_tokens))
+    return decode.lower(params, state, np.int32(1)).compile()

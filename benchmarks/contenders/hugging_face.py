@@ -12,7 +12,8 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.shapes import random_prompts, shape_config
 from coreinfer_jax.device import check_memory
-from coreinfer_jax.model.weights import abstract_params, params_bytes
+from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import params_bytes
 
 
 class _Clock(StoppingCriteria):

@@ -24,18 +24,19 @@ from benchmarks.contenders.coreinfer import device_bytes
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.shapes import random_prompts, shape_config, shape_params
 from coreinfer_jax.device import check_memory
-from coreinfer_jax.engine.programs import DECODE_OPTIONS, prefill
-from coreinfer_jax.engine.prompts import make_sampling
+from coreinfer_jax.engine.options import GREEDY
+from coreinfer_jax.engine.programs import prefill
+from coreinfer_jax.engine.sampling import make_sampling
 from coreinfer_jax.model import unembed
+from coreinfer_jax.model.backends import DECODE_OPTIONS
 from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes, init_cache
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.families import llama, opt
-from coreinfer_jax.model.layers import attention, layer_norm, linear, matmul, mlp_activations, rms_norm
+from coreinfer_jax.model.families import family_of
+from coreinfer_jax.model.layers import attention, layer_norm, mlp_activations, rms_norm
 from coreinfer_jax.model.weights import Linear, Mlp, Params, leaf_bytes, weight_bytes_per_step
 from coreinfer_jax.sparsity.votes import kept_neurons
 
 RANK = 1000
-_FAMILIES = {"opt": (opt, layer_norm), "llama": (llama, rms_norm)}
 
 
 # What chooses a layer's neurons: a predictor, or the neurons themselves, int32 [K].
@@ -86,19 +87,9 @@ def _generate(
     config = params.config
     cache = init_cache(config, 1, bucket(trial.prompt_tokens + trial.new_tokens), jnp.dtype(trial.dtype))
     length = np.full(1, trial.prompt_tokens, np.int32)
-    sampling = make_sampling(config, 0.0, None, None, (), None)
-    state, _, _ = prefill(
-        params,
-        random_prompts(config, 1, trial.prompt_tokens),
-        length,
-        np.zeros(1, np.int32),
-        cache,
-        [],
-        sampling,
-        None,
-        voted=(),
-        rule="votes",
-    )
+    prompts = random_prompts(config, 1, trial.prompt_tokens)
+    sampling = make_sampling(config, 1, GREEDY, trial.new_tokens)
+    state, _, _ = prefill(params, prompts, length, np.zeros(1, np.int32), cache, [], sampling, None, observed=())
     jax.block_until_ready(state)
     first = perf_counter()
     tokens = jnp.full(trial.new_tokens, -1, jnp.int32).at[0].set(state.token[0])
@@ -125,7 +116,8 @@ def _step(
 ) -> tuple[KVCache, Array]:
     """The cache after `token` [1] at `position` [1], and the next token."""
     config, positions = params.config, position[:, None]
-    family, normed = _FAMILIES[config.family]
+    family = family_of(config)
+    normed = rms_norm if params.layers[0].mlp_norm.bias is None else layer_norm
     x, context = family.embed(params, token[:, None], positions)
     written = []
     for layer, chooser, past in zip(params.layers, choosers, zip(cache.keys, cache.values, strict=True), strict=True):
@@ -143,21 +135,16 @@ def _step(
 def _narrow_mlp(x: Array, mlp: Mlp, chooser: Chooser, kept: int, config: ModelConfig) -> Array:
     """The MLP's output for x [1, 1, D], by the `kept` neurons that are chosen for it."""
     chosen = chooser if isinstance(chooser, Array) else _best(x, chooser, kept)
-    narrow = replace(mlp, gate=None if mlp.gate is None else _rows(mlp.gate, chosen), up=_rows(mlp.up, chosen))
-    activations, _ = mlp_activations(x, narrow, config)
-    down = jnp.take(mlp.down.weight, chosen, axis=0, mode="clip")
-    y = matmul(activations, down.T)
-    return (y if mlp.down.bias is None else y + mlp.down.bias[None, None].astype(y.dtype)).astype(x.dtype)
+    gate = None if mlp.gate is None else mlp.gate.take_outputs(chosen)
+    activations, _ = mlp_activations(x, replace(mlp, gate=gate, up=mlp.up.take_outputs(chosen)), config)
+    by_neuron = jnp.take(mlp.down.weight, chosen, axis=0, mode="clip")
+    return replace(mlp.down, weight=by_neuron.T)(activations)
 
 
 def _best(x: Array, predictor: Predictor, kept: int) -> Array:
     """Indices [K] of the `kept` neurons with the highest scores for x [1, 1, D]."""
-    scores = linear(linear(x, predictor.compress), predictor.expand)
+    scores = predictor.expand(predictor.compress(x))
     return lax.top_k(scores[0, 0], kept)[1]
-
-
-def _rows(layer: Linear, chosen: Array) -> Linear:
-    return jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0, mode="clip"), layer)
 
 
 @jax.jit
@@ -187,7 +174,7 @@ def _down_by_neuron(down: list[Array]) -> list[Array]:
 
 def _added_bytes(params: Params, predicting: bool) -> int:
     """Of down projections held a second time, and of the predictors."""
-    config, item = params.config, params.token_embedding.dtype.itemsize
+    config, item = params.config, params.dtype.itemsize
     per_layer = config.hidden_size * config.mlp_size
     per_layer += RANK * (config.hidden_size + config.mlp_size) if predicting else 0
     return config.num_layers * per_layer * item
@@ -212,5 +199,5 @@ def bytes_per_token(params: Params, choosers: Sequence[Chooser], kept: int, tria
     config = params.config
     mlps = sum(leaf_bytes(leaf) for layer in params.layers for leaf in jax.tree.leaves(layer.mlp))
     capacity = bucket(trial.prompt_tokens + trial.new_tokens)
-    cache = cache_bytes(config, 1, capacity, params.token_embedding.dtype)
+    cache = cache_bytes(config, 1, capacity, params.dtype)
     return weight_bytes_per_step(params, 1) - mlps + mlps * kept / config.mlp_size + _bytes(choosers) + cache

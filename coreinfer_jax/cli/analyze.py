@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from coreinfer_jax.cli import options as shared
+from coreinfer_jax.cli import arguments
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.files import to_path
 from coreinfer_jax.lab.analysis import Pairs, analyze, read_pairs
-from coreinfer_jax.lab.analysis.report import ALPHA, BETA, TEXTS, check_settings
+from coreinfer_jax.lab.analysis.parts import ALPHA, BETA, TEXTS, check_settings
 from coreinfer_jax.text.documents import Documents, read_documents
 
 HELP = "measure what the paper says of core neurons, as pictures and numbers"
@@ -15,11 +15,11 @@ HELP = "measure what the paper says of core neurons, as pictures and numbers"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    shared.add_model(parser)
-    shared.add_documents(parser)
+    arguments.add_model(parser)
+    arguments.add_documents(parser)
     parser.add_argument("--topics", metavar="FILE", help="labelled texts: csv, tsv or jsonl")
-    parser.add_argument("--topic-text", type=shared.column, metavar="COL", help="of --topics")
-    parser.add_argument("--topic-label", type=shared.column, metavar="COL", help="of --topics")
+    parser.add_argument("--topic-text", type=arguments.column, metavar="COL", help="of --topics")
+    parser.add_argument("--topic-label", type=arguments.column, metavar="COL", help="of --topics")
     parser.add_argument(
         "--pairs",
         action="append",
@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> None:
     topics = _topics(options)
     pairs = [_pairs(value) for value in options.pairs]
     check_settings(options.out, pairs, options.texts, options.alpha, options.beta, options.seed)
-    params, tokenizer = shared.load_model(options)
+    params, tokenizer = arguments.load_model(options)
     directory = analyze(
         options.out,
         params,
@@ -74,4 +74,4 @@ def _pairs(value: str) -> Pairs:
     names = columns.split(",")
     if not name or len(names) != 3 or "" in names:
         raise CoreInferError(f"--pairs {value}: give FILE:A,B,SCORE, the three columns by name or number from 0")
-    return read_pairs(Path(to_path(name)), [shared.column(column) for column in names])
+    return read_pairs(Path(to_path(name)), [arguments.column(column) for column in names])

@@ -3,9 +3,8 @@
 import argparse
 import json
 import os
-from dataclasses import asdict
 
-from coreinfer_jax.cli import options as shared
+from coreinfer_jax.cli import arguments
 from coreinfer_jax.cli.eval_texts import table
 from coreinfer_jax.cli.info import setting_in_words
 from coreinfer_jax.errors import CoreInferError
@@ -14,6 +13,7 @@ from coreinfer_jax.io.calibration_file import CALIBRATION, write_calibration
 from coreinfer_jax.io.embedded import PREFIX
 from coreinfer_jax.io.loading import open_model, stored_fingerprint
 from coreinfer_jax.lab.evaluation.calibrating import Bound, calibrate
+from coreinfer_jax.sparsity.choosers import settings_of
 from coreinfer_jax.text.documents import read_documents
 
 HELP = "find the cheapest setting for a model that meets a bound on your texts"
@@ -21,8 +21,8 @@ HELP = "find the cheapest setting for a model that meets a bound on your texts"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    shared.add_model(parser)
-    shared.add_documents(parser)
+    arguments.add_model(parser)
+    arguments.add_documents(parser)
     parser.add_argument(
         "--max-kl", type=float, metavar="NATS", help="per token, from the full model; its upper 95 %% end"
     )
@@ -32,13 +32,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of tokens with the full model's choice; its lower 95 %% end",
     )
-    shared.add_texts(parser)
+    arguments.add_texts(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    bound, texts = Bound(options.max_kl, options.min_agreement), shared.texts(options)
+    bound, texts = Bound(options.max_kl, options.min_agreement), arguments.texts(options)
     if options.model.startswith(PREFIX):
         raise CoreInferError(
             f"{options.model}: is calibrated, and part of the package; convert it to a directory to calibrate that"
@@ -47,13 +47,12 @@ def _run(options: argparse.Namespace) -> None:
     if is_directory(directory) and not os.access(directory, os.W_OK):
         raise CoreInferError(f"{directory}: cannot be written into; make it writable, the calibration goes there")
     documents = read_documents(to_path(options.data), options.text_column)
-    params, tokenizer = shared.load_model(options, calibrated=False)
+    params, tokenizer = arguments.load_model(options, calibrated=False)
     found = calibrate(params, tokenizer, documents, bound, texts)
     write_calibration(directory, stored_fingerprint(*open_model(directory)), found.calibration, found.facts)
-    core = found.calibration.core
+    core = None if found.calibration.core is None else settings_of(found.calibration.core)
     if options.json:
-        settings = None if core is None else asdict(core)
-        print(json.dumps({"model": options.model, "core": settings, "facts": found.facts, "settings": found.results}))
+        print(json.dumps({"model": options.model, "core": core, "facts": found.facts, "settings": found.results}))
         return
     if found.results:
         print(table(found.results))

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import FrameType
 
-from coreinfer_jax.cli import options as shared
+from coreinfer_jax.cli import arguments
 from coreinfer_jax.cli.reply import Reply, facts
 from coreinfer_jax.engine.conversation import Conversation, converse
-from coreinfer_jax.engine.prompts import check_length, make_sampling
-from coreinfer_jax.engine.request import Recommended
+from coreinfer_jax.engine.options import drawing_of
+from coreinfer_jax.engine.prompts import check_length
 from coreinfer_jax.errors import CoreInferError, one_line
-from coreinfer_jax.model.config import CoreConfig
 from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.choice import Chooser
+from coreinfer_jax.sparsity.choosers import Recommended
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.text import Tokenizer
 
@@ -32,7 +33,7 @@ class _Model:
 
     params: Params
     tokenizer: Tokenizer
-    core: CoreConfig | Recommended | None
+    core: Chooser | Recommended | None
     groups: Groups | None
 
 
@@ -46,23 +47,23 @@ class _Session:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    shared.add_model(parser)
-    shared.add_core(parser)
-    shared.add_sampling(parser, temperature=0.7, new_tokens=NEW_TOKENS)
+    arguments.add_model(parser)
+    arguments.add_core(parser)
+    arguments.add_sampling(parser, temperature=0.7, new_tokens=NEW_TOKENS)
     parser.add_argument("--system", metavar="TEXT", help="what the chat template puts before the conversation")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    shared.core_config(options)
-    shared.check_stops(options)
+    arguments.core_config(options)
+    arguments.check_stops(options)
     if options.system is not None:
-        shared.check_text("system message", options.system)
-    params, tokenizer = shared.load_model(options)
-    core = shared.core_config(options, params)
-    model = _Model(params, tokenizer, core, shared.load_groups(options, params, core))
+        arguments.check_text("system message", options.system)
+    params, tokenizer = arguments.load_model(options)
+    core = arguments.core_config(options, params)
+    model = _Model(params, tokenizer, core, arguments.load_groups(options, params, core))
     check_length(1, _most(options), params.config)
-    make_sampling(params.config, **shared.sampling(options, params.config, tokenizer))
+    drawing_of(arguments.sampling(options, params.config, tokenizer), params.config)
     if find_spec("readline"):
         import readline  # noqa: F401 - gives input() editing and history
     opening = () if options.system is None else ({"role": "system", "content": options.system},)
@@ -117,15 +118,14 @@ def _lines() -> Iterator[str]:
 
 def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: str, seed: int) -> _Session:
     """The session after one line of the user and the model's reply to it, which is printed as it comes."""
-    shared.check_text("line", line)
+    arguments.check_text("line", line)
     params, tokenizer = model.params, model.tokenizer
     messages = (*session.messages, {"role": "user", "content": line})
     prompt = _encode(tokenizer, messages)
-    new = min(_most(options), shared.room(params.config, len(prompt)))
-    sampling = shared.sampling(options, params.config, tokenizer) | {"key": seed}
-    chunks = converse(
-        params, prompt, session.conversation, model.core, groups=model.groups, max_new_tokens=new, **sampling
-    )
+    new = min(_most(options), arguments.most_new_tokens(params.config, len(prompt)))
+    drawn = arguments.sampling(options, params.config, tokenizer)
+    wanted = drawn | {"key": seed, "groups": model.groups, "max_new_tokens": new}
+    chunks = converse(params, prompt, session.conversation, model.core, **wanted)
     reply = Reply(tokenizer, prompt, options.stop)
     with _interruptible() as interrupted:
         for chunk, latest in chunks:

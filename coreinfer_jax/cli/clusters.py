@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from coreinfer_jax.cli import options as shared
+from coreinfer_jax.cli import arguments
 from coreinfer_jax.errors import one_line
 from coreinfer_jax.lab.clustering import build_clusters, import_published, inspect_clusters
 from coreinfer_jax.lab.clustering.build import TOKENS_PER_DOCUMENT, VECTORS
 from coreinfer_jax.lab.clustering.grouping import DEPTH
 from coreinfer_jax.lab.clustering.inspection import Inspection
-from coreinfer_jax.model.config import CoreConfig
-from coreinfer_jax.sparsity.votes import kept_neurons
+from coreinfer_jax.sparsity.groups import TextVectors
+from coreinfer_jax.sparsity.rules import Votes
+from coreinfer_jax.sparsity.similarity import Similarity
+from coreinfer_jax.sparsity.votes import BUDGETS, kept_neurons
 from coreinfer_jax.text.documents import read_documents
 
 HELP = "group texts by the neurons they activate, for --method similarity"
@@ -28,14 +30,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
-    shared.add_model(parser)
-    shared.add_documents(parser)
-    parser.add_argument("--label-column", type=shared.column, metavar="COL", help="group by these topics, not k-means")
+    arguments.add_model(parser)
+    arguments.add_documents(parser)
+    parser.add_argument(
+        "--label-column", type=arguments.column, metavar="COL", help="group by these topics, not k-means"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="new directory")
     parser.add_argument("--k", type=int, help="number of groups (default: by the elbow)")
     _add_vectors(parser)
-    parser.add_argument("--alpha", type=float, default=VECTORS.alpha, help="token-wise share, (0, 1] (%(default)s)")
-    parser.add_argument("--budget", choices=("per_token", "mean"), default=VECTORS.budget)
+    parser.add_argument(
+        "--alpha", type=float, default=VECTORS.votes.alpha, help="token-wise share, (0, 1] (%(default)s)"
+    )
+    parser.add_argument("--budget", choices=BUDGETS, default=VECTORS.votes.budget)
     parser.add_argument(
         "--max-tokens", type=int, default=TOKENS_PER_DOCUMENT, metavar="N", help="read of each document (%(default)s)"
     )
@@ -65,7 +71,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gamma",
         type=float,
-        help=f"share of neurons to compare, (0, 1] (default {CoreConfig().group_ratio:g}, or what published lists "
+        help=f"share of neurons to compare, (0, 1] (default {Similarity().gamma:g}, or what published lists "
         "are long enough for)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -73,15 +79,15 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    core = CoreConfig(alpha=options.alpha, beta=options.beta, budget=options.budget)
+    vectors = TextVectors(votes=Votes(alpha=options.alpha, budget=options.budget), beta=options.beta)
     documents = read_documents(options.data, options.text_column, options.label_column)
-    params, tokenizer = shared.load_model(options)
+    params, tokenizer = arguments.load_model(options)
     build_clusters(
         options.out,
         params,
         tokenizer,
         documents,
-        core,
+        vectors,
         k=options.k,
         depth=options.depth,
         seed=options.seed,

@@ -3,11 +3,12 @@
 import argparse
 import json
 import sys
-from dataclasses import replace
 from typing import Any
 
-from coreinfer_jax.cli import options as shared
-from coreinfer_jax.model.config import PRIOR_RULE, CoreConfig
+from coreinfer_jax.cli import arguments, compared
+from coreinfer_jax.lab.evaluation.free_running import generating
+from coreinfer_jax.sparsity.calibration import PRIOR_RULE
+from coreinfer_jax.sparsity.stability import CoreConfig
 
 # Options that say something of tasks only.
 OF_TASKS = ("task_data", "limit", "num_fewshot", "batch_size", "chat")
@@ -29,16 +30,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the tasks on the full model and at every keep ratio."""
-    _cores(options, shared.preset(options))  # refuses what can be refused before anything is loaded
+    _cores(options, arguments.preset(options))  # refuses what can be refused before anything is loaded
     # Not before it is asked for: the import takes a second, and needs an extra.
     from coreinfer_jax.lab.evaluation.tasks.suite import Tasks, evaluate_tasks
 
     tasks = Tasks(options.tasks, options.task_data, limit=options.limit, num_fewshot=options.num_fewshot)
-    params, tokenizer = shared.load_model(options)
-    cores = _cores(options, shared.preset(options, params))
-    rules = [core.ranking for core in cores]
-    known = params.calibration is not None and PRIOR_RULE in rules
-    shared.refuse_unused_by_rules(options, rules, known, f"take --rule {PRIOR_RULE} of a calibrated model")
+    params, tokenizer = arguments.load_model(options)
+    preset = arguments.preset(options, params)
+    cores = _cores(options, preset)
+    remedy = f"take --rule {PRIOR_RULE} of a calibrated model"
+    compared.refuse_unused(options, preset, lambda rule: params.calibration is not None and _has_prior(rule), remedy)
     results = evaluate_tasks(
         params,
         tokenizer,
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         chat=options.chat,
         seed=options.seed,
     )
-    print(json.dumps(results) if options.json else shared.table(_rows(results)))
+    print(json.dumps(results) if options.json else arguments.table(_rows(results)))
     truncated = results["settings"][0]["truncated"]
     if truncated:
         print(
@@ -59,33 +60,18 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
+def _has_prior(rule: str) -> bool:
+    return rule == PRIOR_RULE
+
+
 def _cores(options: argparse.Namespace, preset: CoreConfig) -> list[CoreConfig]:
-    """Every rule, compensation and keep ratio asked for."""
-    prior_tokens = preset.prior_tokens if options.prior_tokens is None else options.prior_tokens
-    return [
-        replace(
-            preset,
-            rule=rule,
-            compensation=compensation,
-            allocation=allocation,
-            beta=beta,
-            alpha=alpha,
-            layers=tuple(layers),
-            prior_tokens=prior_tokens,
-        )
-        for layers in options.layers or [preset.layers]
-        for alpha in options.alpha or [preset.alpha]
-        for rule in options.rule or [preset.ranking]
-        for compensation in options.compensation or [preset.compensation if rule == preset.ranking else 0.0]
-        for allocation in options.allocation or [preset.allocation if rule == preset.ranking else "equal"]
-        for beta in options.beta or [preset.beta]
-    ]
+    return generating([one for own in compared.settings(options, preset, _has_prior) for one in own])
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
     """A line per task and metric, a column per choice of core neurons."""
     settings = results["settings"]
-    rows = [["task", "shots", "documents", "metric", *shared.labels([one["core"] for one in settings])]]
+    rows = [["task", "shots", "documents", "metric", *arguments.labels([one["core"] for one in settings])]]
     for name, about in results["tasks"].items():
         facts = [name, str(about["num_fewshot"]), str(about["documents"])]
         rows += [

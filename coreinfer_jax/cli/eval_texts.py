@@ -2,21 +2,22 @@
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from coreinfer_jax.cli import options as shared
+from coreinfer_jax.cli import arguments, compared
 from coreinfer_jax.engine.prompts import check_length
 from coreinfer_jax.files import to_path
 from coreinfer_jax.lab.evaluation.chart import draw, require_matplotlib, title
 from coreinfer_jax.lab.evaluation.comparison import Texts, check_settings, compare, read_prior
-from coreinfer_jax.lab.evaluation.free_running import core_of, free_running
-from coreinfer_jax.lab.evaluation.measure import PER_TOKEN, Setting
-from coreinfer_jax.model.config import PRIOR_RULE, CoreConfig
-from coreinfer_jax.model.weights import Calibration, Params
-from coreinfer_jax.sparsity.rules import Sums
+from coreinfer_jax.lab.evaluation.free_running import free_running, generating
+from coreinfer_jax.lab.evaluation.settings import RANKINGS, Prior, prior_of
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.calibration import PRIOR_RULE, Calibration, gains_of
+from coreinfer_jax.sparsity.choosers import settings_of
+from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.text.corpus import Corpus
 from coreinfer_jax.text.documents import read_documents
 
@@ -25,29 +26,28 @@ def run(options: argparse.Namespace) -> None:
     """Compare the settings asked for with the full model."""
     if options.chart is not None:
         require_matplotlib()
-    texts = replace(shared.texts(options), switched=options.switched)
+    texts = replace(arguments.texts(options), switched=options.switched)
     documents = read_documents(to_path(options.data), options.text_column)
     corpus = None if options.prior is None else read_documents(to_path(options.prior), options.text_column)
-    params, tokenizer = shared.load_model(options)
-    preset = shared.preset(options, params)
-    alphas = options.alpha or [preset.alpha]
-    settings = _settings(options, preset, params.calibration is not None)
-    for alpha in alphas:
-        check_settings(params, settings, texts, alpha)
-    rules = [setting.rule for setting in settings]
-    fixed = [rule for rule in rules if rule not in PER_TOKEN]
-    known = bool(fixed) if corpus else params.calibration is not None and PRIOR_RULE in rules
-    shared.refuse_unused_by_rules(options, rules, known, "give --prior FILE, or leave it out")
-    cores = [core_of(setting, alpha) for alpha in alphas for setting in settings] if options.generate else []
+    params, tokenizer = arguments.load_model(options)
+    preset = arguments.preset(options, params)
+
+    def has_prior(rule: str) -> bool:
+        return corpus is not None or (params.calibration is not None and rule == PRIOR_RULE)
+
+    by_alpha = list(compared.settings(options, preset, has_prior))
+    every = [setting for settings in by_alpha for setting in settings]
+    check_settings(params, every, texts)
+    compared.refuse_unused(options, preset, has_prior, "give --prior FILE, or leave it out")
+    cores = generating(every, params) if options.generate else []
     if options.generate:
         check_length(max(texts.prompt_tokens), options.generate, params.config)
     selection = Corpus(documents, tokenizer, texts.seed).select(texts.tokens, texts.texts)
-    results: list[dict[str, Any]] = []
-    for alpha in alphas:
-        prior = None if params.calibration is None else params.calibration.by_rule
-        if corpus is not None:
-            prior = read_prior(params, tokenizer, corpus, alpha=alpha, seed=options.seed)
-        results += compare(params, selection, settings, texts, alpha=alpha, prior=prior)
+    prior = prior_of(params.calibration)
+    if corpus is not None:
+        rules = [setting.ranking for setting in every if isinstance(setting, CoreConfig)]
+        prior = read_prior(params, tokenizer, corpus, rules, seed=options.seed)
+    results = [result for settings in by_alpha for result in compare(params, selection, settings, texts, prior)]
     written = _written(_with_prior(params, prior), selection.rows, cores, texts, options.generate)
     if options.chart is not None:
         draw(results, to_path(options.chart))
@@ -60,31 +60,10 @@ def run(options: argparse.Namespace) -> None:
         print(f"\n{_table_of_written(written)}")
 
 
-def _settings(options: argparse.Namespace, preset: CoreConfig, calibrated: bool) -> list[Setting]:
-    """Every rule at every keep ratio; of what is not named, the preset's own rule takes the preset's."""
-    asked = preset.prior_tokens if options.prior_tokens is None else options.prior_tokens
-    ranges = [preset.layers] if options.layers is None else [(first, last) for first, last in options.layers]
-
-    def prior_tokens(rule: str) -> float:
-        known = options.prior is not None or (calibrated and rule == PRIOR_RULE)
-        return asked if known and rule not in PER_TOKEN else 0.0
-
-    return [
-        Setting(rule, keep, compensation, prior_tokens(rule), layers=layers, allocation=allocation)
-        for layers in ranges
-        for rule in options.rule or [preset.ranking]
-        for compensation in options.compensation or [preset.compensation if rule == preset.ranking else 0.0]
-        for allocation in options.allocation or [preset.allocation if rule == preset.ranking else "equal"]
-        for keep in options.beta or [preset.beta]
-    ]
-
-
-def _with_prior(params: Params, prior: list[dict[str, Sums]] | None) -> Params:
+def _with_prior(params: Params, prior: Prior) -> Params:
     """`params` that generate with what is known of other texts."""
-    if prior is None:
-        return params
-    gains = None if params.calibration is None else params.calibration.gains
-    return replace(params, calibration=Calibration(tuple(layer[PRIOR_RULE] for layer in prior), gains, None))
+    sums = prior.get(RANKINGS[PRIOR_RULE])
+    return params if sums is None else replace(params, calibration=Calibration(sums, gains_of(params), None))
 
 
 def _written(
@@ -95,7 +74,7 @@ def _written(
         return []
     longest = max(texts.prompt_tokens)
     return [
-        {"prompt_tokens": length, "core": None if core is None else asdict(core)} | figures
+        {"prompt_tokens": length, "core": None if core is None else settings_of(core)} | figures
         for length in texts.prompt_tokens
         for core, figures in zip(
             [None, *cores],
@@ -107,10 +86,10 @@ def _written(
 
 def _table_of_written(written: list[dict[str, Any]]) -> str:
     rows = [["prompt", "setting", "like the full model's, tokens", "repeated 4-grams", "length"]]
-    for label, one in zip(shared.labels([one["core"] for one in written]), written, strict=True):
+    for label, one in zip(arguments.labels([one["core"] for one in written]), written, strict=True):
         figures = (_shown(one[name], digits) for name, digits in (("departure", 1), ("repetition", 3), ("length", 1)))
         rows.append([str(one["prompt_tokens"]), label, *figures])
-    return shared.table(rows)
+    return arguments.table(rows)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -127,7 +106,7 @@ def table(results: list[dict[str, Any]]) -> str:
         ]
         for r in results
     ]
-    return shared.table(rows)
+    return arguments.table(rows)
 
 
 def _shown(value: dict[str, Any], digits: int) -> str:

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from coreinfer_jax.cli import options as shared
+from coreinfer_jax.cli import arguments
 from coreinfer_jax.cli.reply import Reply, facts
 from coreinfer_jax.engine.generation import stream
 
@@ -17,28 +17,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument("--chat", action="store_true", help="PROMPT is a question: apply the model's chat template")
-    shared.add_model(parser)
-    shared.add_core(parser)
-    shared.add_sampling(parser, temperature=0.0, new_tokens=NEW_TOKENS)
+    arguments.add_model(parser)
+    arguments.add_core(parser)
+    arguments.add_sampling(parser, temperature=0.0, new_tokens=NEW_TOKENS)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    shared.check_text("prompt", options.prompt)
-    shared.core_config(options)
-    shared.check_stops(options)
-    params, tokenizer = shared.load_model(options)
-    core = shared.core_config(options, params)
-    groups = shared.load_groups(options, params, core)
+    arguments.check_text("prompt", options.prompt)
+    arguments.core_config(options)
+    arguments.check_stops(options)
+    params, tokenizer = arguments.load_model(options)
+    core = arguments.core_config(options, params)
+    groups = arguments.load_groups(options, params, core)
     if options.chat:
         prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
     else:
         prompt = tokenizer.encode(options.prompt)
     asked = options.max_new_tokens
-    new = min(NEW_TOKENS, shared.room(params.config, len(prompt))) if asked is None else asked
-    sampling = shared.sampling(options, params.config, tokenizer)
-    chunks = stream(params, [prompt], core, groups=groups, max_new_tokens=new, **sampling)
+    new = min(NEW_TOKENS, arguments.most_new_tokens(params.config, len(prompt))) if asked is None else asked
+    drawn = arguments.sampling(options, params.config, tokenizer)
+    chunks = stream(params, [prompt], core, **drawn | {"groups": groups, "max_new_tokens": new})
 
     def show(text: str) -> None:
         if not options.json:

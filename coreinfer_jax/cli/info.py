@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from coreinfer_jax.io.summary import Summary, summarise
-from coreinfer_jax.model.config import CoreConfig
+from coreinfer_jax.sparsity.stability import CoreConfig
 
 HELP = "say what a checkpoint is and what a token costs"
 
@@ -61,12 +61,12 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def setting_in_words(core: CoreConfig | None, facts: Mapping[str, Any], mlp_size: int) -> str:
+def setting_in_words(core: Mapping[str, Any] | None, facts: Mapping[str, Any], mlp_size: int) -> str:
     """What a calibration found: how many neurons are kept, and in which layers how many of them."""
     if core is None:
         return "all neurons"
     shares = ", ".join(f"{kept / mlp_size:.0%}" for kept in facts.get("kept_neurons", ()))
-    return f"keep {core.beta:g}" + (f" ({shares}, layer by layer)" if shares else "")
+    return f"keep {core.get('beta', core.get('gamma')):g}" + (f" ({shares}, layer by layer)" if shares else "")
 
 
 def _calibration(summary: Summary) -> str:

@@ -11,9 +11,13 @@ from typing import NoReturn
 
 import jax
 
-from coreinfer_jax.cli import analyze, calibrate, chat, clusters, convert, generate, info, train
-from coreinfer_jax.cli import eval as evaluation
+from coreinfer_jax.cli import analyze, calibrate, chat, clusters, convert_checkpoint, evaluate, generate, info, train
 from coreinfer_jax.errors import CoreInferError, one_line, shown, shown_name
+
+COMMANDS = {
+    **{"generate": generate, "chat": chat, "info": info, "clusters": clusters, "analyze": analyze},
+    **{"eval": evaluate, "calibrate": calibrate, "convert": convert_checkpoint, "train": train},
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,7 +104,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"coreinfer {version('coreinfer_jax')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for command in (generate, chat, info, clusters, analyze, evaluation, calibrate, convert, train):
-        name = command.__name__.rpartition(".")[2]
+    for name, command in COMMANDS.items():
         command.add_options(commands.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False))
     return parser

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from coreinfer_jax.engine.results import Chunk, Stats
-from coreinfer_jax.sparsity.choosers import ASKED
+from coreinfer_jax.sparsity.choice import ASKED
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.text import Tokenizer, complete, continuation, settled
 

@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 
 from coreinfer_jax.lab.training import Recipe, train
+from coreinfer_jax.lab.training.trainable import TRAINABLE
 
 HELP = "train a small model on text files, or continue a run that was interrupted"
 _MEANING = {
@@ -28,10 +29,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes: one option per field of `Recipe`."""
     parser.add_argument("directory", metavar="DIR", help="of the run; continued if it exists")
     parser.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 files, documents ended by lines <|endoftext|>")
-    parser.add_argument("--family", choices=("opt", "llama"), default="opt", help="default %(default)s")
+    parser.add_argument("--family", choices=tuple(TRAINABLE), default=next(iter(TRAINABLE)), help="default %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
     parser.add_argument("--init-from", metavar="MODEL", help="train this model further: a directory or embedded:NAME")
-    default = Recipe(family="opt")
+    default = Recipe(family=next(iter(TRAINABLE)))
     for name, meaning in _MEANING.items():
         value = getattr(default, name)
         parser.add_argument(

@@ -1,18 +1,19 @@
 """`converse`: turn after turn over one KV cache, core neurons chosen anew each turn from all that was said."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
-from jax import Array
 
-from coreinfer_jax.engine.prompts import make_sampling
-from coreinfer_jax.engine.request import Core, Past, Recommended, check_alive, make_request, resolved
+from coreinfer_jax.engine.generation import make_request
+from coreinfer_jax.engine.loop import STREAM_CHUNK, run
+from coreinfer_jax.engine.options import GenerateOptions
+from coreinfer_jax.engine.request import Past
 from coreinfer_jax.engine.results import Chunk
-from coreinfer_jax.engine.session import STREAM_CHUNK, run
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.model.config import CoreConfig
 from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for, resolved
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.narrow import check_dense
 
@@ -26,7 +27,7 @@ class Conversation:
         tokens: the ids it has read.
         core: how core neurons were chosen.
         groups: the groups they were chosen by, or None.
-        past: their keys, values and votes, on the device.
+        past: their keys, values and sums, on the device.
     """
 
     params: Params
@@ -35,20 +36,19 @@ class Conversation:
     groups: Groups | None
     past: Past
 
+    def goes_on(self, params: Params, tokens: tuple[int, ...], core: Core, groups: Groups | None) -> bool:
+        """Whether what was read is what `params` would have read of the first of `tokens`, to choose as `core` does."""
+        same = params is self.params and core == self.core and groups is self.groups
+        read = self.tokens
+        return same and chooser_for(core).adds_up and len(tokens) > len(read) and tokens[: len(read)] == read
+
 
 def converse(
     params: Params,
     tokens: Sequence[int],
     conversation: Conversation | None = None,
     core: Core | Recommended = "recommended",
-    *,
-    groups: Groups | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_ids: Iterable[int] = (),
-    key: Array | int | None = None,
+    **options: Unpack[GenerateOptions],
 ) -> Iterator[tuple[Chunk, Conversation]]:
     """The next reply in a conversation, in chunks as `stream` makes them.
 
@@ -62,16 +62,10 @@ def converse(
         tokens: the whole conversation so far, for instance by the tokenizer's chat template.
         conversation: what came with the last chunk of the turn before; None for the first. Ids that do not continue
             its own are read from the start, and so is everything where the model, `core` or `groups` differ, where
-            votes have the budget `mean`, a mean over all tokens at once, or the method is `auto`, which asks what the
-            first half of the whole conversation votes.
-        core: see `generate`.
-        groups: see `generate`.
-        max_new_tokens: see `generate`.
-        temperature: see `generate`.
-        top_k: see `generate`.
-        top_p: see `generate`.
-        eos_ids: see `generate`.
-        key: see `generate`.
+            votes have the budget `mean`, a mean over all tokens at once, or the way of choosing is `Auto`, which asks
+            what the first half of the whole conversation votes.
+        core: as for `generate`.
+        **options: see `GenerateOptions`.
 
     Yields:
         A chunk of one row, and the conversation to go on from. Only the latest is alive: the memory of the ones
@@ -81,15 +75,13 @@ def converse(
         CoreInferError: as `generate`; a conversation that another turn has gone on from already.
     """
     check_dense(params)
-    core = resolved(params, core)
-    sampling = make_sampling(params.config, temperature, top_k, top_p, eos_ids, key)
-    ids = _checked(tokens)
+    core, groups, ids = resolved(params, core), options.get("groups"), _checked(tokens)
     if conversation is not None and not isinstance(conversation, Conversation):
         raise CoreInferError(f"conversation={shown(conversation)}: give what the last turn ended with, or None")
-    past = conversation.past if conversation and _continues(params, ids, core, groups, conversation) else None
+    past = conversation.past if conversation and conversation.goes_on(params, ids, core, groups) else None
     if past is not None:
-        check_alive(past)
-    request = make_request(params, [ids[past.read if past else 0 :]], core, groups, max_new_tokens, sampling, past)
+        past.check_alive()
+    request = make_request(params, [ids[past.read if past else 0 :]], core, options, past)
     return ((chunk, Conversation(params, ids, core, groups, after)) for chunk, after in run(request, STREAM_CHUNK))
 
 
@@ -103,19 +95,3 @@ def _checked(tokens: Sequence[int]) -> tuple[int, ...]:
     if ids.ndim != 1:
         raise CoreInferError(f"tokens: {type(tokens).__name__}; give one conversation's ids, a flat list")
     return tuple(ids.tolist())
-
-
-def _continues(
-    params: Params, ids: tuple[int, ...], core: Core, groups: Groups | None, conversation: Conversation
-) -> bool:
-    """Whether keys, values and votes of `conversation` are those that `params` has for the first of `ids`."""
-    read = conversation.tokens
-    same = params is conversation.params and core == conversation.core and groups is conversation.groups
-    return same and _adds_up(core) and len(ids) > len(read) and ids[: len(read)] == read
-
-
-def _adds_up(core: Core) -> bool:
-    """Whether sums over the parts of a conversation are all that the choice needs."""
-    if not isinstance(core, CoreConfig):
-        return True
-    return core.method != "auto" and (core.ranking != "votes" or core.budget == "per_token")

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from numpy.typing import ArrayLike
 
-from coreinfer_jax.engine.prompts import check_finite, pad_prompts
+from coreinfer_jax.checks import check_finite
+from coreinfer_jax.engine.prompts import pad_prompts
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model import extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import init_cache
@@ -46,7 +47,7 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
         check_core(core)
         core.check_rows(ids.shape[0])
         params = compact(params, core)
-    sets = {layer.mlp.up.weight.shape[0] for layer in params.layers if layer.mlp.up.weight.ndim == 3}
+    sets = {layer.mlp.up.rows for layer in params.layers if layer.mlp.up.rows is not None}
     if sets - {ids.shape[0]}:
         raise CoreInferError(f"params are narrowed for {min(sets)} rows, but tokens have {ids.shape[0]}")
     logits = _logits(params, ids)
@@ -58,6 +59,6 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
 @jax.jit
 def _logits(params: Params, tokens: Array) -> Array:
     B, T = tokens.shape
-    cache = init_cache(params.config, B, T, params.token_embedding.dtype)
+    cache = init_cache(params.config, B, T, params.dtype)
     hidden, _, _ = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe_nothing)
     return unembed(params, hidden)

@@ -1,32 +1,26 @@
 """`generate` and `stream`: prompts in, tokens out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Unpack
 
 import numpy as np
-from jax import Array
 
+from coreinfer_jax.engine.loop import STREAM_CHUNK, run
+from coreinfer_jax.engine.options import GenerateOptions, drawing_of
 from coreinfer_jax.engine.programs import DISPATCH
-from coreinfer_jax.engine.prompts import Tokens, fill_id, make_sampling
-from coreinfer_jax.engine.request import Core, Recommended, make_request
+from coreinfer_jax.engine.prompts import Tokens, check_length, pad_prompts
+from coreinfer_jax.engine.request import Past, Request, checked_request
 from coreinfer_jax.engine.results import Chunk, Generation
-from coreinfer_jax.engine.session import STREAM_CHUNK, run
+from coreinfer_jax.engine.sampling import fill_id
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.groups import Groups
+from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for, resolved
 from coreinfer_jax.sparsity.narrow import check_dense
+
+MAX_NEW_TOKENS = 128
 
 
 def generate(
-    params: Params,
-    tokens: Tokens,
-    core: Core | Recommended = "recommended",
-    *,
-    groups: Groups | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_ids: Iterable[int] = (),
-    key: Array | int | None = None,
+    params: Params, tokens: Tokens, core: Core | Recommended = "recommended", **options: Unpack[GenerateOptions]
 ) -> Generation:
     """Generate from prompts with the MLPs narrowed to core neurons after the prefill.
 
@@ -37,17 +31,11 @@ def generate(
     Args:
         params: dense weights, from `load`.
         tokens: int [B, T], or a list of lists of unequal lengths; rows are padded here.
-        core: a `CoreConfig` chooses core neurons from the prompt; `CoreNeurons` are used as they are; None is dense.
-            "recommended" is what the model's calibration found, or `CoreConfig()` where it has none.
-            With `per_row=True` each row equals its own single run and a step reads B narrowed MLPs; with
-            `per_row=False` all rows together choose one set, which a step reads once.
-        groups: groups of texts made ready by `prepare_groups`, for the methods of `core` that use them.
-        max_new_tokens: new tokens per row, at most.
-        temperature: 0 takes the most probable token; above 0 draws.
-        top_k: draw among the k most probable tokens only.
-        top_p: draw among the smallest set of tokens with at least this probability only.
-        eos_ids: a row ends after any of these, looked for among new tokens only; () never stops.
-        key: `jax.random.key` or int seed; row i draws its t-th token with fold_in(fold_in(key, i), t).
+        core: a `CoreConfig` (or `Similarity`, `Fused`, `Auto`) chooses core neurons from the prompt; `CoreNeurons` are
+            used as they are; None is dense. "recommended" is what the model's calibration found, or `CoreConfig()`
+            where it has none. With `per_row=True` each row equals its own single run and a step reads B narrowed
+            MLPs; with `per_row=False` all rows together choose one set, which a step reads once.
+        **options: see `GenerateOptions`.
 
     Returns:
         `Generation`.
@@ -56,35 +44,35 @@ def generate(
         CoreInferError: an empty prompt, an id outside the vocabulary, more tokens than the model has positions, a
             setting outside its range, core neurons of another model, logits that are NaN or infinite.
     """
-    check_dense(params)
-    sampling = make_sampling(params.config, temperature, top_k, top_p, eos_ids, key)
-    chunks = [chunk for chunk, _ in run(make_request(params, tokens, core, groups, max_new_tokens, sampling), DISPATCH)]
+    request = make_request(params, tokens, core, options)
+    chunks = [chunk for chunk, _ in run(request, DISPATCH)]
     filled = fill_id(params.config)
     made = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
-    padded = np.full((made.shape[0], max_new_tokens), filled, np.int32)
+    padded = np.full((made.shape[0], request.max_new_tokens), filled, np.int32)
     padded[:, : made.shape[1]] = made
     lengths = np.stack([chunk.lengths for chunk in chunks]).sum(axis=0, dtype=np.int32)
     return Generation(tokens=padded, lengths=lengths, fill_id=filled, core=chunks[-1].core, stats=chunks[-1].stats)
 
 
 def stream(
-    params: Params,
-    tokens: Tokens,
-    core: Core | Recommended = "recommended",
-    *,
-    groups: Groups | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_ids: Iterable[int] = (),
-    key: Array | int | None = None,
+    params: Params, tokens: Tokens, core: Core | Recommended = "recommended", **options: Unpack[GenerateOptions]
 ) -> Iterator[Chunk]:
     """The tokens of `generate` as they are made: the first alone, then up to 8 per chunk.
 
     Arguments and errors are those of `generate`, raised at the call; leave the loop to stop early.
     """
-    check_dense(params)
-    sampling = make_sampling(params.config, temperature, top_k, top_p, eos_ids, key)
-    request = make_request(params, tokens, core, groups, max_new_tokens, sampling)
+    request = make_request(params, tokens, core, options)
     return (chunk for chunk, _ in run(request, STREAM_CHUNK))
+
+
+def make_request(
+    params: Params, tokens: Tokens, core: Core | Recommended, options: GenerateOptions, past: Past | None = None
+) -> Request:
+    """A call to generate, checked, so that mistakes surface at the call and not when the first chunk is asked for."""
+    check_dense(params)
+    drawing = drawing_of(options, params.config)
+    prompts = pad_prompts(tokens, params.config)
+    new = options.get("max_new_tokens", MAX_NEW_TOKENS)
+    check_length((past.read if past else 0) + int(prompts.lengths.max()), new, params.config)
+    chooser = chooser_for(resolved(params, core))
+    return checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past)

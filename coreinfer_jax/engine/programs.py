@@ -1,75 +1,52 @@
-"""The compiled programs of a generation: the prefill, and the loop of decode steps."""
+"""The compiled programs of generating: prefill, insert a request into a row, decode steps, read given tokens."""
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array, lax
 
+from coreinfer_jax.engine.rows import Rows, first_drawn, is_over, put_row
 from coreinfer_jax.engine.sampling import Sampling, draw
 from coreinfer_jax.model import extend, observe_nothing, unembed
+from coreinfer_jax.model.backends import DECODE_OPTIONS
 from coreinfer_jax.model.cache import KVCache
-from coreinfer_jax.model.config import ModelConfig, RuleName
-from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.rules import RULES, Sums, column_norms_of
-from coreinfer_jax.sparsity.votes import Voting, make_voting
+from coreinfer_jax.model.weights import Layer, Mlp, Params
+from coreinfer_jax.sparsity.rules import Observer
 
 # Tokens a decode dispatch has room for. How many it makes is data, so streaming in small chunks and generating in
 # large ones share a program.
 DISPATCH = 64
+# Positions whose logits, float32 [B, V] each, are alive at a time while given tokens are scored.
+BLOCK = 64
 
 
-@struct.dataclass
-class DecodeState:
-    """Everything a decode step carries.
-
-    Attributes:
-        cache: keys and values of every token before `token`.
-        token: int32 [B], drawn but not yet run through the model.
-        position: int32 [B], where it will stand.
-        length: int32 [B], new tokens per row, `token` counted.
-        done: bool [B], rows that have drawn an EOS.
-        step: int32 [], index of the next draw.
-        finite: bool [], whether all logits so far were finite.
-    """
-
-    cache: KVCache
-    token: Array
-    position: Array
-    length: Array
-    done: Array
-    step: Array
-    finite: Array
-
-
-@partial(jax.jit, static_argnames=("config", "rows", "layers", "rule", "early"))
-def no_sums(config: ModelConfig, rows: int, layers: int, rule: RuleName, early: bool) -> list[Sums]:
-    """The sums of `layers` layers before any token: zeros for `rows` (B) rows, also of `early` tokens if they count."""
-    F, nobody = config.mlp_size, np.zeros((rows, 1), bool)
-    voting = make_voting(nobody, F, 1.0, "per_token", nobody if early else None)
-    activations, norms = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 1, F), (F,)))
-    shapes = jax.eval_shape(RULES[rule].observe, activations, norms, voting)
+@partial(jax.jit, static_argnames="layers")
+def no_sums(observer: Observer, layer: Layer, tokens: Array, *, layers: int) -> list[Any]:
+    """What `observer` has summed up of `layers` layers, such as `layer`, before any of tokens [B, T]: zeros."""
+    activations = jax.ShapeDtypeStruct((*tokens.shape, layer.mlp.width), jnp.float32)
+    shapes = jax.eval_shape(partial(observer, 0), layer, activations)
     return [jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes) for _ in range(layers)]
 
 
 # Cache and sums of earlier tokens are donated: the prompt's are added to them in place.
-@partial(jax.jit, static_argnames=("voted", "rule"), donate_argnames=("cache", "sums"))
+@partial(jax.jit, static_argnames="observed", donate_argnames=("cache", "sums"))
 def prefill(
     params: Params,
     tokens: Array,
     lengths: Array,
     start: Array,
     cache: KVCache,
-    sums: list[Sums],
+    sums: list[Any],
     sampling: Sampling,
-    voting: Voting | None,
+    observer: Observer | None,
     *,
-    voted: tuple[int, ...],
-    rule: RuleName,
-) -> tuple[DecodeState, list[Sums], Array]:
-    """Read prompts, add the sums of layers `voted`, draw the next token from the full model's logits [B, V].
+    observed: tuple[int, ...],
+) -> tuple[Rows, list[Any], Array]:
+    """Read prompts, add the sums of layers `observed`, draw the next token from the full model's logits [B, V].
 
     Args:
         params: dense weights.
@@ -77,78 +54,103 @@ def prefill(
         lengths: int32 [B], tokens per row before padding.
         start: int32 [B], tokens per row that were read before.
         cache: what those left, with room for the prompts.
-        sums: theirs, one entry per layer of `voted`.
-        sampling: how to draw.
-        voting: whose activations count, and how they vote; None when nobody's do.
-        voted: layers.
-        rule: what is summed up of their activations.
+        sums: theirs, one entry per layer of `observed`.
+        sampling: how to draw, and where rows end.
+        observer: what to sum up; None for nothing.
+        observed: layers.
     """
-    remaining = iter(params.layers)  # they are traced in order
 
-    def observe(activations: Array) -> Sums:
-        down = next(remaining).mlp.down
-        return {} if voting is None else RULES[rule].observe(activations, column_norms_of(down.weight), voting)
+    def observe(l: int, layer: Layer, activations: Array) -> Any:
+        return None if observer is None or l not in observed else observer(l, layer, activations)
 
-    hidden, cache, observed = extend(params, tokens, cache, start, observe)
+    hidden, cache, seen = extend(params, tokens, cache, start, observe)
     logits = unembed(params, hidden[jnp.arange(tokens.shape[0]), lengths - 1][:, None])[:, 0]
-    first = draw(logits, sampling, jnp.int32(0))
-    state = DecodeState(
-        cache=cache,
-        token=first,
-        position=start + lengths,
-        length=jnp.ones_like(lengths),
-        done=sampling.is_eos[first],
-        step=jnp.int32(1),
-        finite=jnp.isfinite(logits).all(),
-    )
-    return state, jax.tree.map(jnp.add, sums, [observed[l] for l in voted]), logits
+    first = draw(logits, sampling, jnp.zeros_like(lengths))
+    rows = first_drawn(cache, logits, first, start + lengths, sampling)
+    return rows, jax.tree.map(jnp.add, sums, [seen[l] for l in observed]), logits
 
 
-# Loop-invariant code motion is off because on CPU it hoists float32 copies of bfloat16 weights out of the loop, a
-# second, wider copy of the model made anew each dispatch. Sums in any order let CPU code use vector instructions for
-# products with bfloat16 weights, without which they are many times slower since JAX 0.11; NaN, infinity and division
-# stay exact.
-DECODE_OPTIONS: dict[str, str | bool] = {
-    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
-    "xla_cpu_enable_fast_math": True,
-    "xla_cpu_fast_math_honor_nans": True,
-    "xla_cpu_fast_math_honor_infs": True,
-    "xla_cpu_fast_math_honor_division": True,
-    "xla_cpu_fast_math_honor_functions": True,
-}
+# The state is donated: the other rows stay where they are.
+@partial(jax.jit, donate_argnames="rows")
+def insert(rows: Rows, row: Array | np.integer, one: Rows) -> Rows:
+    """`rows` with the only row of `one`, a request that was prefilled alone, as its row `row`, int32 []."""
+    return put_row(rows, row, one)
+
+
+@partial(jax.jit, donate_argnames="mlps")
+def insert_mlps(mlps: list[Mlp], row: Array | np.integer, one: list[Mlp]) -> list[Mlp]:
+    """MLPs narrowed per row, with those of `one`, narrowed to a single set of the same widths, for row `row`."""
+    return jax.tree.map(lambda per_row, own: per_row.at[row].set(own), mlps, one)
 
 
 # The cache is donated: each dispatch extends it in place.
-@partial(jax.jit, donate_argnames="state", compiler_options=DECODE_OPTIONS)
-def decode(params: Params, state: DecodeState, sampling: Sampling, steps: Array) -> tuple[DecodeState, Array]:
-    """Up to `steps` decode steps, fewer once every row is complete: the state and the tokens drawn, int32 [B, 64]."""
-    drawn = jnp.zeros((state.token.shape[0], DISPATCH), jnp.int32)
+@partial(jax.jit, donate_argnames="rows", compiler_options=DECODE_OPTIONS)
+def decode(params: Params, rows: Rows, steps: Array | np.integer) -> tuple[Rows, Array, Array]:
+    """Up to `steps` decode steps, fewer once every row is complete.
 
-    def unfinished(loop: tuple[Array, DecodeState, Array]) -> Array:
-        i, state, _ = loop
-        return (i < steps) & ~state.done.all()
+    Returns:
+        The rows, the tokens drawn, int32 [B, 64], and how many steps were run, int32 [].
+    """
+    drawn = jnp.zeros((rows.token.shape[0], DISPATCH), jnp.int32)
 
-    def step(loop: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
-        i, state, drawn = loop
-        state = _decode_one(params, state, sampling)
-        return i + 1, state, drawn.at[:, i].set(state.token)
+    def unfinished(loop: tuple[Array, Rows, Array]) -> Array:
+        i, rows, _ = loop
+        return (i < steps) & ~rows.done.all()
 
-    _, state, drawn = lax.while_loop(unfinished, step, (jnp.int32(0), state, drawn))
-    return state, drawn
+    def step(loop: tuple[Array, Rows, Array]) -> tuple[Array, Rows, Array]:
+        i, rows, drawn = loop
+        rows = _decode_one(params, rows)
+        return i + 1, rows, drawn.at[:, i].set(rows.token)
+
+    run, rows, drawn = lax.while_loop(unfinished, step, (jnp.int32(0), rows, drawn))
+    return rows, drawn, run
 
 
-def _decode_one(params: Params, state: DecodeState, sampling: Sampling) -> DecodeState:
-    hidden, cache, _ = extend(params, state.token[:, None], state.cache, state.position, observe_nothing)
+def _decode_one(params: Params, rows: Rows) -> Rows:
+    hidden, cache, _ = extend(params, rows.token[:, None], rows.cache, rows.position, observe_nothing)
     logits = unembed(params, hidden)[:, 0]
-    token = jnp.where(state.done, sampling.fill, draw(logits, sampling, state.step))
-    running = (~state.done).astype(jnp.int32)
-    return DecodeState(
+    token = jnp.where(rows.done, rows.sampling.fill, draw(logits, rows.sampling, rows.length))
+    running = (~rows.done).astype(jnp.int32)
+    length = rows.length + running
+    return replace(
+        rows,
         cache=cache,
         token=token,
         # A complete row stays where it is, so that it never runs off the end of the cache.
-        position=state.position + running,
-        length=state.length + running,
-        done=state.done | sampling.is_eos[token],
-        step=state.step + 1,
-        finite=state.finite & jnp.isfinite(logits).all(),
+        position=rows.position + running,
+        length=length,
+        done=rows.done | is_over(token, length, rows.sampling),
+        finite=rows.finite & (jnp.isfinite(logits).all(axis=-1) | rows.done),
     )
+
+
+@jax.jit
+def score_given(params: Params, cache: KVCache, start: Array, first: Array, tokens: Array) -> tuple[Array, Array]:
+    """Log-probabilities float32 [B, T] of given tokens, and whether each was the most probable, bool [B, T].
+
+    Args:
+        params: narrowed or dense weights.
+        cache: of what stands before.
+        start: int32 [B], where the tokens start.
+        first: float32 [B, V], logits of the first one.
+        tokens: int32 [B, T], padded, T a power of two.
+    """
+    B, T = tokens.shape
+    hidden, _, _ = extend(params, tokens, cache, start, observe_nothing)
+    block = min(T, BLOCK)
+
+    def score(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        return _score(unembed(params, part[0]), part[1])
+
+    parts = hidden.reshape(B, T // block, block, -1), jnp.roll(tokens, -1, axis=1).reshape(B, T // block, block)
+    scored = lax.map(score, jax.tree.map(lambda part: part.swapaxes(0, 1), parts))
+    later = jax.tree.map(lambda part: part.swapaxes(0, 1).reshape(B, T)[:, :-1], scored)
+    return jax.tree.map(
+        lambda one, rest: jnp.concatenate([one, rest], axis=1), _score(first[:, None], tokens[:, :1]), later
+    )
+
+
+def _score(logits: Array, tokens: Array) -> tuple[Array, Array]:
+    """Of logits [B, T, V]: the log-probabilities of `tokens` [B, T], and whether they are the most probable."""
+    own = jnp.take_along_axis(logits, tokens[:, :, None], axis=-1)[:, :, 0]
+    return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens

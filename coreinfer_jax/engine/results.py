@@ -5,10 +5,11 @@ from typing import Literal
 
 import numpy as np
 
-from coreinfer_jax.sparsity.choosers import Choice
+from coreinfer_jax.sparsity.choice import Choice, Method
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 
-Method = Literal["dense", "given", "stability", "similarity", "fused", "mixed"]
+# What chose the rows' neurons; `mixed` where it differs between the rows of a batch.
+Ran = Method | Literal["mixed"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Stats:
             prompt); `mixed` where `auto` chose differently for the rows of a batch.
         choices: per row, or once for all rows that share a set, what ran, why, the stability figure and the group.
         kept_neurons: neurons per layer the decode steps read, F where a layer is dense.
-        mlp_size: F.
+        mlp_size: F, the number of MLP neurons per layer.
         prompt_tokens: per row.
         cached_tokens: per row, how many of these were in the KV cache already; above 0 only in `converse`.
         prefill_seconds: the full model over the prompt, its neurons summed up, and the first token.
@@ -33,7 +34,7 @@ class Stats:
         bytes_read_per_token: weights and KV cache one decode step reads, divided by the rows it serves.
     """
 
-    method: Method
+    method: Ran
     choices: tuple[Choice, ...]
     kept_neurons: tuple[int, ...]
     mlp_size: int

@@ -1,22 +1,29 @@
-"""From logits to the next token: greedy, or drawn with temperature, top-k and top-p."""
+"""From logits to the next token: greedy, or drawn with temperature, top-k and top-p, as each row has it set."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
+
+from coreinfer_jax.engine.options import Drawing
+from coreinfer_jax.model.config import ModelConfig
 
 
 @struct.dataclass
 class Sampling:
-    """How tokens are drawn and where rows end. Data of a compiled step: new settings compile nothing.
+    """How each row's tokens are drawn and where it ends. Data of a compiled step: new settings compile nothing.
 
     Attributes:
-        key: a `jax.random.key`, or None for greedy decoding, which is a program of its own.
-        temperature: float32 [], > 0 where there is a key.
-        top_k: int32 []; V keeps every token.
-        top_p: float32 []; 1 keeps every token.
-        is_eos: bool [V], the tokens after which a row is complete.
-        fill: int32 [], the id that follows a completed row.
+        key: typed keys [B]; None where all rows decode greedily, which is a program of its own.
+        temperature: float32 [B]; a row with 0 takes its most probable token.
+        top_k: int32 [B]; V keeps every token.
+        top_p: float32 [B]; 1 keeps every token.
+        is_eos: bool [B, V], the tokens after which the row is complete.
+        fill: int32 [B], the id that follows a completed row.
+        budget: int32 [B], new tokens after which the row is complete.
     """
 
     key: Array | None
@@ -25,34 +32,76 @@ class Sampling:
     top_p: Array
     is_eos: Array
     fill: Array
+    budget: Array
+
+
+def make_sampling(config: ModelConfig, rows: int, drawing: Drawing, max_new_tokens: int) -> Sampling:
+    """The same settings for `rows` (B) rows, the keys of all rows apart."""
+    is_eos = np.zeros((rows, config.vocab_size), bool)
+    is_eos[:, list(drawing.eos_ids)] = True
+    return Sampling(
+        key=None if drawing.key is None else _row_keys(drawing.key, np.arange(rows)),
+        temperature=jnp.asarray(np.full(rows, drawing.temperature, np.float32)),
+        top_k=jnp.asarray(np.full(rows, min(drawing.top_k, config.vocab_size), np.int32)),
+        top_p=jnp.asarray(np.full(rows, drawing.top_p, np.float32)),
+        is_eos=jnp.asarray(is_eos),
+        fill=jnp.asarray(np.full(rows, fill_id(config), np.int32)),
+        budget=jnp.asarray(np.full(rows, max_new_tokens, np.int32)),
+    )
+
+
+def with_keys(sampling: Sampling) -> Sampling:
+    """`sampling` as rows that also may draw: greedy ones get keys that nobody asks."""
+    if sampling.key is not None:
+        return sampling
+    return replace(sampling, key=_row_keys(jax.random.key(0), np.arange(len(sampling.temperature))))
+
+
+def fill_id(config: ModelConfig) -> int:
+    """The id that fills a row of new tokens after its end: the model's padding id, 0 where it has none."""
+    pad = config.pad_id
+    return pad if pad is not None and 0 <= pad < config.vocab_size else 0
+
+
+@jax.jit
+def _row_keys(key: Array, rows: Array) -> Array:
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
 @jax.named_scope("draw")
 def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
-    """The next token int32 [B] of logits float32 [B, V]; row i at step t draws with fold_in(fold_in(key, i), t).
+    """The next token int32 [B] of logits float32 [B, V]; row i draws its t-th token with fold_in(its key, t).
 
-    Greedy decoding takes the largest logit, ties to the lower id. Otherwise logits are divided by the temperature,
-    tokens outside the top_k most probable and then outside the top_p nucleus are dropped, and one of the rest is drawn.
-    Tokens that tie at a cut are kept together, so a cut never depends on their order.
+    Greedy rows take the largest logit, ties to the lower id. Others divide logits by the temperature, drop tokens
+    outside the top_k most probable and then outside the top_p nucleus, and draw one of the rest. Tokens that tie at a
+    cut are kept together, so a cut never depends on their order.
+
+    Args:
+        logits: of the rows.
+        sampling: theirs.
+        step: int32 [B], t, how many tokens each has drawn.
     """
-    key = sampling.key
-    if key is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled = logits / sampling.temperature
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if sampling.key is None:
+        return best
+    greedy = sampling.temperature == 0
+    scaled = logits / jnp.where(greedy, 1, sampling.temperature)[:, None]
     cuts = (sampling.top_k < logits.shape[-1]) | (sampling.top_p < 1)
-    kept = lax.cond(cuts, _keep_likely, lambda scaled, _: scaled, scaled, sampling)
-    rows = jnp.arange(logits.shape[0])
-    row_keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), step))(rows)
-    return jax.vmap(jax.random.categorical)(row_keys, kept).astype(jnp.int32)
+    kept = lax.cond(cuts.any(), _keep_likely, lambda scaled, *_: scaled, scaled, sampling, cuts)
+    keys = jax.vmap(jax.random.fold_in)(sampling.key, step)
+    drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+    return jnp.where(greedy, best, drawn)
 
 
-def _keep_likely(scaled: Array, sampling: Sampling) -> Array:
-    """`scaled` [B, V] with -inf outside the top-k and then the top-p set."""
+def _keep_likely(scaled: Array, sampling: Sampling, cuts: Array) -> Array:
+    """`scaled` [B, V] with -inf outside the top-k and then the top-p set, in rows that `cuts` [B] names."""
     descending = -jnp.sort(-scaled, axis=-1)
-    kth = jnp.take_along_axis(descending, jnp.broadcast_to(sampling.top_k - 1, (scaled.shape[0], 1)), axis=-1)
+    kth = jnp.take_along_axis(descending, sampling.top_k[:, None] - 1, axis=-1)
     in_top_k = jnp.where(descending >= kth, descending, -jnp.inf)
     probability = jax.nn.softmax(in_top_k, axis=-1)
     # A token belongs to the nucleus while those before it hold less than top_p; the first one always does.
     before = jnp.cumsum(probability, axis=-1) - probability
-    nucleus_end = jnp.min(jnp.where(before < sampling.top_p, in_top_k, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scaled >= jnp.maximum(kth, nucleus_end), scaled, -jnp.inf)
+    nucleus_end = jnp.min(jnp.where(before < sampling.top_p[:, None], in_top_k, jnp.inf), axis=-1, keepdims=True)
+    # Where nothing is cut, rounding in the sums must not cut either.
+    least = jnp.where(cuts[:, None], jnp.maximum(kth, nucleus_end), -jnp.inf)
+    return jnp.where(scaled >= least, scaled, -jnp.inf)

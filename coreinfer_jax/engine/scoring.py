@@ -2,27 +2,26 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
 
-from coreinfer_jax.engine.prompts import Prompts, Tokens, check_finite, make_sampling, pad_prompts
-from coreinfer_jax.engine.request import Core, Recommended, request_of, resolved
-from coreinfer_jax.engine.session import begin
+from coreinfer_jax.checks import check_finite
+from coreinfer_jax.engine.loop import begin
+from coreinfer_jax.engine.options import GREEDY
+from coreinfer_jax.engine.programs import score_given
+from coreinfer_jax.engine.prompts import Prompts, Tokens, pad_prompts
+from coreinfer_jax.engine.request import checked_request
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.model import extend, observe_nothing, unembed
-from coreinfer_jax.model.cache import KVCache, bucket
+from coreinfer_jax.model.cache import bucket
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for, resolved
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 
 # Answers to choose from are a few tokens long; reading 64 positions for each would be most of the work.
 LEAST_CONTINUATION = 8
-# Positions whose logits, float32 [B, V] each, are alive at a time.
-BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def score_continuations(
         contexts: int [B, T], or a list of lists of unequal lengths.
         continuations: the same, for the same rows.
         core: as for `generate`.
-        groups: groups of texts made ready by `prepare_groups`, for the methods of `core` that use them.
+        groups: groups of texts made ready by `prepare_groups`, for the ways of choosing that use them.
 
     Returns:
         `Scores`.
@@ -72,23 +71,16 @@ def score_continuations(
     check_dense(params)
     config = params.config
     prompts, rest = _padded("contexts", contexts, config), _padded("continuations", continuations, config)
-    request = request_of(
-        params,
-        prompts,
-        resolved(params, core),
-        groups,
-        _room(prompts, rest, config),
-        make_sampling(config, 0.0, None, None, (), None),
-    )
-    begun = begin(request)
+    chooser = chooser_for(resolved(params, core))
+    begun = begin(checked_request(params, prompts, chooser, groups, GREEDY, _positions_after(prompts, rest, config)))
     tokens = rest.tokens[:, : bucket(int(rest.lengths.max()), LEAST_CONTINUATION)]
-    weights = begun.predicted.weights(request.params)
-    read = _read(weights, begun.state.cache, begun.state.position, begun.logits, tokens)
+    weights = begun.chosen.weights(params)
+    read = score_given(weights, begun.rows.cache, begun.rows.position, begun.logits, tokens)
     logprobs, is_best = (
         tuple(row[:length] for row, length in zip(np.array(rows), rest.lengths, strict=True)) for rows in read
     )
     check_finite(jnp.isfinite(np.concatenate(logprobs)).all())
-    return Scores(logprobs, is_best, begun.predicted.core)
+    return Scores(logprobs, is_best, begun.chosen.core)
 
 
 def _padded(name: str, tokens: Tokens, config: ModelConfig) -> Prompts:
@@ -98,7 +90,7 @@ def _padded(name: str, tokens: Tokens, config: ModelConfig) -> Prompts:
         raise CoreInferError(f"{name}: {error}") from error
 
 
-def _room(prompts: Prompts, rest: Prompts, config: ModelConfig) -> int:
+def _positions_after(prompts: Prompts, rest: Prompts, config: ModelConfig) -> int:
     """Positions needed after the longest context; a row's last token is foretold, not read."""
     if len(prompts.lengths) != len(rest.lengths):
         raise CoreInferError(
@@ -112,35 +104,3 @@ def _room(prompts: Prompts, rest: Prompts, config: ModelConfig) -> int:
             f"continuation exceed the model's {config.max_positions} positions; shorten the context"
         )
     return int(needed[longest] - prompts.lengths.max())
-
-
-@jax.jit
-def _read(params: Params, cache: KVCache, start: Array, first: Array, tokens: Array) -> tuple[Array, Array]:
-    """Log-probabilities float32 [B, T] of continuations, and whether each token was the most probable, bool [B, T].
-
-    Args:
-        params: narrowed or dense weights.
-        cache: of the contexts.
-        start: int32 [B], where continuations start.
-        first: float32 [B, V], logits of their first token.
-        tokens: int32 [B, T], padded, T a power of two.
-    """
-    B, T = tokens.shape
-    hidden, _, _ = extend(params, tokens, cache, start, observe_nothing)
-    block = min(T, BLOCK)
-
-    def score(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        return _score(unembed(params, part[0]), part[1])
-
-    parts = hidden.reshape(B, T // block, block, -1), jnp.roll(tokens, -1, axis=1).reshape(B, T // block, block)
-    scored = lax.map(score, jax.tree.map(lambda part: part.swapaxes(0, 1), parts))
-    later = jax.tree.map(lambda part: part.swapaxes(0, 1).reshape(B, T)[:, :-1], scored)
-    return jax.tree.map(
-        lambda one, rest: jnp.concatenate([one, rest], axis=1), _score(first[:, None], tokens[:, :1]), later
-    )
-
-
-def _score(logits: Array, tokens: Array) -> tuple[Array, Array]:
-    """Of logits [B, T, V]: the log-probabilities of `tokens` [B, T], and whether they are the most probable."""
-    own = jnp.take_along_axis(logits, tokens[:, :, None], axis=-1)[:, :, 0]
-    return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens

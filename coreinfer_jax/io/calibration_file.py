@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.files import new_file
-from coreinfer_jax.model.config import CoreConfig, ModelConfig
-from coreinfer_jax.model.weights import Calibration
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.allocate import PARTS
+from coreinfer_jax.sparsity.calibration import Calibration
+from coreinfer_jax.sparsity.choice import Chooser
+from coreinfer_jax.sparsity.choosers import chooser_of, settings_of
 
 CALIBRATION = "coreinfer-calibration.safetensors"
 VERSION = "2"
@@ -44,7 +45,7 @@ def write_calibration(directory: Path, fingerprint: str, calibration: Calibratio
     }
     assert calibration.gains is not None, "what calibrate finds is whole"
     arrays["gains"] = np.asarray(calibration.gains, np.float32)
-    core = None if calibration.core is None else asdict(calibration.core)
+    core = None if calibration.core is None else settings_of(calibration.core)
     metadata = {
         "format": "coreinfer_jax calibration",
         "version": VERSION,
@@ -81,8 +82,8 @@ def read_calibration(directory: Path, config: ModelConfig, fingerprint: Callable
         raise _damaged(path, error) from error
 
 
-def read_facts(directory: Path) -> tuple[CoreConfig | None, Mapping[str, Any]] | None:
-    """The setting found for the model in `directory`, and how; None where there is no calibration.
+def read_facts(directory: Path) -> tuple[dict[str, Any] | None, Mapping[str, Any]] | None:
+    """The setting found for the model in `directory`, flat, and how; None where there is no calibration.
 
     Raises:
         CoreInferError: as `read_calibration`, but for another model's.
@@ -92,7 +93,8 @@ def read_facts(directory: Path) -> tuple[CoreConfig | None, Mapping[str, Any]] |
         return None
     metadata, _ = _read(path)
     try:
-        return _core(metadata), dict(json.loads(metadata["facts"]))
+        core = _core(metadata)
+        return None if core is None else settings_of(core), dict(json.loads(metadata["facts"]))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
 
@@ -125,9 +127,9 @@ def _damaged(path: Path, error: Exception) -> CoreInferError:
     return CoreInferError(f"{path}: damaged calibration ({shown_name(str(error))}); calibrate again or remove it")
 
 
-def _core(metadata: Mapping[str, str]) -> CoreConfig | None:
+def _core(metadata: Mapping[str, str]) -> Chooser | None:
     settings = json.loads(metadata["core"])
-    return None if settings is None else CoreConfig(**settings | {"layers": tuple(settings["layers"])})
+    return None if settings is None else chooser_of(settings)
 
 
 def _calibration(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Calibration:

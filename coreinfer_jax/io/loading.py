@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from convert import TABLES
 from coreinfer_jax.device import check_memory
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.files import check_directory, to_path
@@ -22,7 +21,8 @@ from coreinfer_jax.io.native import MANIFEST, is_native, open_native
 from coreinfer_jax.io.tensors import StoredTensor, open_checkpoint
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint_of, thinned
-from coreinfer_jax.model.weights import Params, abstract_params, named_leaves, params_bytes, with_leaves
+from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import Params, named_leaves, params_bytes, with_leaves
 from coreinfer_jax.text import Tokenizer, load_tokenizer
 
 
@@ -81,4 +81,4 @@ def open_model(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
     if not (path / "config.json").is_file():
         raise CoreInferError(f"{path}: no checkpoint; neither {MANIFEST} nor config.json is there")
     config = read_model_config(path)
-    return config, map_tensors(open_checkpoint(path), config, TABLES[config.family], str(path))
+    return config, map_tensors(open_checkpoint(path), config, str(path))

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from convert import Table
 from coreinfer_jax.errors import CoreInferError, shown_name
 from coreinfer_jax.io.tensors import StoredTensor, StoredTensors
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.weights import abstract_params, named_leaves
+from coreinfer_jax.model.families import family_of
+from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import named_leaves
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
@@ -33,13 +34,12 @@ def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract_params(config, jnp.dtype(jnp.float32)))}
 
 
-def map_tensors(stored: StoredTensors, config: ModelConfig, table: Table, where: str) -> dict[str, StoredTensor]:
+def map_tensors(stored: StoredTensors, config: ModelConfig, where: str) -> dict[str, StoredTensor]:
     """Leaf name -> stored tensor, for every leaf of the model.
 
     Args:
         stored: a checkpoint's tensors.
         config: the model its config.json describes.
-        table: the family's names.
         where: named in errors.
 
     Raises:
@@ -48,10 +48,10 @@ def map_tensors(stored: StoredTensors, config: ModelConfig, table: Table, where:
     """
     check_layers(config, len(stored.tensors), where)
     available = _without_prefix(stored, where)
-    available = {name: tensor for name, tensor in available.items() if not _ignored(name, table)}
+    available = {name: tensor for name, tensor in available.items() if not _ignored(name, config)}
     if config.tied:
-        available = _untie(available, table, where)
-    wanted = source_names(config, table)
+        available = _untie(available, config, where)
+    wanted = source_names(config)
     missing = sorted(set(wanted.values()) - set(available))
     extra = sorted(set(available) - set(wanted.values()))
     check_fit(
@@ -111,19 +111,20 @@ def _without_prefix(stored: StoredTensors, where: str) -> dict[str, StoredTensor
     return plain
 
 
-def _ignored(name: str, table: Table) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in table.ignored)
+def _ignored(name: str, config: ModelConfig) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in family_of(config).ignored_tensors)
 
 
-def _untie(available: dict[str, StoredTensor], table: Table, where: str) -> dict[str, StoredTensor]:
+def _untie(available: dict[str, StoredTensor], config: ModelConfig, where: str) -> dict[str, StoredTensor]:
     """Without the output projection of a tied model, which may stand in for the embedding but must equal it."""
-    head = available.pop(table.head, None)
+    names = family_of(config).tensors
+    head = available.pop(names["unembedding"], None)
     if head is None:
         return available
-    embedding = available.setdefault(table.embedding, head)
+    embedding = available.setdefault(names["token_embedding"], head)
     if embedding is not head and not _equal(embedding, head):
         raise CoreInferError(
-            f"{where}: tie_word_embeddings is true but {table.head} differs from {table.embedding}; "
+            f"{where}: tie_word_embeddings is true but {names['unembedding']} differs from {names['token_embedding']}; "
             "set it to false in config.json if the model was trained untied"
         )
     return available
@@ -133,13 +134,13 @@ def _equal(first: StoredTensor, second: StoredTensor) -> bool:
     return first.shape == second.shape and np.array_equal(first.read(), second.read())
 
 
-def source_names(config: ModelConfig, table: Table) -> dict[str, str]:
-    """Leaf name -> the table's name for it."""
-    names = {}
+def source_names(config: ModelConfig) -> dict[str, str]:
+    """Leaf name -> its name in the family's checkpoints."""
+    table, names = family_of(config).tensors, {}
     for leaf in leaf_shapes(config):
         layer = re.match(r"layers\.(\d+)\.", leaf)
         template = leaf if layer is None else leaf.replace(layer[0], "layers.{l}.", 1)
-        names[leaf] = table.tensors[template].format(l=layer[1] if layer else None)
+        names[leaf] = table[template].format(l=layer[1] if layer else None)
     return names
 
 

@@ -12,11 +12,11 @@ from safetensors.numpy import save_file
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.files import read_json
-from coreinfer_jax.io.config_json import model_config
-from coreinfer_jax.io.export import hugging_face_fields, special_ids
+from coreinfer_jax.io.config_json import hugging_face_fields, model_config
 from coreinfer_jax.io.mapping import check_fit, check_layers, leaf_shapes
 from coreinfer_jax.io.tensors import StoredTensor, open_safetensors
 from coreinfer_jax.model.config import ModelConfig, Rope
+from coreinfer_jax.model.config_fields import write_special_ids
 
 MANIFEST = "coreinfer.json"
 VERSION = 1
@@ -97,7 +97,7 @@ def _read_manifest(path: Path) -> ModelConfig:
         eos_ids = tuple(fields.pop("eos_ids"))
         config = ModelConfig(**fields, rope=None if rope is None else Rope(**rope), eos_ids=eos_ids)
         # What no config.json could have said was not written by a conversion.
-        if model_config(hugging_face_fields(config) | special_ids(config), "config") != config:
+        if model_config(hugging_face_fields(config) | write_special_ids(config), "config") != config:
             raise ValueError("its fields contradict each other")
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
         raise CoreInferError(

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from coreinfer_jax.checks import check_fraction
 from coreinfer_jax.io.calibration_file import read_facts
 from coreinfer_jax.io.loading import model_path, open_model, stored_fingerprint
 from coreinfer_jax.io.mapping import DTYPES
 from coreinfer_jax.io.tensors import StoredTensor
-from coreinfer_jax.model.config import CoreConfig, ModelConfig
-from coreinfer_jax.model.weights import abstract_params, weight_bytes_per_step
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import weight_bytes_per_step
 from coreinfer_jax.sparsity.votes import kept_neurons
 from coreinfer_jax.text import Tokenizer, load_tokenizer
 
@@ -48,7 +50,7 @@ class Summary:
     cache_bytes_per_position: int
     tokenizer: Tokenizer | None
     fingerprint: str
-    calibration: tuple[CoreConfig | None, Mapping[str, Any]] | None
+    calibration: tuple[dict[str, Any] | None, Mapping[str, Any]] | None
 
 
 def summarise(model: str | os.PathLike[str], beta: float) -> Summary:
@@ -61,10 +63,10 @@ def summarise(model: str | os.PathLike[str], beta: float) -> Summary:
     Raises:
         CoreInferError: as `load`; a keep ratio outside its range.
     """
-    kept_share = CoreConfig(beta=beta).beta
+    check_fraction("beta", beta)
     path = model_path(model)
     config, tensors = open_model(path)
-    kept = kept_neurons(kept_share, config.mlp_size)
+    kept = kept_neurons(beta, config.mlp_size)
     widest = jnp.dtype(max((_dtype(tensor) for tensor in tensors.values()), key=lambda dtype: dtype.itemsize))
     return Summary(
         config=config,

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array, lax
+from jax import Array
 
 from coreinfer_jax.model.config import ModelConfig
 
@@ -56,36 +56,8 @@ def with_capacity(cache: KVCache, capacity: int) -> KVCache:
 
 @partial(jax.jit, static_argnames="capacity")
 def _grown(cache: KVCache, capacity: int) -> KVCache:
-    room = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
-    return jax.tree.map(lambda array: jnp.pad(array, room), cache)
-
-
-def write(past: Array, new: Array, positions: Array) -> Array:
-    """`past` [B, G, S, H] with `new` [B, T, G, H] at slots `positions` [B, T]; positions outside 0 .. S-1 are dropped.
-
-    Dropping matters for padding only: `dynamic_update_slice` would shift a block that overhangs the end and
-    overwrite tokens that are there already.
-    """
-    B, T = positions.shape
-    if T == 1 and past.dtype.itemsize == 2 and _SCATTER_WIDENS:
-        return _write_slots(past, new, positions)
-    if B * T == 1:
-        # XLA turns a scatter of one slot into a dynamic_update_slice, fuses it twice and copies the whole cache in
-        # every decode step; with a second slot, which is dropped, it writes in place.
-        new = jnp.concatenate([new, new], axis=1)
-        positions = jnp.concatenate([positions, jnp.full_like(positions, past.shape[2])], axis=1)
-    return past.at[jnp.arange(B)[:, None], :, positions].set(new, mode="drop", unique_indices=True)
-
-
-# XLA's CPU code before JAX 0.11 makes a float32 copy of a 16-bit cache to scatter into it.
-_SCATTER_WIDENS = jax.__version_info__ < (0, 11)
-
-
-def _write_slots(past: Array, new: Array, positions: Array) -> Array:
-    """`write` for one slot per row, none beyond the end."""
-    for b in range(past.shape[0]):
-        past = lax.dynamic_update_slice(past, new[b : b + 1].swapaxes(1, 2), (b, 0, positions[b, 0], 0))
-    return past
+    added = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
+    return jax.tree.map(lambda array: jnp.pad(array, added), cache)
 
 
 def bucket(length: int, least: int = MIN_BUCKET) -> int:

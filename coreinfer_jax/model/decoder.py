@@ -1,31 +1,30 @@
-"""The decoder both families are: embed, L blocks over a KV cache, last norm, output projection."""
+"""The decoder that every family is: embed, L blocks over a KV cache, last norm, output projection."""
 
 from collections.abc import Callable
-from types import ModuleType
+from functools import partial
 from typing import TypeVar
 
 import jax
 from jax import Array
 
+from coreinfer_jax.model.backends import matmul
 from coreinfer_jax.model.cache import KVCache
-from coreinfer_jax.model.families import llama, opt
-from coreinfer_jax.model.layers import matmul
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.families import family_of
+from coreinfer_jax.model.weights import Layer, Params
 
 Observed = TypeVar("Observed")
-# What the down projection reads, of a layer's activations and of what the activation function gave, [B, T, F] each.
-Edit = Callable[[Array, Array], Array]
+# What is kept of layer l, of its number, its weights and its MLP activations [B, T, F].
+Observe = Callable[[int, Layer, Array], Observed]
+# What the down projection of layer l reads, of the layer's number, its weights, its MLP activations and what the
+# activation function gave, [B, T, F] each.
+Edit = Callable[[int, Layer, Array, Array], Array]
 
-# A family is three functions: embed(params, tokens, positions) -> x, context;
-# block(x, layer, past, positions, context, edit, config) -> x, past, activations; finish(params, x) -> x.
-_FAMILIES: dict[str, ModuleType] = {"opt": opt, "llama": llama}
 
-
-def observe_nothing(activations: Array) -> None:
+def observe_nothing(l: int, layer: Layer, activations: Array) -> None:
     """The `observe` of passes that keep no activations."""
 
 
-def as_they_are(activations: Array, gated: Array) -> Array:
+def as_they_are(l: int, layer: Layer, activations: Array, gated: Array) -> Array:
     """The `edit` of passes that compute what the model computes."""
     return activations
 
@@ -35,7 +34,7 @@ def extend(
     tokens: Array,
     cache: KVCache,
     start: Array,
-    observe: Callable[[Array], Observed],
+    observe: Observe[Observed],
     edit: Edit = as_they_are,
 ) -> tuple[Array, KVCache, tuple[Observed, ...]]:
     """Run T more tokens of every row through the model.
@@ -48,22 +47,25 @@ def extend(
         tokens: int32 [B, T]; ids must lie in 0 .. V-1 (checked where tokens enter the library).
         cache: what the rows have seen so far; room for start + T positions per row, padding excepted.
         start: int32 [B], position of each row's first token.
-        observe: what to keep of each layer's MLP activations [B, T, F], for instance votes; it runs inside the
-            layer, so that no more than one layer's activations are alive at a time.
-        edit: what the down projection reads instead of the activations [B, T, F], for studies of the model; also told
-            what the activation function gave, with a gate before it is multiplied; `observe` sees the activations.
+        observe: called as `observe(l, layer, activations)` with the layer's number, its weights and its MLP activations
+            [B, T, F]: what to keep of them, for instance votes. It runs inside the layer, so that no more than one
+            layer's activations are alive at a time.
+        edit: called as `edit(l, layer, activations, gated)`: what the down projection reads instead of the activations
+            [B, T, F], for studies of the model. `gated` is what the activation function gave, with a gate before it is
+            multiplied. `observe` sees the activations as they were.
 
     Returns:
         Hidden states [B, T, E] ready for `unembed`, the extended cache, and one `observe` result per layer.
     """
-    family = _FAMILIES[params.config.family]
+    family = family_of(params.config)
     positions = start[:, None] + jax.lax.iota(start.dtype, tokens.shape[1])[None, :]
     x, context = family.embed(params, tokens, positions)
     written, observed = [], []
-    for layer, past in zip(params.layers, zip(cache.keys, cache.values, strict=True), strict=True):
-        x, past, activations = family.block(x, layer, past, positions, context, edit, params.config)
-        written.append(past)
-        observed.append(observe(activations))
+    for l, (layer, past) in enumerate(zip(params.layers, zip(cache.keys, cache.values, strict=True), strict=True)):
+        own_edit = partial(edit, l, layer)
+        x, extended, activations = family.block(x, layer, past, positions, context, own_edit, params.config)
+        written.append(extended)
+        observed.append(observe(l, layer, activations))
     keys, values = zip(*written, strict=True)
     return family.finish(params, x), KVCache(keys=keys, values=values), tuple(observed)
 

@@ -1,85 +1,13 @@
 """Primitives that model families share. Axis letters are listed in `coreinfer_jax.model.weights`."""
 
-from functools import reduce
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from coreinfer_jax.model.cache import write
+from coreinfer_jax.model.backends import write
 from coreinfer_jax.model.config import ModelConfig, Rope
-from coreinfer_jax.model.weights import Attention, Linear, Mlp, Norm
-
-
-def linear(x: Array, layer: Linear) -> Array:
-    """x [B, T, in] through weight [out, in], or [B, out, in] (one matrix per row): [B, T, out] in x's dtype.
-
-    Products are accumulated in float32 whatever the dtype.
-    """
-    y = _matmul_per_row(x, layer.weight) if layer.weight.ndim == 3 else matmul(x, layer.weight)
-    return _add_bias(y, layer.bias).astype(x.dtype)
-
-
-def matmul(x: Array, weight: Array) -> Array:
-    """x [B, T, in] times weight [out, in]: float32 [B, T, out]."""
-    if not _is_narrow_row(x):
-        return _contract_last(x, weight)
-    return lax.platform_dependent(x, weight, cpu=_fused_row, default=_contract_last)
-
-
-def _matmul_per_row(x: Array, weight: Array) -> Array:
-    """x [B, T, in], each row times its own of weight [B, out, in]: float32 [B, T, out]."""
-
-    def one(row: Array, own: Array) -> Array:
-        if not _is_narrow_row(row[None]):
-            return _contract_last(row[None], own)[0]
-        return lax.platform_dependent(row[None], own, cpu=_doubled_row, default=_contract_last)[0]
-
-    return jax.vmap(one)(x, weight)
-
-
-def _is_narrow_row(x: Array) -> bool:
-    """Whether x [B, T, in] is one row of 16 bits."""
-    # XLA's CPU code makes a float32 copy of the whole weight for such a product, in every step.
-    return x.dtype.itemsize == 2 and x.shape[0] * x.shape[1] == 1
-
-
-def _contract_last(x: Array, weight: Array) -> Array:
-    # With float32 weights this form runs at the memory's speed on CPUs; x times the transpose is several times slower
-    # at some sizes and inside larger programs.
-    last = x.ndim - 1
-    return lax.dot_general(x, weight, (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-# Longer rows, 16 KiB as float32, are not fused with what they are multiplied by.
-_FUSED_INPUTS = 4095
-
-
-def _fused_row(x: Array, weight: Array) -> Array:
-    # Times the transpose, the conversion of the weight becomes part of the product, which then runs at the memory's
-    # speed; unless an addition is fused with it first, which the barrier prevents. Wide weights take several products.
-    # Parts are cut from what is converted: cut before, they would be rounded to 16 bits again, weight by weight.
-    row = lax.optimization_barrier(x.astype(jnp.float32))[0, 0]
-    converted = weight.astype(jnp.float32)
-    size = x.shape[2]
-    width = -(-size // -(-size // _FUSED_INPUTS))
-    starts = range(0, size, width)
-    parts = [jnp.dot(row[i : i + width], converted[:, i : i + width].T)[None, None] for i in starts]
-    return reduce(jnp.add, map(lax.optimization_barrier, parts))
-
-
-def _doubled_row(x: Array, weight: Array) -> Array:
-    # For two rows the weight is read as it is, at half the memory's speed or more.
-    return _contract_last(jnp.concatenate([x, x], axis=1), weight)[:, :1]
-
-
-def _add_bias(y: Array, bias: Array | None) -> Array:
-    """y [B, T, out] plus bias [out], or [B, out] where every row has its own."""
-    if bias is None:
-        return y
-    per_row = bias[:, None, :] if bias.ndim == 2 else bias[None, None, :]
-    return y + per_row.astype(y.dtype)
+from coreinfer_jax.model.weights import Attention, Mlp, Norm
 
 
 def layer_norm(x: Array, norm: Norm, eps: float) -> Array:
@@ -88,7 +16,8 @@ def layer_norm(x: Array, norm: Norm, eps: float) -> Array:
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normed = centred * lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
     scaled = normed * norm.scale.astype(jnp.float32)[None, None, :]
-    return _add_bias(scaled, norm.bias).astype(x.dtype)
+    shifted = scaled if norm.bias is None else scaled + norm.bias.astype(jnp.float32)[None, None, :]
+    return shifted.astype(x.dtype)
 
 
 def rms_norm(x: Array, norm: Norm, eps: float) -> Array:
@@ -151,13 +80,13 @@ def attention(
         The block's output [B, T, D] and the cache with the new keys and values.
     """
     B, T, _ = x.shape
-    query = linear(x, layer.query).reshape(B, T, config.num_heads, config.head_size)
-    key = linear(x, layer.key).reshape(B, T, config.num_kv_heads, config.head_size)
-    value = linear(x, layer.value).reshape(B, T, config.num_kv_heads, config.head_size)
+    query = layer.query(x).reshape(B, T, config.num_heads, config.head_size)
+    key = layer.key(x).reshape(B, T, config.num_kv_heads, config.head_size)
+    value = layer.value(x).reshape(B, T, config.num_kv_heads, config.head_size)
     if cos_sin is not None:
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
     keys, values = write(past[0], key, positions), write(past[1], value, positions)
-    return linear(attend(query, keys, values, positions), layer.out), (keys, values)
+    return layer.out(attend(query, keys, values, positions)), (keys, values)
 
 
 def attend(query: Array, keys: Array, values: Array, positions: Array) -> Array:
@@ -190,8 +119,8 @@ def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> tuple[Array, Arr
     Both are act(up x) without a gate; with one they are act(gate x) * up x and act(gate x).
     """
     act = jax.nn.relu if config.activation == "relu" else jax.nn.silu
-    up = linear(x, mlp.up)
-    gated = act(up if mlp.gate is None else linear(x, mlp.gate))
+    up = mlp.up(x)
+    gated = act(up if mlp.gate is None else mlp.gate(x))
     return (gated if mlp.gate is None else gated * up), gated
 
 

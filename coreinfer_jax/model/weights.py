@@ -8,23 +8,90 @@ Axis letters: `V` vocabulary, `E` embedding width (D except for OPT-350m), `D` h
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.model.config import PRIOR_RULE, CoreConfig, ModelConfig
+from coreinfer_jax.model.backends import matmul, matmul_per_row
+from coreinfer_jax.model.config import ModelConfig
 
 
 @struct.dataclass
 class Linear:
-    """y = weight x + bias, the weight stored [out, in], so that a row belongs to one output."""
+    """y = weight x + bias. How a weight is stored is known here, and to what reads and writes checkpoints.
+
+    Attributes:
+        weight: [out, in], so that a row belongs to one output; or [B, out, in], a matrix for every row of a batch.
+        bias: [out], or [B, out]; None for none. With the offsets of core neurons it is float32.
+    """
 
     weight: Array
     bias: Array | None = None
+
+    @property
+    def size_in(self) -> int:
+        """Inputs of a matrix."""
+        return int(self.weight.shape[-1])
+
+    @property
+    def size_out(self) -> int:
+        """Outputs of a matrix."""
+        return int(self.weight.shape[-2])
+
+    @property
+    def rows(self) -> int | None:
+        """B where every row of a batch has a matrix of its own, else None."""
+        return int(self.weight.shape[0]) if self.weight.ndim == 3 else None
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of the weight without the bias, also of shapes without data."""
+        return leaf_bytes(self.weight)
+
+    def __call__(self, x: Array) -> Array:
+        """x [B, T, in] to [B, T, out] in x's dtype; products are accumulated in float32 whatever the dtype."""
+        y = matmul(x, self.weight) if self.rows is None else matmul_per_row(x, self.weight)
+        if self.bias is None:
+            return y.astype(x.dtype)
+        bias = self.bias[None, None, :] if self.bias.ndim == 1 else self.bias[:, None, :]
+        return (y + bias.astype(y.dtype)).astype(x.dtype)
+
+    def take_outputs(self, indices: Array) -> "Linear":
+        """The outputs `indices` [K] alone, or with [B, K] those of each row of a batch, its own."""
+        bias = None if self.bias is None else _take(self.bias, indices, axis=0)
+        return Linear(weight=_take(self.weight, indices, axis=0), bias=bias)
+
+    def take_inputs(self, indices: Array) -> "Linear":
+        """The inputs `indices` [K] alone, or with [B, K] those of each row of a batch; the bias as it is."""
+        return Linear(weight=_take(self.weight, indices, axis=1), bias=self.bias)
+
+    def shifted(self, offset: Array | None) -> "Linear":
+        """With `offset` added to the outputs: float32 [out], or [B, out] with one for each row; None adds nothing."""
+        if offset is None:
+            return self
+        if self.bias is None:
+            return replace(self, bias=offset)
+        wide = self.bias.astype(offset.dtype)
+        return replace(self, bias=offset + (wide if offset.ndim == 1 else wide[None, :]))
+
+    def input_norms(self) -> Array:
+        """The norm of what one unit of each input adds to the output: float32 [in]."""
+        return jnp.sqrt(jnp.sum(jnp.square(self.weight.astype(jnp.float32)), axis=0))
+
+    def mixed(self, x: Array) -> Array:
+        """The product alone, without the bias, in float32 throughout: x float32 [R, in] to float32 [R, out]."""
+        return lax.dot_general(x, self.weight.astype(jnp.float32), (((1,), (1,)), ((), ())))
+
+
+def _take(array: Array, indices: Array, axis: int) -> Array:
+    """Entries of `array` along `axis`, for indices [K]; with indices [B, K] a leading B."""
+    if indices.ndim == 2:
+        return jax.vmap(lambda row: _take(array, row, axis))(indices)
+    return jnp.take(array, indices, axis=axis, mode="clip")
 
 
 @struct.dataclass
@@ -47,7 +114,7 @@ class Attention:
 
 @struct.dataclass
 class Mlp:
-    """Projections: gate [F, D] (LLaMA only), up [F, D], down [D, F].
+    """Projections: gate [F, D] (gated MLPs only), up [F, D], down [D, F].
 
     Narrowed to core neurons the F axis is K. With one core set per row the arrays gain a leading B:
     gate and up [B, K, D] (biases [B, K]), down [B, D, K]. Its bias stays [D]; with offsets of core neurons it is
@@ -61,7 +128,7 @@ class Mlp:
     @property
     def width(self) -> int:
         """Neurons held per core set: F, or K once narrowed."""
-        return int(self.up.weight.shape[-2])
+        return self.up.size_out
 
 
 @struct.dataclass
@@ -72,27 +139,6 @@ class Layer:
     attention: Attention
     mlp_norm: Norm
     mlp: Mlp
-
-
-@struct.dataclass
-class Calibration:
-    """What texts said of a model's neurons, from `calibrate`; it lies beside the weights and is loaded with them.
-
-    Attributes:
-        prior: per layer, sums over the texts by `PRIOR_RULE`, float32 [] and [F].
-        gains: float32 [L, PARTS], what each further part of a layer's neurons is worth (evaluation/sensitivity.py);
-            None where that is not known.
-        core: how to generate where the caller names nothing; None with all neurons.
-    """
-
-    prior: tuple[dict[str, Array], ...]
-    gains: np.ndarray | None
-    core: CoreConfig | None = struct.field(pytree_node=False)
-
-    @property
-    def by_rule(self) -> list[dict[str, dict[str, Array]]]:
-        """The prior as evaluations take one: per layer and rule."""
-        return [{PRIOR_RULE: layer} for layer in self.prior]
 
 
 @struct.dataclass
@@ -108,8 +154,8 @@ class Params:
         project_out: [E, D] (OPT-350m), else None.
         unembedding: [V, E]; None when tied to the token embedding.
         config: the model's static facts.
-        calibration: what is known of its neurons, or None. It is no weight: no pass reads it, no count of bytes or
-            parameters includes it.
+        calibration: what is known of its neurons (a `sparsity.calibration.Calibration`), or None. It is no weight: no
+            pass reads it, no count of bytes or parameters includes it.
     """
 
     token_embedding: Array
@@ -120,80 +166,17 @@ class Params:
     project_out: Linear | None
     unembedding: Array | None
     config: ModelConfig = struct.field(pytree_node=False)
-    calibration: Calibration | None = None
+    calibration: Any = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the token embedding is stored in, and so what caches hold."""
+        return jnp.dtype(self.token_embedding.dtype)
 
     @property
     def weights(self) -> "Params":
         """The weights alone: what passes take, so that a calibration compiles nothing anew."""
         return replace(self, calibration=None)
-
-
-def build_params(config: ModelConfig, leaf: Callable[[tuple[int, ...]], Array]) -> Params:
-    """A `Params` of `config`'s structure whose every leaf is `leaf(shape)`: the one statement of all shapes."""
-    c = config
-    N_H, G_H = c.num_heads * c.head_size, c.num_kv_heads * c.head_size
-
-    def linear(size_out: int, size_in: int, bias: bool) -> Linear:
-        return Linear(weight=leaf((size_out, size_in)), bias=leaf((size_out,)) if bias else None)
-
-    def norm() -> Norm:
-        scale = leaf((c.hidden_size,))
-        return Norm(scale=scale, bias=leaf((c.hidden_size,)) if c.family == "opt" else None)
-
-    def layer() -> Layer:
-        return Layer(
-            attention_norm=norm(),
-            attention=Attention(
-                query=linear(N_H, c.hidden_size, c.attention_bias),
-                key=linear(G_H, c.hidden_size, c.attention_bias),
-                value=linear(G_H, c.hidden_size, c.attention_bias),
-                out=linear(c.hidden_size, N_H, c.attention_bias),
-            ),
-            mlp_norm=norm(),
-            mlp=Mlp(
-                gate=linear(c.mlp_size, c.hidden_size, c.mlp_bias) if c.family == "llama" else None,
-                up=linear(c.mlp_size, c.hidden_size, c.mlp_bias),
-                down=linear(c.hidden_size, c.mlp_size, c.mlp_bias),
-            ),
-        )
-
-    projected = c.embed_size != c.hidden_size
-    return Params(
-        token_embedding=leaf((c.vocab_size, c.embed_size)),
-        position_embedding=leaf((c.max_positions + 2, c.hidden_size)) if c.rope is None else None,
-        project_in=linear(c.hidden_size, c.embed_size, False) if projected else None,
-        layers=tuple(layer() for _ in range(c.num_layers)),
-        final_norm=norm() if c.final_norm else None,
-        project_out=linear(c.embed_size, c.hidden_size, False) if projected else None,
-        unembedding=None if c.tied else leaf((c.vocab_size, c.embed_size)),
-        config=config,
-    )
-
-
-def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
-    """Shapes and dtypes without data, for checking checkpoints and counting bytes."""
-    # build_params is typed for arrays; shape structs stand in for them wherever only shapes are read.
-    return build_params(config, lambda shape: jax.ShapeDtypeStruct(shape, dtype))  # type: ignore[arg-type, return-value]
-
-
-def random_params(config: ModelConfig, key: Array, dtype: jnp.dtype, scale: float = 0.02) -> Params:
-    """Normal weights of standard deviation `scale`, norm scales around 1; for tests and benchmarks.
-
-    Args:
-        config: the model.
-        key: a `jax.random.key`.
-        dtype: of every leaf.
-        scale: standard deviation.
-    """
-    shapes = abstract_params(config, dtype)
-    paths = dict(named_leaves(shapes))
-    keys = dict(zip(paths, jax.random.split(key, len(paths)), strict=True))
-
-    def draw(name: str) -> Array:
-        noise = jax.random.normal(keys[name], paths[name].shape, dtype) * jnp.asarray(scale, dtype)
-        return noise + jnp.ones((), dtype) if name.endswith("norm.scale") else noise
-
-    return with_leaves(shapes, draw)
 
 
 def check_params(params: object) -> None:

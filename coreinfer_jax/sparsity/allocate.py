@@ -4,10 +4,18 @@ Layers differ from each other more than rules do: where one layer's neurons are 
 worth many of another's. (Non-uniform sparsity by measured error: TEAL, arXiv 2408.14690.)
 """
 
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, Protocol, get_args
+
 import numpy as np
 
-from coreinfer_jax.model.config import CoreConfig, ModelConfig
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.votes import kept_neurons
+
+Allocation = Literal["sensitivity", "equal"]
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 # In how many equal parts a layer's neurons are handed out.
 PARTS = 64
@@ -15,7 +23,56 @@ PARTS = 64
 FIRST_KEEPS = 0.6
 
 
-def allocate(core: CoreConfig, config: ModelConfig, gains: np.ndarray | None) -> tuple[int, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Narrowing:
+    """Which layers are cut down to core neurons.
+
+    Attributes:
+        layers: fractions of depth: layer l of L is narrowed when layers[0] <= l / L < layers[1].
+
+    Raises:
+        CoreInferError: no such fractions.
+    """
+
+    layers: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        fractions = self.layers if isinstance(self.layers, tuple) and len(self.layers) == 2 else (None, None)
+        numbers = all(isinstance(value, Real) for value in fractions)
+        if not numbers or not 0 <= self.layers[0] < self.layers[1] <= 1:
+            raise CoreInferError(
+                f"layers={shown(self.layers)}: give a tuple of fractions of depth, 0 <= start < stop <= 1"
+            )
+
+    def narrowed_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Those of `num_layers` (L) layers that are cut down to core neurons, ascending.
+
+        Raises:
+            CoreInferError: there are none.
+        """
+        start, stop = self.layers
+        narrowed = tuple(l for l in range(num_layers) if start <= l / num_layers < stop)
+        if not narrowed:
+            raise CoreInferError(f"layers={self.layers} selects none of the model's {num_layers} layers; widen it")
+        return narrowed
+
+
+class Shares(Protocol):
+    """A keep ratio over some layers, and how they share it."""
+
+    @property
+    def beta(self) -> float:
+        """Mean share of F kept in the narrowed layers."""
+
+    @property
+    def allocation(self) -> Allocation:
+        """How the layers share it."""
+
+    def narrowed_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Those of `num_layers` layers that are narrowed."""
+
+
+def allocate(core: Shares, config: ModelConfig, gains: np.ndarray | None) -> tuple[int, ...]:
     """Neurons kept in each layer, F in those that are not narrowed.
 
     Args:

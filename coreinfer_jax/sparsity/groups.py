@@ -1,22 +1,43 @@
 """Groups of texts and their neurons: as stored (`Clusters`), and as a model decodes with them (`Groups`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import floor
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.model.config import CoreConfig
+from coreinfer_jax.checks import check_flag, check_fraction
+from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.narrow import check_dense, compact
 from coreinfer_jax.sparsity.neurons import CoreNeurons
+from coreinfer_jax.sparsity.rules import Votes
 from coreinfer_jax.sparsity.votes import kept_neurons
 
 Origin = Literal["topics", "k-means", "published"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextVectors:
+    """How a text gets its binary core-neuron vector: the paper's votes, and a share of the neurons (section 3.3).
+
+    Attributes:
+        votes: how the text's tokens vote.
+        beta: share of F, those with the most votes, that are the vector's ones, in (0, 1].
+        count_bos: whether a beginning-of-sequence token at the start of the text votes.
+
+    Raises:
+        CoreInferError: a value outside its range.
+    """
+
+    votes: Votes = field(default_factory=Votes)
+    beta: float = 0.2
+    count_bos: bool = True
+
+    def __post_init__(self) -> None:
+        check_fraction("beta", self.beta)
+        check_flag("count_bos", self.count_bos)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +52,7 @@ class Clusters:
         names: of the groups; topics where the texts were labelled.
         sizes: texts per group; 0 where not known.
         layer: the layer whose core neurons decide on the group.
-        core: how tokens voted, and in `beta` the share of F that is a text's binary vector.
+        vectors: how texts, and prompts, get the vectors that are compared.
         origin: how the groups were found.
         fingerprint: of the model they belong to.
     """
@@ -41,21 +62,20 @@ class Clusters:
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     layer: int
-    core: CoreConfig
+    vectors: TextVectors
     origin: Origin
     fingerprint: str
 
-    def sets(self, core: CoreConfig) -> tuple[CoreNeurons, ...]:
-        """Every group's K = max(1, floor(gamma F)) most frequent neurons per narrowed layer, ties to the lower index.
+    def sets(self, gamma: float, narrowed: tuple[int, ...]) -> tuple[CoreNeurons, ...]:
+        """Every group's K = max(1, floor(gamma F)) most frequent neurons per layer `narrowed`, ties to the lower index.
 
         Raises:
-            CoreInferError: a published list of fewer than K neurons, layers that select none.
+            CoreInferError: a published list of fewer than K neurons.
         """
         L, F = self.frequencies.shape[1:]
-        kept = kept_neurons(core.group_ratio, F)
-        narrowed = core.narrowed_layers(L)
+        kept = kept_neurons(gamma, F)
         if self.origin == "published":
-            self._check_lengths(core.group_ratio, kept, narrowed)
+            self._check_lengths(gamma, kept, narrowed)
         ranked = np.argsort(-self.frequencies, axis=-1, kind="stable")[..., :kept]
         chosen = np.sort(ranked, axis=-1).astype(np.int32)
         return tuple(CoreNeurons(group[l] if l in narrowed else None for l in range(L)) for group in chosen)
@@ -93,7 +113,8 @@ class Groups:
     Attributes:
         params: the model, dense.
         clusters: what is known of the groups.
-        core: the keep ratio and layers they are ready for.
+        gamma: the keep ratio they are ready for.
+        layers: the layers that are narrowed, as fractions of depth.
         sets: the core neurons of each of the C groups.
         narrowed: `params` narrowed to each of them, of equal shapes; () where groups are gathered when they are used.
         centroids: float32 [C, F].
@@ -103,81 +124,15 @@ class Groups:
 
     params: Params
     clusters: Clusters
-    core: CoreConfig
+    gamma: float
+    layers: tuple[float, float]
     sets: tuple[CoreNeurons, ...]
     narrowed: tuple[Params, ...]
     centroids: Array
     tables: list[Array]
     frequencies: list[Array]
 
-    def check(self, params: Params, core: CoreConfig) -> None:
-        """Refuse another model than the one these groups were prepared for, and settings other than theirs."""
-        if params is not self.params:
-            raise CoreInferError("groups were prepared for other params; prepare_groups with the params of this call")
-        F = params.config.mlp_size
-        kept, asked = kept_neurons(self.core.group_ratio, F), kept_neurons(core.group_ratio, F)
-        if kept != asked or core.layers != self.core.layers:
-            raise CoreInferError(
-                f"groups were prepared for {kept} neurons in layers={self.core.layers}, but core asks for {asked} in "
-                f"layers={core.layers}; give prepare_groups the same gamma (or beta) and layers"
-            )
-        _check_votes(self.clusters, core)
-
-
-def prepare_groups(params: Params, clusters: Clusters, core: CoreConfig, *, compacted: bool = True) -> Groups:
-    """Make `clusters` ready to generate with.
-
-    Args:
-        params: dense weights of the model the clusters belong to.
-        clusters: from `load_clusters` or `build_clusters`.
-        core: whose `gamma` (or `beta`) and `layers` the groups' neurons are chosen by.
-        compacted: gather every group's narrowed weights now, so that a prompt's group costs nothing more. They take
-            C times the memory of one narrowed model's MLPs. Otherwise each prompt gathers those of its group.
-
-    Returns:
-        `Groups`, for the `groups` of `generate`, `stream` and `converse`.
-
-    Raises:
-        CoreInferError: clusters of another model, settings the clusters' votes were not counted by, a published list
-            shorter than gamma asks for.
-    """
-    check_dense(params)
-    if not isinstance(clusters, Clusters):
-        raise CoreInferError(f"clusters={shown(clusters)}: give Clusters, from load_clusters or build_clusters")
-    if not isinstance(core, CoreConfig):
-        raise CoreInferError(f"core={shown(core)}: give the CoreConfig to generate with")
-    clusters.check(params)
-    _check_votes(clusters, core)
-    sets = clusters.sets(core)
-    narrowed = core.narrowed_layers(params.config.num_layers)
-    return Groups(
-        params=params,
-        clusters=clusters,
-        core=core,
-        sets=sets,
-        narrowed=tuple(compact(params, chosen) for chosen in sets) if compacted else (),
-        centroids=jnp.asarray(clusters.centroids),
-        tables=[jnp.asarray(np.stack([_indices(chosen, l) for chosen in sets])) for l in narrowed],
-        frequencies=[jnp.asarray(clusters.frequencies[:, l]) for l in narrowed],
-    )
-
 
 def _ratio_of(neurons: int, mlp_size: int) -> float:
     """The largest keep ratio of four decimals that keeps no more than `neurons` of F."""
     return floor(neurons / mlp_size * 1e4) / 1e4
-
-
-def _indices(chosen: CoreNeurons, layer: int) -> np.ndarray:
-    indices = chosen.layers[layer]
-    assert indices is not None, "narrowed layers have indices"
-    return indices
-
-
-def _check_votes(clusters: Clusters, core: CoreConfig) -> None:
-    """Refuse settings by which a prompt would vote differently from the texts of the groups."""
-    theirs = clusters.core
-    if (theirs.alpha, theirs.budget, theirs.count_bos) != (core.alpha, core.budget, core.count_bos):
-        settings = f"alpha={theirs.alpha}, budget={theirs.budget!r}, count_bos={theirs.count_bos}"
-        raise CoreInferError(f"the clusters' texts voted with {settings}; choose the same, or build them again")
-    if core.method == "fused" and clusters.origin == "published":
-        raise CoreInferError("method='fused' weighs frequencies, which published lists do not hold; use 'similarity'")

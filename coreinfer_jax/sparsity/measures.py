@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 from jax import Array
 
-from coreinfer_jax.sparsity.votes import Votes, most_voted
+from coreinfer_jax.sparsity.votes import Tally, most_voted
 
 
-def stability_figure(votes: list[Votes], chosen: list[Array]) -> Array:
+def stability_figure(early: list[Tally], chosen: list[Array]) -> Array:
     """How far the first half of a prompt foretells the core neurons of the whole, beyond chance: float32 [R].
 
     Per layer, the share of the whole prompt's K core neurons that are also those of its early tokens, moved and scaled
@@ -14,18 +14,17 @@ def stability_figure(votes: list[Votes], chosen: list[Array]) -> Array:
     sets follow the same rule, and both votes come out of one prefill.
 
     Args:
-        votes: per layer, [R, F], with those of the early tokens.
+        early: per layer, [R, F], the votes of the first half of the tokens.
         chosen: per layer, the whole prompt's core neurons, ascending int32 [R, K].
     """
-    return jnp.mean(jnp.stack([_beyond_chance(*layer) for layer in zip(votes, chosen, strict=True)]), axis=0)
+    return jnp.mean(jnp.stack([_beyond_chance(*layer) for layer in zip(early, chosen, strict=True)]), axis=0)
 
 
-def _beyond_chance(votes: Votes, chosen: Array) -> Array:
-    assert votes.early is not None, "the early tokens' votes were counted apart"
+def _beyond_chance(votes: Tally, chosen: Array) -> Array:
     K, F = chosen.shape[-1], votes.counts.shape[-1]
     if K == F:
         return jnp.ones(chosen.shape[0], jnp.float32)
-    early = membership(most_voted(votes.early, K), F)
+    early = membership(most_voted(votes, K), F)
     shared = jnp.sum(early & membership(chosen, F), axis=-1).astype(jnp.float32) / K
     return (shared - K / F) / (1 - K / F)
 
@@ -36,7 +35,7 @@ def membership(indices: Array, mlp_size: int) -> Array:
     return jnp.zeros((indices.shape[0], mlp_size), bool).at[rows, indices].set(True)
 
 
-def nearest_group(votes: Votes, kept: int, centroids: Array) -> Array:
+def nearest_group(votes: Tally, kept: int, centroids: Array) -> Array:
     """The group each prompt belongs to: int32 [R].
 
     Args:
@@ -50,10 +49,10 @@ def nearest_group(votes: Votes, kept: int, centroids: Array) -> Array:
     return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
 
-def fused(votes: Votes, frequencies: Array, group_tokens: Array) -> Votes:
+def fused(votes: Tally, frequencies: Array, group_tokens: Array) -> Tally:
     """Votes [R, F] to which a group with `frequencies` [R, F] adds those of `group_tokens` average tokens of its own.
 
     The prompt's weight among n voting tokens is n / (n + group_tokens). (A prior from a corpus beside the prompt's
     own signal: GLASS, arXiv 2508.14302.)
     """
-    return Votes(counts=votes.counts.astype(jnp.float32) + group_tokens * frequencies, sums=votes.sums)
+    return Tally(counts=votes.counts.astype(jnp.float32) + group_tokens * frequencies, sums=votes.sums)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.model.weights import Linear, Mlp, Params, check_params, leaf_bytes
+from coreinfer_jax.model.weights import Mlp, Params, check_params
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 
 # Per layer of a model: kept neurons, [K] or [B, K], and what is added to the output for all others, [D] or [B, D].
@@ -43,8 +43,7 @@ def compact(params: Params, core: CoreNeurons) -> Params:
 def check_dense(params: Params) -> None:
     """Refuse parameters that have been narrowed: their neurons are numbered differently."""
     check_params(params)
-    dense = (params.config.mlp_size, params.config.hidden_size)
-    if any(layer.mlp.up.weight.shape != dense for layer in params.layers):
+    if any(layer.mlp.up.rows or layer.mlp.width != params.config.mlp_size for layer in params.layers):
         raise CoreInferError("params are narrowed to core neurons already: give the dense params of the model")
 
 
@@ -88,10 +87,8 @@ def _with_mlps(params: Params, indices: Indices, offsets: Offsets, gather: _Gath
 
 def narrowed_bytes(params: Params, layers: tuple[int, ...], kept: int, sets: int) -> int:
     """Bytes of matrices that `narrow` adds to dense `params`: `layers` cut to `kept` neurons, `sets` times."""
-    matrices = [
-        m for l in layers for m in (params.layers[l].mlp.gate, params.layers[l].mlp.up, params.layers[l].mlp.down)
-    ]
-    weights = sum(leaf_bytes(m.weight) for m in matrices if m is not None)
+    mlps = [params.layers[l].mlp for l in layers]
+    weights = sum(m.matrix_bytes for mlp in mlps for m in (mlp.gate, mlp.up, mlp.down) if m is not None)
     return weights // params.config.mlp_size * kept * sets
 
 
@@ -101,27 +98,8 @@ def _gather(mlps: list[Mlp], indices: list[Array], offsets: list[Array | None]) 
 
 
 def _gather_mlp(mlp: Mlp, indices: Array, offset: Array | None) -> Mlp:
-    down = Linear(weight=_take(mlp.down.weight, indices, axis=1), bias=_shifted(mlp.down.bias, offset))
     return Mlp(
-        gate=None if mlp.gate is None else _gather_rows(mlp.gate, indices), up=_gather_rows(mlp.up, indices), down=down
+        gate=None if mlp.gate is None else mlp.gate.take_outputs(indices),
+        up=mlp.up.take_outputs(indices),
+        down=mlp.down.take_inputs(indices).shifted(offset),
     )
-
-
-def _shifted(bias: Array | None, offset: Array | None) -> Array | None:
-    """`bias` [D] plus float32 `offset` [D] or [B, D], where there are any."""
-    if bias is None or offset is None:
-        return bias if offset is None else offset
-    wide = bias.astype(offset.dtype)
-    return offset + (wide if offset.ndim == 1 else wide[None, :])
-
-
-def _gather_rows(linear: Linear, indices: Array) -> Linear:
-    bias = None if linear.bias is None else _take(linear.bias, indices, axis=0)
-    return Linear(weight=_take(linear.weight, indices, axis=0), bias=bias)
-
-
-def _take(weight: Array, indices: Array, axis: int) -> Array:
-    """Entries of `weight` along `axis`, for indices [K]; with indices [B, K] a leading B."""
-    if indices.ndim == 2:
-        return jax.vmap(lambda row: _take(weight, row, axis))(indices)
-    return jnp.take(weight, indices, axis=axis, mode="clip")

@@ -1,58 +1,298 @@
 """Rules that rank the neurons of a layer by what they did on some tokens: sums over tokens in, scores out.
 
-A rule is two pure functions. `observe` reduces activations [B, T, F] to sums over the counted tokens, float32 [B] or
-[B, F] each, which add up over the parts of a text and over texts, so that everything streams and a corpus can stand
-beside a prompt. `score` turns sums into scores [B, F]; the K highest are kept, ties to the lower index.
+A rule is a value. Its `observer` reduces activations [B, T, F] to sums over the counted tokens, float32 [B] or [B, F]
+each, which add up over the parts of a text and over texts, so that everything streams and a corpus can stand beside a
+prompt. Its `score` turns sums into scores [B, F]; the K highest are kept, ties to the lower index.
 ||w_n|| is the norm of neuron n's column of the down projection: a_n w_n is what the neuron adds to the MLP's output.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jax import Array, lax
 
-from coreinfer_jax.model.config import Budget
-from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.votes import Votes, Voting, best_first, count_votes
+from coreinfer_jax.checks import check_fraction, check_name, check_number
+from coreinfer_jax.model.weights import Layer
+from coreinfer_jax.sparsity.votes import BUDGETS, Budget, Tally, Voting, best_first, count_votes, make_voting
 
 # Always there: `tokens` [B], how many were counted; `weight` [B], the sum of their weights; `total` [B, F], the
 # weighted sum of activations. A rule adds its own, [B, F].
 Sums: TypeAlias = dict[str, Array]
 
+MOST_TOKENS = 1e9
 
-@dataclass(frozen=True)
-class Rule:
+
+class Observer(Protocol):
+    """What is summed up of a layer's activations: a pytree, so that masks and shares are data of compiled programs."""
+
+    def __call__(self, l: int, layer: Layer, activations: Array) -> Any:
+        """The sums of layer `l` over the counted tokens of activations [B, T, F]."""
+
+
+@struct.dataclass
+class Moments:
+    """Weighted sums of activations and of their squares: a token's weight makes its `scale` 1, one of zeros has none.
+
+    Attributes:
+        counted: bool [B, T], the tokens that count.
+        scale: (activations float32 [B, T, F], ||w|| [F]) to [B, T].
+    """
+
+    counted: Array
+    scale: Callable[[Array, Array], Array] = struct.field(pytree_node=False)
+
+    def __call__(self, l: int, layer: Layer, activations: Array) -> Sums:
+        """The sums of one layer."""
+        wide = jnp.where(self.counted[:, :, None], activations.astype(jnp.float32), 0)
+        scales = self.scale(wide, layer.mlp.down.input_norms())
+        weights = jnp.where(self.counted & (scales > 0), 1 / jnp.where(scales > 0, scales, 1), 0)
+        return {
+            "tokens": jnp.sum(self.counted, axis=1, dtype=jnp.float32),
+            "weight": weights.sum(axis=1),
+            "total": jnp.sum(weights[:, :, None] * wide, axis=1),
+            "squares": jnp.sum(weights[:, :, None] * jnp.square(wide), axis=1),
+        }
+
+
+@struct.dataclass
+class Totals:
+    """The sums that every rule has, all tokens of equal weight.
+
+    Attributes:
+        counted: bool [B, T], the tokens that count.
+    """
+
+    counted: Array
+
+    def __call__(self, l: int, layer: Layer, activations: Array) -> Sums:
+        """The sums of one layer."""
+        tokens = jnp.sum(self.counted, axis=1, dtype=jnp.float32)
+        total = jnp.sum(jnp.where(self.counted[:, :, None], activations, 0), axis=1, dtype=jnp.float32)
+        return {"tokens": tokens, "weight": tokens, "total": total}
+
+
+@struct.dataclass
+class VoteCount:
+    """Votes for activations, or for their magnitudes, beside the sums that every rule has.
+
+    Attributes:
+        voting: who votes, and with how many voices.
+        magnitudes: whether all neurons that are not zero compete, and not only positive ones.
+    """
+
+    voting: Voting
+    magnitudes: bool = struct.field(pytree_node=False)
+
+    def __call__(self, l: int, layer: Layer, activations: Array) -> Sums:
+        """The sums of one layer."""
+        votes = count_votes(jnp.abs(activations) if self.magnitudes else activations, self.voting)
+        ties = "magnitudes" if self.magnitudes else "total"
+        own = {ties: votes.sums, "votes": votes.counts.astype(jnp.float32)}
+        return Totals(self.voting.counted)(l, layer, activations) | own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(ABC):
     """A way to rank neurons.
 
     Attributes:
-        observe: (activations [B, T, F], ||w|| [F], voting) to sums; of `voting` some rules only take who is counted.
-        score: (sums, ||w|| [F], compensation []) to scores [B, F]; `compensation` is the share of its mean activation
-            that stands for a neuron which is not kept.
-        budget: of those that vote, how a token's voices are counted.
+        prior_tokens: how many tokens of a prompt a calibration's sums by this rule weigh as much as; 0 leaves them out.
+
+    Raises:
+        CoreInferError: a setting outside its range.
     """
 
-    observe: Callable[[Array, Array, Voting], Sums]
-    score: Callable[[Sums, Array, Array], Array]
+    prior_tokens: float = 0.0
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_number("prior_tokens", self.prior_tokens, 0, MOST_TOKENS)
+
+    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer:
+        """What to sum up over the tokens `counted` bool [B, T] of layers with `mlp_size` (F) neurons."""
+        return Totals(jnp.asarray(counted))
+
+    @staticmethod
+    @abstractmethod
+    def score(sums: Sums, norms: Array, compensation: Array) -> Array:
+        """Scores float32 [B, F].
+
+        Args:
+            sums: of the rule's observer.
+            norms: ||w||, [F].
+            compensation: share of its mean activation that stands for a neuron which is not kept, [].
+        """
+
+
+def _written(wide: Array, norms: Array) -> Array:
+    """Sum over neurons of the squared norms of what they add to the output."""
+    return jnp.sum(jnp.square(wide * norms[None, None, :]), axis=-1)
+
+
+def _squared_norm(wide: Array, norms: Array) -> Array:
+    return jnp.sum(jnp.square(wide), axis=-1)
+
+
+def _unscaled(wide: Array, norms: Array) -> Array:
+    return jnp.ones(wide.shape[:2], jnp.float32)
+
+
+def _spread(sums: Sums, norms: Array, compensation: Array) -> Array:
+    """Weighted sum of squares of a_n - compensation * mean a_n: what is lost of a_n when it is dropped."""
+    # Expanded: squares - 2 c total + c^2 weight, with c = compensation * total / weight.
+    counted_twice = compensation * (2 - compensation)
+    return sums["squares"] - counted_twice * mean_activations(sums) * sums["total"]
+
+
+def _spread_written(sums: Sums, norms: Array, compensation: Array) -> Array:
+    """`_spread` of a_n ||w_n||: what dropping the neuron changes in the output."""
+    return _spread(sums, norms, compensation) * jnp.square(norms)[None, :]
+
+
+class _MomentRule(Rule):
+    """A rule over moments."""
+
+    score = staticmethod(_spread_written)
+
+    @staticmethod
+    @abstractmethod
+    def scale(wide: Array, norms: Array) -> Array:
+        """What a token's weight makes 1, [B, T], of its activations float32 [B, T, F]."""
+
+    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer:
+        """The moments of the counted tokens."""
+        return Moments(jnp.asarray(counted), self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution(_MomentRule):
+    """What a neuron adds to the output, as a share of what its token's neurons add: the rule that measured best."""
+
+    prior_tokens: float = 256.0
+    name: ClassVar[str] = "contribution"
+    scale = staticmethod(_written)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Griffin(_MomentRule):
+    """GRIFFIN's rule (arXiv 2404.01365): mean squares, each token's scaled to a sum of 1."""
+
+    name: ClassVar[str] = "griffin"
+    scale = staticmethod(_squared_norm)
+    score = staticmethod(_spread)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GriffinNorm(_MomentRule):
+    """GRIFFIN's rule times the norm of what a neuron writes."""
+
+    name: ClassVar[str] = "griffin-norm"
+    scale = staticmethod(_squared_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energy(_MomentRule):
+    """The mean square of what a neuron adds to the output, all tokens alike."""
+
+    name: ClassVar[str] = "energy"
+    scale = staticmethod(_unscaled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Votes(Rule):
+    """The paper's votes (section 3.2).
+
+    Attributes:
+        alpha: share of a token's positive neurons that become its token-wise core neurons, in (0, 1].
+        budget: `per_token` gives each token alpha times its own count of positive neurons (the paper's text); `mean`
+            gives every token alpha times its own prompt's mean count (the authors' code), also where rows vote
+            together.
+    """
+
+    alpha: float = 0.4
     budget: Budget = "per_token"
+    name: ClassVar[str] = "votes"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("alpha", self.alpha)
+        check_name("budget", self.budget, BUDGETS)
+
+    def voting(self, counted: np.ndarray, mlp_size: int) -> Voting:
+        """How the tokens `counted` bool [B, T] vote."""
+        return make_voting(counted, mlp_size, self.alpha, self.budget)
+
+    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer:
+        """The votes of the counted tokens."""
+        return VoteCount(self.voting(counted, mlp_size), magnitudes=False)
+
+    @staticmethod
+    def score(sums: Sums, norms: Array, compensation: Array) -> Array:
+        """Scores that order neurons as votes do: by counts, then by sums of activations, then by index."""
+        return -_inverted(best_first(Tally(sums["votes"], sums["total"]))).astype(jnp.float32)
 
 
-def column_norms(params: Params) -> list[Array]:
-    """||w_n|| of every layer's neurons: float32 [F] each."""
-    return _column_norms([layer.mlp.down.weight for layer in params.layers])
+@dataclass(frozen=True, kw_only=True)
+class MagnitudeVotes(Votes):
+    """Votes on the magnitudes of activations: all neurons that are not zero compete."""
+
+    name: ClassVar[str] = "magnitude-votes"
+
+    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer:
+        """The votes of the counted tokens."""
+        return VoteCount(self.voting(counted, mlp_size), magnitudes=True)
+
+    @staticmethod
+    def score(sums: Sums, norms: Array, compensation: Array) -> Array:
+        """As of votes, ties broken by sums of magnitudes."""
+        return Votes.score(sums | {"total": sums["magnitudes"]}, norms, compensation)
 
 
-@jax.jit
-def _column_norms(weights: list[Array]) -> list[Array]:
-    return [column_norms_of(weight) for weight in weights]
+@dataclass(frozen=True, kw_only=True)
+class Norm(Rule):
+    """A floor: the norm of what a neuron writes, whatever the prompt."""
+
+    name: ClassVar[str] = "norm"
+
+    @staticmethod
+    def score(sums: Sums, norms: Array, compensation: Array) -> Array:
+        """Norms."""
+        return jnp.broadcast_to(norms[None, :], sums["total"].shape)
 
 
-def column_norms_of(weight: Array) -> Array:
-    """||w_n|| of the neurons of one down projection [D, F]: float32 [F]."""
-    return jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=0))
+@dataclass(frozen=True, kw_only=True)
+class Random(Rule):
+    """A floor: the same random order for every prompt."""
+
+    name: ClassVar[str] = "random"
+
+    @staticmethod
+    def score(sums: Sums, norms: Array, compensation: Array) -> Array:
+        """Random numbers."""
+        return jnp.broadcast_to(jax.random.uniform(jax.random.key(0), norms.shape)[None, :], sums["total"].shape)
+
+
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (Contribution, Votes, MagnitudeVotes, Griffin, GriffinNorm, Energy, Norm, Random)
+}
+
+
+def rule_named(rule: Rule | str) -> Rule:
+    """A rule, or the one of that name as it is by default.
+
+    Raises:
+        CoreInferError: there is none of that name.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    check_name("rule", rule, tuple(RULES))
+    return RULES[rule]()
 
 
 def with_prior(sums: Sums, prior: Sums, tokens: Array | float) -> Sums:
@@ -90,112 +330,3 @@ def _inverted(order: Array) -> Array:
     index = lax.broadcasted_iota(jnp.int32, order.shape, 1)
     rows = jnp.arange(order.shape[0])[:, None]
     return jnp.zeros(order.shape, jnp.int32).at[rows, order].set(index)
-
-
-def _common(activations: Array, norms: Array, voting: Voting) -> Sums:
-    """The sums every rule has, all tokens of equal weight."""
-    tokens = jnp.sum(voting.counted, axis=1, dtype=jnp.float32)
-    total = jnp.sum(jnp.where(voting.counted[:, :, None], activations, 0), axis=1, dtype=jnp.float32)
-    return {"tokens": tokens, "weight": tokens, "total": total}
-
-
-def _votes(activations: Array, norms: Array, voting: Voting) -> Sums:
-    """The paper's votes; where early tokens also count apart, theirs as well."""
-    votes = count_votes(activations, voting)
-    own = {"total": votes.sums, "votes": votes.counts.astype(jnp.float32)}
-    if votes.early is not None:
-        own |= {"early_total": votes.early.sums, "early_votes": votes.early.counts.astype(jnp.float32)}
-    return _common(activations, norms, voting) | own
-
-
-def votes_of(sums: Sums) -> Votes:
-    """The votes in the sums of the rule `votes`."""
-    early = Votes(sums["early_votes"], sums["early_total"]) if "early_votes" in sums else None
-    return Votes(sums["votes"], sums["total"], early)
-
-
-def _voted(sums: Sums, norms: Array, compensation: Array) -> Array:
-    """Scores that order neurons as votes do: by counts, then by sums of activations, then by index."""
-    return -_inverted(best_first(votes_of(sums))).astype(jnp.float32)
-
-
-def _magnitude_votes(activations: Array, norms: Array, voting: Voting) -> Sums:
-    """Votes on |a|: all neurons that are not zero compete."""
-    votes = count_votes(jnp.abs(activations), voting)
-    own = {"magnitudes": votes.sums, "votes": votes.counts.astype(jnp.float32)}
-    return _common(activations, norms, voting) | own
-
-
-def _voted_by_magnitude(sums: Sums, norms: Array, compensation: Array) -> Array:
-    return _voted(sums | {"total": sums["magnitudes"]}, norms, compensation)
-
-
-def _moments(activations: Array, norms: Array, voting: Voting, *, scale: Callable[[Array, Array], Array]) -> Sums:
-    """Weighted sums of activations and of their squares: a token's weight makes its `scale` 1, one of zeros has none.
-
-    Args:
-        activations: [B, T, F].
-        norms: ||w||, [F].
-        voting: who is counted.
-        scale: (activations float32 [B, T, F], norms) to [B, T].
-    """
-    wide = jnp.where(voting.counted[:, :, None], activations.astype(jnp.float32), 0)
-    scales = scale(wide, norms)
-    weights = jnp.where(voting.counted & (scales > 0), 1 / jnp.where(scales > 0, scales, 1), 0)
-    return {
-        "tokens": jnp.sum(voting.counted, axis=1, dtype=jnp.float32),
-        "weight": weights.sum(axis=1),
-        "total": jnp.sum(weights[:, :, None] * wide, axis=1),
-        "squares": jnp.sum(weights[:, :, None] * jnp.square(wide), axis=1),
-    }
-
-
-def _unscaled(wide: Array, norms: Array) -> Array:
-    return jnp.ones(wide.shape[:2], jnp.float32)
-
-
-def _squared_norm(wide: Array, norms: Array) -> Array:
-    return jnp.sum(jnp.square(wide), axis=-1)
-
-
-def _written(wide: Array, norms: Array) -> Array:
-    """Sum over neurons of the squared norms of what they add to the output."""
-    return jnp.sum(jnp.square(wide * norms[None, None, :]), axis=-1)
-
-
-def _spread(sums: Sums, norms: Array, compensation: Array) -> Array:
-    """Weighted sum of squares of a_n - compensation * mean a_n: what is lost of a_n when it is dropped."""
-    # Expanded: squares - 2 c total + c^2 weight, with c = compensation * total / weight.
-    counted_twice = compensation * (2 - compensation)
-    return sums["squares"] - counted_twice * mean_activations(sums) * sums["total"]
-
-
-def _spread_written(sums: Sums, norms: Array, compensation: Array) -> Array:
-    """`_spread` of a_n ||w_n||: what dropping the neuron changes in the output."""
-    return _spread(sums, norms, compensation) * jnp.square(norms)[None, :]
-
-
-def _by_norm(sums: Sums, norms: Array, compensation: Array) -> Array:
-    return jnp.broadcast_to(norms[None, :], sums["total"].shape)
-
-
-def _random(sums: Sums, norms: Array, compensation: Array) -> Array:
-    return jnp.broadcast_to(jax.random.uniform(jax.random.key(0), norms.shape)[None, :], sums["total"].shape)
-
-
-RULES: dict[str, Rule] = {
-    # What a neuron adds to the output, as a share of what its token's neurons add.
-    "contribution": Rule(partial(_moments, scale=_written), _spread_written),
-    # The paper's (section 3.2), its authors' budget, and both on magnitudes.
-    "votes": Rule(_votes, _voted),
-    "votes-mean-budget": Rule(_votes, _voted, "mean"),
-    "magnitude-votes": Rule(_magnitude_votes, _voted_by_magnitude),
-    # GRIFFIN's (arXiv 2404.01365), and with the norm of what a neuron writes.
-    "griffin": Rule(partial(_moments, scale=_squared_norm), _spread),
-    "griffin-norm": Rule(partial(_moments, scale=_squared_norm), _spread_written),
-    # Mean square of what a neuron adds to the output, all tokens alike.
-    "energy": Rule(partial(_moments, scale=_unscaled), _spread_written),
-    # Floors.
-    "norm": Rule(_common, _by_norm),
-    "random": Rule(_common, _random),
-}

@@ -4,9 +4,9 @@ Everything streams: votes are counted layer by layer inside the prefill, from on
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from math import floor
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,11 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
+from coreinfer_jax.checks import check_fraction, check_name
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.model.config import Budget, check_budget, check_fraction
+
+Budget = Literal["per_token", "mean"]
+BUDGETS: tuple[Budget, ...] = get_args(Budget)
 
 # float32 error that must not cost a token a neuron under the `mean` rule: alpha * mean is evaluated to about 3e-7, so
 # a product that truly lies less than this below a whole number counts as that number.
@@ -30,7 +33,6 @@ class Voting:
 
     Attributes:
         counted: bool [B, T]; False for padding and for a BOS token that is to be left out.
-        early: bool [B, T], the counted tokens whose votes are also counted apart, or None.
         budgets: int32 [F + 1]; floor(alpha * c) for c positive neurons, evaluated in float64.
         remainders: float32 [F + 1]; what that floor dropped.
         alpha: float32 [].
@@ -38,7 +40,6 @@ class Voting:
     """
 
     counted: Array
-    early: Array | None
     budgets: Array
     remainders: Array
     alpha: Array
@@ -46,32 +47,24 @@ class Voting:
 
 
 @struct.dataclass
-class Votes:
+class Tally:
     """What a layer's tokens voted.
 
     Attributes:
-        counts: int32 [B, F].
+        counts: int32 [B, F], or float32 where votes are weighed.
         sums: float32 [B, F] of activations, to break ties.
-        early: the same of the early tokens alone, None where nobody asked.
     """
 
     counts: Array
     sums: Array
-    early: "Votes | None" = None
 
 
-def make_voting(
-    counted: np.ndarray, mlp_size: int, alpha: float, budget: Budget, early: np.ndarray | None = None
-) -> Voting:
-    """The `Voting` of tokens `counted` bool [B, T] in a model with `mlp_size` (F) neurons per layer.
-
-    The votes of tokens `early` bool [B, T], some of the counted ones, are also counted apart.
-    """
+def make_voting(counted: np.ndarray, mlp_size: int, alpha: float, budget: Budget) -> Voting:
+    """The `Voting` of tokens `counted` bool [B, T] in a model with `mlp_size` (F) neurons per layer."""
     shares = alpha * np.arange(mlp_size + 1, dtype=np.float64)
     floors = np.floor(shares)
     return Voting(
         counted=jnp.asarray(counted),
-        early=None if early is None else jnp.asarray(early),
         budgets=jnp.asarray(floors.astype(np.int32)),
         remainders=jnp.asarray((shares - floors).astype(np.float32)),
         alpha=jnp.asarray(np.float32(alpha)),
@@ -79,12 +72,17 @@ def make_voting(
     )
 
 
-@jax.named_scope("votes")
-def count_votes(activations: Array, voting: Voting) -> Votes:
+def count_votes(activations: Array, voting: Voting) -> Tally:
     """Votes f(n) of activations [B, T, F]: in how many counted tokens neuron n is a token-wise core neuron."""
+    return count_each(activations, voting, (voting.counted,))[0]
+
+
+@jax.named_scope("votes")
+def count_each(activations: Array, voting: Voting, parts: tuple[Array, ...]) -> tuple[Tally, ...]:
+    """Votes of activations [B, T, F], apart for each of `parts`: bool [B, T], some of the counted tokens."""
     budgets = _budgets(activations, voting)
     # A CPU counts in its cache, block by block; an accelerator would start as many programs per block as for all.
-    return lax.platform_dependent(activations, budgets, voting, cpu=_count_by_blocks, default=_count_block)
+    return lax.platform_dependent(activations, budgets, parts, cpu=_count_by_blocks, default=_count_block)
 
 
 def token_core_neurons(activations: Array, voting: Voting) -> Array:
@@ -104,15 +102,14 @@ def _chosen(activations: Array, budgets: Array) -> Array:
     return _largest(_positive_patterns(activations), budgets, _unused_bits(activations.dtype))
 
 
-def _count_by_blocks(activations: Array, budgets: Array, voting: Voting) -> Votes:
+def _count_by_blocks(activations: Array, budgets: Array, parts: tuple[Array, ...]) -> tuple[Tally, ...]:
     """Votes of activations [B, T, F] with `budgets` [B, T], one block of tokens after the other."""
 
-    def votes_of(start: Array | int, size: int) -> Votes:
+    def votes_of(start: Array | int, size: int) -> tuple[Tally, ...]:
         def cut(array: Array) -> Array:
             return lax.dynamic_slice_in_dim(array, start, size, axis=1)
 
-        early = None if voting.early is None else cut(voting.early)
-        return _count_block(cut(activations), cut(budgets), replace(voting, counted=cut(voting.counted), early=early))
+        return _count_block(cut(activations), cut(budgets), tuple(map(cut, parts)))
 
     tokens = activations.shape[1]
     size = min(tokens, TOKENS_PER_BLOCK)
@@ -121,26 +118,24 @@ def _count_by_blocks(activations: Array, budgets: Array, voting: Voting) -> Vote
     start = blocks - (0 if rest else 1)
     first = votes_of(start * size, rest or size)
 
-    def add(i: Array, votes: Votes) -> Votes:
+    def add(i: Array, votes: tuple[Tally, ...]) -> tuple[Tally, ...]:
         return jax.tree.map(jnp.add, votes, votes_of(i * size, size))
 
     return lax.fori_loop(0, start, add, first)
 
 
-def _count_block(activations: Array, budgets: Array, voting: Voting) -> Votes:
+def _count_block(activations: Array, budgets: Array, parts: tuple[Array, ...]) -> tuple[Tally, ...]:
     """Votes of activations [B, T, F] with `budgets` [B, T], all tokens at once."""
     chosen = _chosen(activations, budgets)
-    early = None if voting.early is None else _tally(chosen, activations, voting.early, None)
-    return _tally(chosen, activations, voting.counted, early)
+    return tuple(_tally(chosen, activations, part) for part in parts)
 
 
-def _tally(chosen: Array, activations: Array, counted: Array, early: Votes | None) -> Votes:
+def _tally(chosen: Array, activations: Array, counted: Array) -> Tally:
     """The votes of tokens `counted` [B, T] for their token-wise core neurons `chosen` [B, T, F]."""
     mask = counted[:, :, None]
-    return Votes(
+    return Tally(
         counts=jnp.sum(chosen & mask, axis=1, dtype=jnp.int32),
         sums=jnp.sum(jnp.where(mask, activations, 0), axis=1, dtype=jnp.float32),
-        early=early,
     )
 
 
@@ -218,17 +213,15 @@ def kept_neurons(beta: float, mlp_size: int) -> int:
     return max(1, floor(beta * mlp_size + 1e-9))
 
 
-def most_voted(votes: Votes, kept: int) -> Array:
+def most_voted(votes: Tally, kept: int) -> Array:
     """Ascending int32 [..., K] indices of the `kept` neurons with the most votes of `votes` [..., F].
-
-    Counts may be weighted ones, floats.
 
     Ties go to the larger sum of activations, then to the lower index.
     """
     return jnp.sort(best_first(votes)[..., :kept], axis=-1)
 
 
-def best_first(votes: Votes) -> Array:
+def best_first(votes: Tally) -> Array:
     """All neurons of `votes` [..., F] in the order in which `most_voted` keeps them: int32 [..., F]."""
     index = lax.broadcasted_iota(jnp.int32, votes.counts.shape, votes.counts.ndim - 1)
     _, _, ranked = lax.sort((-votes.counts, -votes.sums, index), num_keys=2, is_stable=True)
@@ -263,7 +256,7 @@ def select_core_neurons(
     """
     check_fraction("alpha", alpha)
     check_fraction("beta", beta)
-    check_budget(budget)
+    check_name("budget", budget, BUDGETS)
     try:
         activations = jnp.asarray(activations)
     except (TypeError, ValueError) as error:

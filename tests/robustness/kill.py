@@ -105,7 +105,6 @@ def leftovers(folder: Path) -> list[Path]:
 
 def write_checkpoint(directory: Path) -> None:
     """A bfloat16 checkpoint of some hundred megabytes."""
-    from convert import TABLES
     from coreinfer_jax.io.config_json import model_config
     from coreinfer_jax.io.mapping import leaf_shapes, source_names
 
@@ -115,7 +114,7 @@ def write_checkpoint(directory: Path) -> None:
     shapes = leaf_shapes(config)
     tensors = {
         name if name == "lm_head.weight" else f"model.{name}": np.resize(np.roll(pool, i), shapes[leaf])
-        for i, (leaf, name) in enumerate(source_names(config, TABLES["llama"]).items())
+        for i, (leaf, name) in enumerate(source_names(config).items())
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(FIELDS))

@@ -10,15 +10,14 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from coreinfer_jax.engine.prompts import check_finite
+from coreinfer_jax.checks import check_finite
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.lab.analysis.inputs import LEAST_PAIRS, Inputs, Pairs
 from coreinfer_jax.lab.analysis.observe import core_masks
 from coreinfer_jax.lab.clustering.build import TOKENS_PER_DOCUMENT
 from coreinfer_jax.lab.clustering.counting import plan_batches
-from coreinfer_jax.model import extend
-from coreinfer_jax.model.cache import init_cache
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.lab.reading import read_whole
+from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.sparsity.votes import Voting, all_finite, count_votes, kept_neurons, make_voting
 from coreinfer_jax.text.documents import Documents
 
@@ -208,15 +207,12 @@ def _width(longest: int) -> int:
 @partial(jax.jit, static_argnames="kept")
 def _chosen(params: Params, tokens: Array, voting: Voting, *, kept: int) -> tuple[Array, Array]:
     """Binary core-neuron vectors bool [B, L, F], and whether all activations were finite."""
-    B, T = tokens.shape
-    cache = init_cache(params.config, B, T, params.token_embedding.dtype)
 
-    def observe(activations: Array) -> tuple[Array, Array]:
+    def observe(l: int, layer: Layer, activations: Array) -> tuple[Array, Array]:
         return core_masks(count_votes(activations, voting), kept), all_finite(activations, voting)
 
-    _, _, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
-    chosen, finite = zip(*observed, strict=True)
-    return jnp.stack(chosen, axis=1), jnp.stack(finite).all()
+    _, _, chosen, finite = read_whole(params, tokens, observe)
+    return jnp.stack(chosen, axis=1), finite
 
 
 def of_layer(packed: np.ndarray, layer: int, mlp_size: int) -> np.ndarray:

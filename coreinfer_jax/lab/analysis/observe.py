@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from tqdm import tqdm
 
-from coreinfer_jax.engine.prompts import check_finite
-from coreinfer_jax.model import extend
-from coreinfer_jax.model.cache import init_cache
+from coreinfer_jax.checks import check_finite
+from coreinfer_jax.lab.reading import batches, read_whole
+from coreinfer_jax.model import Observe
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.measures import membership
 from coreinfer_jax.sparsity.votes import (
-    Votes,
+    Tally,
     Voting,
     all_finite,
     kept_neurons,
@@ -28,15 +27,10 @@ from coreinfer_jax.sparsity.votes import (
 BATCH_TOKENS = 1024
 
 
-def batches(rows: np.ndarray, name: str) -> Iterator[tuple[np.ndarray, int]]:
-    """Texts int32 [n, T] in batches of one shape [B, T], the last filled up with its first row; and the real rows.
-
-    One shape, so that one program serves them all. A progress bar called `name` counts them.
-    """
-    B = max(1, min(len(rows), BATCH_TOKENS // rows.shape[1]))
-    for first in tqdm(range(0, len(rows), B), desc=name, unit="batch", disable=None):
-        batch = rows[first : first + B]
-        yield np.concatenate([batch, np.repeat(batch[:1], B - len(batch), axis=0)]), len(batch)
+def text_batches(rows: np.ndarray, name: str) -> Iterator[tuple[np.ndarray, int]]:
+    """Texts int32 [n, T] in batches of one shape [B, T], and the real rows of each (`batches`)."""
+    for chosen, real in batches(len(rows), BATCH_TOKENS // rows.shape[1], name):
+        yield rows[chosen], real
 
 
 def everyone(tokens: np.ndarray, mlp_size: int, alpha: float) -> Voting:
@@ -49,20 +43,21 @@ def within(marks: Sequence[int], tokens: int) -> Array:
     return jnp.asarray((np.arange(tokens)[None, :] < np.asarray(marks)[:, None]).astype(np.float32))
 
 
-def observed_votes(activations: Array, voting: Voting, lengths: Array) -> tuple[Votes, Array]:
-    """Votes [B, M, F] among the first tokens, as many as `lengths` (of `within`) says; whether all were finite.
+def observe_votes(voting: Voting, lengths: Array) -> Observe[tuple[Tally, Array]]:
+    """For `extend`: votes [B, M, F] of as many first tokens as `lengths` (of `within`) says; were all values finite."""
+    return lambda l, layer, activations: _votes_within(activations, voting, lengths)
 
-    For `extend`'s `observe`: activations [B, T, F] of one layer.
-    """
+
+def _votes_within(activations: Array, voting: Voting, lengths: Array) -> tuple[Tally, Array]:
     chosen = token_core_neurons(activations, voting).astype(jnp.float32)
     # In full float32: counts are whole numbers far below 2^24, exact in any order of summation.
     count = partial(jnp.einsum, "bmt,btf->bmf", precision=lax.Precision.HIGHEST)
     rows = jnp.broadcast_to(lengths[None], (activations.shape[0], *lengths.shape))
-    votes = Votes(counts=count(rows, chosen).astype(jnp.int32), sums=count(rows, activations.astype(jnp.float32)))
+    votes = Tally(counts=count(rows, chosen).astype(jnp.int32), sums=count(rows, activations.astype(jnp.float32)))
     return votes, all_finite(activations, voting)
 
 
-def votes_at(params: Params, tokens: np.ndarray, marks: Sequence[int], alpha: float) -> list[Votes]:
+def votes_at(params: Params, tokens: np.ndarray, marks: Sequence[int], alpha: float) -> list[Tally]:
     """The votes of every text's first tokens.
 
     Args:
@@ -72,7 +67,7 @@ def votes_at(params: Params, tokens: np.ndarray, marks: Sequence[int], alpha: fl
         alpha: share of a token's positive neurons it votes for.
 
     Returns:
-        Per layer, `Votes` of int32 and float32 [B, M, F].
+        Per layer, `Tally` of int32 and float32 [B, M, F].
 
     Raises:
         CoreInferError: activations that are NaN or infinite.
@@ -84,17 +79,13 @@ def votes_at(params: Params, tokens: np.ndarray, marks: Sequence[int], alpha: fl
 
 
 @jax.jit
-def _read(params: Params, tokens: Array, voting: Voting, lengths: Array) -> tuple[list[Votes], Array]:
-    B, T = tokens.shape
-    cache = init_cache(params.config, B, T, params.token_embedding.dtype)
-    observe = partial(observed_votes, voting=voting, lengths=lengths)
-    _, _, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
-    votes, finite = zip(*observed, strict=True)
-    return list(votes), jnp.stack(finite).all()
+def _read(params: Params, tokens: Array, voting: Voting, lengths: Array) -> tuple[list[Tally], Array]:
+    _, _, votes, finite = read_whole(params, tokens, observe_votes(voting, lengths))
+    return votes, finite
 
 
 @partial(jax.jit, static_argnames="kept")
-def core_masks(votes: Votes, kept: int) -> Array:
+def core_masks(votes: Tally, kept: int) -> Array:
     """Which neurons are sentence-wise core neurons: bool [..., F] of votes [..., F]."""
     F = votes.counts.shape[-1]
     chosen = most_voted(votes, kept)
@@ -102,7 +93,7 @@ def core_masks(votes: Votes, kept: int) -> Array:
 
 
 @partial(jax.jit, static_argnames="kept")
-def shared_between(votes: Votes, pairs: Array, kept: int) -> Array:
+def shared_between(votes: Tally, pairs: Array, kept: int) -> Array:
     """Share of core neurons that two lengths of a text have in common: float32 [B, P].
 
     Args:
@@ -132,7 +123,7 @@ def overlaps(
     places = jnp.asarray([[marks.index(a), marks.index(b)] for a, b in pairs], jnp.int32)
     kept = kept_neurons(beta, params.config.mlp_size)
     found = []
-    for tokens, real in batches(rows, name):
+    for tokens, real in text_batches(rows, name):
         layers = [shared_between(votes, places, kept) for votes in votes_at(params, tokens, marks, alpha)]
         found.append(np.mean([np.asarray(layer, np.float64)[:real] for layer in layers], axis=0))
     return np.concatenate(found)

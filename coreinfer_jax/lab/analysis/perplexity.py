@@ -1,7 +1,6 @@
 """Perplexity with fewer neurons: against alpha, token by token, and against beta, text by text (paper, Fig. 2)."""
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,15 +9,16 @@ import numpy as np
 import optax
 from jax import Array
 
-from coreinfer_jax.engine.prompts import check_finite
+from coreinfer_jax.checks import check_finite
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.analysis.inputs import Inputs
-from coreinfer_jax.lab.analysis.observe import batches, core_masks, everyone, observed_votes, within
-from coreinfer_jax.model import Edit, extend, observe_nothing, unembed
+from coreinfer_jax.lab.analysis.observe import core_masks, everyone, observe_votes, text_batches, within
+from coreinfer_jax.lab.reading import read_whole
+from coreinfer_jax.model import extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import KVCache, init_cache
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.votes import Votes, Voting, kept_neurons, token_core_neurons
+from coreinfer_jax.model.weights import Layer, Params
+from coreinfer_jax.sparsity.votes import Tally, Voting, kept_neurons, token_core_neurons
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MOST_PROMPT, CONTINUATION = 256, 128
@@ -40,7 +40,7 @@ def measure(inputs: Inputs) -> dict[str, Any]:
     size = tokens_needed(inputs.config)
     assert size is not None, "the part is left out where it does not fit"
     selection = inputs.corpus.select(size, inputs.texts)
-    rows = [_batch(inputs, tokens, real) for tokens, real in batches(selection.rows, "perplexity")]
+    rows = [_batch(inputs, tokens, real) for tokens, real in text_batches(selection.rows, "perplexity")]
     losses = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     found = {name: np.exp(values.mean(axis=0)).tolist() for name, values in losses.items()}
     if not np.isfinite([value for values in losses.values() for value in values.reshape(-1)]).all():
@@ -65,7 +65,7 @@ def _batch(inputs: Inputs, tokens: np.ndarray, real: int) -> dict[str, np.ndarra
     voting = everyone(tokens[:, :-1], F, inputs.alpha)
     dense, cache, votes, finite = _dense(params, read, following, voting, within((prompt, T), T))
     check_finite(finite, "activations")
-    empty = init_cache(params.config, B, T, params.token_embedding.dtype)
+    empty = init_cache(params.config, B, T, params.dtype)
     begin, middle = jnp.zeros(B, jnp.int32), jnp.full(B, prompt, jnp.int32)
 
     def narrowed(beta: float) -> tuple[Array, Array]:
@@ -94,23 +94,19 @@ def _batch(inputs: Inputs, tokens: np.ndarray, real: int) -> dict[str, np.ndarra
 @jax.jit
 def _dense(
     params: Params, read: Array, following: Array, voting: Voting, lengths: Array
-) -> tuple[Array, KVCache, list[Votes], Array]:
+) -> tuple[Array, KVCache, list[Tally], Array]:
     """Losses [B, T] of the full model, its cache, votes [B, M, F] per layer, whether all activations were finite."""
-    B, T = read.shape
-    cache = init_cache(params.config, B, T, params.token_embedding.dtype)
-    observe = partial(observed_votes, voting=voting, lengths=lengths)
-    hidden, cache, observed = extend(params, read, cache, jnp.zeros(B, jnp.int32), observe)
-    votes, finite = zip(*observed, strict=True)
-    return _losses(params, hidden, following), cache, list(votes), jnp.stack(finite).all()
+    hidden, cache, votes, finite = read_whole(params, read, observe_votes(voting, lengths))
+    return _losses(params, hidden, following), cache, votes, finite
 
 
 @jax.jit
 def _by_token(params: Params, read: Array, following: Array, voting: Voting) -> Array:
     """Mean losses [B] where every MLP output comes from the token's own token-wise core neurons."""
     B, T = read.shape
-    cache = init_cache(params.config, B, T, params.token_embedding.dtype)
+    cache = init_cache(params.config, B, T, params.dtype)
 
-    def edit(activations: Array, gated: Array) -> Array:
+    def edit(l: int, layer: Layer, activations: Array, gated: Array) -> Array:
         return jnp.where(token_core_neurons(activations, voting), activations, 0)
 
     hidden, _, _ = extend(params, read, cache, jnp.zeros(B, jnp.int32), observe_nothing, edit)
@@ -123,14 +119,12 @@ def _narrowed(params: Params, read: Array, following: Array, cache: KVCache, sta
 
     The same numbers as with narrowed weights, in shapes that do not depend on the keep ratio.
     """
-    hidden, _, _ = extend(params, read, cache, start, observe_nothing, _layer_by_layer(masks))
+
+    def edit(l: int, layer: Layer, activations: Array, gated: Array) -> Array:
+        return jnp.where(masks[l][:, None, :], activations, 0)
+
+    hidden, _, _ = extend(params, read, cache, start, observe_nothing, edit)
     return _losses(params, hidden, following).mean(axis=1)
-
-
-def _layer_by_layer(masks: list[Array]) -> Edit:
-    """An `edit` that applies one mask after the other; the decoder's layers are traced in order."""
-    remaining = iter(masks)
-    return lambda activations, gated: jnp.where(next(remaining)[:, None, :], activations, 0)
 
 
 def _losses(params: Params, hidden: Array, following: Array) -> Array:

@@ -1,7 +1,7 @@
 """How much of what a continuation needs each way of predicting finds, by length of the prompt (paper, section 3.3)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,13 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.lab.analysis.inputs import Inputs
-from coreinfer_jax.lab.analysis.observe import batches, core_masks, spread, votes_at
+from coreinfer_jax.lab.analysis.observe import core_masks, spread, text_batches, votes_at
 from coreinfer_jax.lab.clustering.build import VECTORS
 from coreinfer_jax.lab.clustering.grouping import deciding_layer, group_by_kmeans
-from coreinfer_jax.model.config import CoreConfig, ModelConfig
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.measures import fused, nearest_group, stability_figure
-from coreinfer_jax.sparsity.votes import Votes, kept_neurons, most_voted
+from coreinfer_jax.sparsity.similarity import Auto, Fused
+from coreinfer_jax.sparsity.votes import Tally, kept_neurons, most_voted
 
 LENGTHS = (4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 CONTINUATION = 128
@@ -56,14 +57,14 @@ def measure(inputs: Inputs) -> dict[str, Any]:
     assert size is not None, "the part is left out where it does not fit"
     grouped, tested = (inputs.corpus.select(size, inputs.texts, half) for half in (0, 1))
     groups, sizes = _groups(inputs, grouped.rows)
-    parts = [_batch(inputs, groups, tokens, real, lengths) for tokens, real in batches(tested.rows, "recall")]
+    parts = [_batch(inputs, groups, tokens, real, lengths) for tokens, real in text_batches(tested.rows, "recall")]
     recalls, figures, voted = (np.concatenate(part) for part in zip(*parts, strict=True))
     found = {
         truth: {method: spread(recalls[:, :, m, t]) for m, method in enumerate(METHODS)}
         for t, truth in enumerate(TRUTHS)
     }
     F = inputs.config.mlp_size
-    default = CoreConfig()
+    auto = Auto()
     return {
         **inputs.facts(),
         "texts": len(tested.rows),
@@ -72,8 +73,8 @@ def measure(inputs: Inputs) -> dict[str, Any]:
         "group_sizes": sizes,
         "deciding_layer": groups.layer,
         "vector_beta": VECTORS.beta,
-        "group_tokens": default.group_tokens,
-        "thresholds": {"least_stability": default.least_stability, "least_tokens": default.least_tokens},
+        "group_tokens": Fused().group_tokens,
+        "thresholds": {"least_stability": auto.least_stability, "least_tokens": auto.least_tokens},
         "continuation_tokens": CONTINUATION,
         "prompt_tokens": lengths,
         "chance": kept_neurons(inputs.beta, F) / F,
@@ -107,7 +108,7 @@ def _groups(inputs: Inputs, rows: np.ndarray) -> tuple[_Groups, list[int]]:
     F, size = inputs.config.mlp_size, rows.shape[1]
     layer = deciding_layer(inputs.config.num_layers)
     counts, vectors = [], []
-    for tokens, real in batches(rows, "groups"):
+    for tokens, real in text_batches(rows, "groups"):
         votes = votes_at(inputs.params, tokens, (size,), inputs.alpha)
         counts.append(np.stack([np.asarray(own.counts[:real, 0]).astype(np.uint16) for own in votes], axis=1))
         vectors.append(np.asarray(core_masks(votes[layer], kept_neurons(VECTORS.beta, F)))[:real, 0])
@@ -127,7 +128,7 @@ def _batch(
     votes = votes_at(inputs.params, tokens, marks, inputs.alpha)
     halves, wholes, ends = _places(marks, lengths)
     assigned = _assigned(votes[groups.layer], wholes, groups.centroids, kept=kept_neurons(VECTORS.beta, F))
-    prior, kept = np.float32(CoreConfig().group_tokens), kept_neurons(inputs.beta, F)
+    prior, kept = np.float32(Fused().group_tokens), kept_neurons(inputs.beta, F)
     layers = [
         _layer(own, (halves, wholes, ends), frequencies, assigned, prior, kept=kept)
         for own, frequencies in zip(votes, groups.frequencies, strict=True)
@@ -145,31 +146,31 @@ def _places(marks: Sequence[int], lengths: Sequence[int]) -> tuple[Array, Array,
     return halves, wholes, ends
 
 
-def _at(votes: Votes, places: Array) -> Votes:
+def _at(votes: Tally, places: Array) -> Tally:
     """Votes [B N, F] at N of the M marks of `votes` [B, M, F]."""
     F = votes.counts.shape[-1]
     return jax.tree.map(lambda array: array[:, places].reshape(-1, F), votes)
 
 
 @partial(jax.jit, static_argnames="kept")
-def _assigned(votes: Votes, places: Array, centroids: Array, *, kept: int) -> Array:
+def _assigned(votes: Tally, places: Array, centroids: Array, *, kept: int) -> Array:
     """The group of every prompt: int32 [B N]."""
     return nearest_group(_at(votes, places), kept, centroids)
 
 
 @partial(jax.jit, static_argnames="kept")
 def _layer(
-    votes: Votes, places: tuple[Array, Array, Array], frequencies: Array, assigned: Array, prior: Array, *, kept: int
+    votes: Tally, places: tuple[Array, Array, Array], frequencies: Array, assigned: Array, prior: Array, *, kept: int
 ) -> tuple[Array, Array, Array]:
     """One layer's recalls [B, N, methods, truths], stability figures [B, N] and shares that have votes [B, N]."""
     B, N = votes.counts.shape[0], len(places[0])
     early, own, end = (_at(votes, place) for place in places)
     following = jax.tree.map(jnp.subtract, end, own)
-    group = Votes(counts=frequencies[assigned], sums=jnp.zeros_like(own.sums))
+    group = Tally(counts=frequencies[assigned], sums=jnp.zeros_like(own.sums))
     predicted = [core_masks(each, kept) for each in (own, group, fused(own, frequencies[assigned], prior))]
     true = [core_masks(each, kept) for each in (end, following)]
     recalls = jnp.stack([jnp.stack([jnp.sum(p & t, axis=-1) for t in true], axis=-1) for p in predicted], axis=-2)
-    figure = stability_figure([replace(own, early=early)], [most_voted(own, kept)])
+    figure = stability_figure([early], [most_voted(own, kept)])
     voted = jnp.minimum(jnp.sum(own.counts > 0, axis=-1), kept).astype(jnp.float32) / kept
     shape = (B, N, len(METHODS), len(TRUTHS))
     return (recalls.astype(jnp.float32) / kept).reshape(shape), figure.reshape(B, N), voted.reshape(B, N)

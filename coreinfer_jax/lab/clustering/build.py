@@ -32,16 +32,15 @@ from coreinfer_jax.lab.clustering.grouping import (
     require_sklearn,
 )
 from coreinfer_jax.lab.clustering.storage import voting_settings, write_clusters
-from coreinfer_jax.model.config import CoreConfig
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.groups import Clusters
+from coreinfer_jax.sparsity.groups import Clusters, TextVectors
 from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import Documents
 
 # The paper's alpha, and its beta for the neurons that say what a text is about.
-VECTORS = CoreConfig.paper()
+VECTORS = TextVectors()
 TOKENS_PER_DOCUMENT = 256
 
 # Documents nearest to a group's centroid that are kept for people to look at, and how much of each.
@@ -53,7 +52,7 @@ def build_clusters(
     params: Params,
     tokenizer: Tokenizer,
     documents: Documents,
-    core: CoreConfig = VECTORS,
+    vectors: TextVectors = VECTORS,
     *,
     k: int | None = None,
     depth: float = DEPTH,
@@ -73,7 +72,7 @@ def build_clusters(
         params: dense weights.
         tokenizer: of the model.
         documents: from `read_documents`.
-        core: how tokens vote (alpha, budget, count_bos), and in `beta` the share of neurons in a document's vector.
+        vectors: how tokens vote, and the share of neurons in a document's vector.
         k: number of groups; None takes the labels, or finds it by the elbow (`group_by_kmeans`).
         depth: of the layer whose vectors decide, as a fraction.
         seed: of k-means.
@@ -86,24 +85,23 @@ def build_clusters(
     target = to_path(directory)
     refuse_existing(target)
     check_dense(params)
-    _check_arguments(tokenizer, documents, core)
-    core = CoreConfig(**voting_settings(core))
+    _check_arguments(tokenizer, documents, vectors)
     layer = deciding_layer(params.config.num_layers, depth)
     _check_settings(documents, k, seed, max_tokens)
     rows = _tokenised(documents, tokenizer, min(max_tokens, params.config.max_positions))
     batches = plan_batches([row for row, _ in rows])
-    model, dtype = fingerprint(params), params.token_embedding.dtype.name
+    model, dtype = fingerprint(params), params.dtype.name
     counting = {
         "model": model,
         "dtype": dtype,
         "tokens": rows_digest([row for row, _ in rows]),
         "max_tokens": max_tokens,
-        "voting": voting_settings(core),
+        "voting": voting_settings(vectors),
         "layer": layer,
     }
     with _kept_votes(target, counting) as votes:
-        vectors = _vectors(count_corpus(votes, params, batches, core, layer))
-        grouping = _group(vectors, documents, k, seed)
+        of_documents = _vectors(count_corpus(votes, params, batches, vectors, layer))
+        grouping = _group(of_documents, documents, k, seed)
         frequencies, tokens = _frequencies(votes, batches, grouping, params)
         clusters = Clusters(
             frequencies=frequencies,
@@ -111,7 +109,7 @@ def build_clusters(
             names=grouping.names,
             sizes=grouping.sizes,
             layer=layer,
-            core=core,
+            vectors=vectors,
             origin="k-means" if documents.labels is None else "topics",
             fingerprint=model,
         )
@@ -124,7 +122,7 @@ def build_clusters(
             "seed": seed,
             "tokens": tokens,
             "within": grouping.within,
-            "nearest": [_nearest(c, grouping, vectors, documents.texts) for c in range(len(grouping.names))],
+            "nearest": [_nearest(c, grouping, of_documents, documents.texts) for c in range(len(grouping.names))],
         }
         with new_directory(target) as partial:
             write_clusters(partial, clusters, facts, grouping.assigned)
@@ -132,13 +130,13 @@ def build_clusters(
     return clusters
 
 
-def _check_arguments(tokenizer: object, documents: object, core: object) -> None:
+def _check_arguments(tokenizer: object, documents: object, vectors: object) -> None:
     if not isinstance(documents, Documents):
         raise CoreInferError(f"documents={shown(documents)}: give Documents, for instance from read_documents")
     if documents.labels is not None and len(documents.labels) != len(documents.texts):
         raise CoreInferError(f"{len(documents.labels)} labels for {len(documents.texts)} texts: give one for each")
-    if not isinstance(core, CoreConfig):
-        raise CoreInferError(f"core={shown(core)}: give a CoreConfig by which tokens vote")
+    if not isinstance(vectors, TextVectors):
+        raise CoreInferError(f"vectors={shown(vectors)}: give TextVectors, which say how tokens vote")
     if tokenizer is None:
         raise CoreInferError("tokenizer=None: give the model's tokenizer, the second thing that load returns")
 

@@ -14,15 +14,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from coreinfer_jax.engine.prompts import check_finite
+from coreinfer_jax.checks import check_finite
 from coreinfer_jax.errors import CoreInferError, shown_name
 from coreinfer_jax.files import new_file
-from coreinfer_jax.model import extend
-from coreinfer_jax.model.cache import bucket, init_cache
-from coreinfer_jax.model.config import CoreConfig
-from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.choosers import counted_tokens
-from coreinfer_jax.sparsity.votes import Votes, Voting, all_finite, count_votes, kept_neurons, make_voting, most_voted
+from coreinfer_jax.lab.reading import read_whole
+from coreinfer_jax.model.cache import bucket
+from coreinfer_jax.model.weights import Layer, Params
+from coreinfer_jax.sparsity.choice import counted_tokens
+from coreinfer_jax.sparsity.groups import TextVectors
+from coreinfer_jax.sparsity.votes import Tally, Voting, all_finite, count_votes, kept_neurons, most_voted
 
 # A batch's activations [B, T, F] of one layer are the largest array of a pass.
 BATCH_TOKENS = 2048
@@ -93,7 +93,7 @@ def rows_digest(rows: Sequence[Sequence[int]]) -> str:
 
 
 def count_corpus(
-    directory: Path, params: Params, batches: Sequence[Batch], core: CoreConfig, layer: int
+    directory: Path, params: Params, batches: Sequence[Batch], vectors: TextVectors, layer: int
 ) -> Iterator[CountedBatch]:
     """The votes of all batches, in order; those that lie in `directory` already are read, the others counted and kept.
 
@@ -101,7 +101,7 @@ def count_corpus(
         directory: where batches are kept, one file each.
         params: dense weights.
         batches: from `plan_batches`.
-        core: how tokens vote, and in `beta` the share of neurons in a document's vector.
+        vectors: how tokens vote, and the share of neurons in a document's vector.
         layer: whose vectors are kept.
 
     Raises:
@@ -110,7 +110,7 @@ def count_corpus(
     for i, batch in enumerate(tqdm(batches, desc="counting votes", unit="batch", disable=None)):
         path = directory / f"votes-{i:06d}.safetensors"
         if not path.exists():
-            counted = _count(params, batch, core, layer)
+            counted = _count(params, batch, vectors, layer)
             with new_file(path) as partial_file:
                 save_file(counted, partial_file)
         yield read_counted(path, batch, params.config.mlp_size)
@@ -138,34 +138,29 @@ def read_counted(path: Path, batch: Batch, mlp_size: int) -> CountedBatch:
     return counted
 
 
-def _count(params: Params, batch: Batch, core: CoreConfig, layer: int) -> dict[str, np.ndarray]:
+def _count(params: Params, batch: Batch, vectors: TextVectors, layer: int) -> dict[str, np.ndarray]:
     config, real = params.config, len(batch.numbers)
+    F, kept = config.mlp_size, kept_neurons(vectors.beta, config.mlp_size)
     counted = np.zeros(batch.tokens.shape, bool)
-    counted[:real] = counted_tokens(core, batch.tokens[:real], batch.lengths[:real], 0, config)
-    voting = make_voting(counted, config.mlp_size, core.alpha, core.budget)
-    votes, chosen, finite = _read(
-        params, batch.tokens, voting, kept=kept_neurons(core.beta, config.mlp_size), layer=layer
-    )
+    counted[:real] = counted_tokens(batch.tokens[:real], batch.lengths[:real], 0, config, count_bos=vectors.count_bos)
+    votes, chosen, finite = _read(params, batch.tokens, vectors.votes.voting(counted, F), kept=kept, layer=layer)
     check_finite(finite, "activations")
-    vectors = np.zeros((real, config.mlp_size), bool)
-    np.put_along_axis(vectors, np.asarray(chosen)[:real], True, axis=1)
+    binary = np.zeros((real, F), bool)
+    np.put_along_axis(binary, np.asarray(chosen)[:real], True, axis=1)
     return {
         "numbers": np.array(batch.numbers, np.int64),
         "votes": np.asarray(votes)[:real].astype(np.uint16),
         "voters": counted[:real].sum(axis=1).astype(np.int64),
-        "vectors": np.packbits(vectors, axis=1),
+        "vectors": np.packbits(binary, axis=1),
     }
 
 
 @partial(jax.jit, static_argnames=("kept", "layer"))
 def _read(params: Params, tokens: Array, voting: Voting, *, kept: int, layer: int) -> tuple[Array, Array, Array]:
     """Votes int32 [B, L, F], the core neurons [B, K] of one layer, and whether all activations were finite."""
-    B, T = tokens.shape
-    cache = init_cache(params.config, B, T, params.token_embedding.dtype)
 
-    def observe(activations: Array) -> tuple[Votes, Array]:
+    def observe(l: int, layer: Layer, activations: Array) -> tuple[Tally, Array]:
         return count_votes(activations, voting), all_finite(activations, voting)
 
-    _, _, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
-    votes, finite = zip(*observed, strict=True)
-    return jnp.stack([own.counts for own in votes], axis=1), most_voted(votes[layer], kept), jnp.stack(finite).all()
+    _, _, votes, finite = read_whole(params, tokens, observe)
+    return jnp.stack([own.counts for own in votes], axis=1), most_voted(votes[layer], kept), finite

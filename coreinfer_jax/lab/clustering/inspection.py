@@ -1,15 +1,16 @@
 """What clusters are, for people: sizes, overlaps, the documents that stand for each group."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from coreinfer_jax.checks import check_fraction
 from coreinfer_jax.files import to_path
 from coreinfer_jax.lab.clustering.storage import read_clusters
-from coreinfer_jax.model.config import CoreConfig
 from coreinfer_jax.sparsity.groups import Clusters
+from coreinfer_jax.sparsity.similarity import Similarity
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +36,16 @@ def inspect_clusters(directory: str | os.PathLike[str], gamma: float | None = No
     Raises:
         CoreInferError: as `load_clusters`; a gamma outside (0, 1], or that published lists are too short for.
     """
-    core = CoreConfig(gamma=gamma)
+    if gamma is not None:
+        check_fraction("gamma", gamma)
     stored = read_clusters(to_path(directory))
-    if gamma is None:
-        core = replace(core, gamma=min(core.group_ratio, stored.clusters.largest_ratio()))
-    return Inspection(stored.clusters, dict(stored.facts), core.group_ratio, overlaps(stored.clusters, core))
+    ratio = min(Similarity().gamma, stored.clusters.largest_ratio()) if gamma is None else gamma
+    return Inspection(stored.clusters, dict(stored.facts), ratio, overlaps(stored.clusters, ratio))
 
 
-def overlaps(clusters: Clusters, core: CoreConfig) -> np.ndarray:
+def overlaps(clusters: Clusters, gamma: float) -> np.ndarray:
     """The share of K neurons that any two groups have in common, in every layer: float64 [L, C, C]."""
-    sets = clusters.sets(replace(core, layers=(0.0, 1.0)))
+    sets = clusters.sets(gamma, tuple(range(clusters.frequencies.shape[1])))
     C, L, F = clusters.frequencies.shape
     chosen = np.zeros((L, C, F), np.float64)
     for c, group in enumerate(sets):

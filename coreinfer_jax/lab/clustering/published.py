@@ -52,11 +52,11 @@ def import_published(
     """
     path, target = to_path(source), to_path(directory)
     refuse_existing(target)
-    core = replace(VECTORS, beta=beta)
+    vectors = replace(VECTORS, beta=beta)
     config, tensors = open_model(model_path(model))
     layer = deciding_layer(config.num_layers, depth)
     lists = read_lists(path, config)
-    kept = kept_neurons(core.beta, config.mlp_size)
+    kept = kept_neurons(vectors.beta, config.mlp_size)
     shortest = min(len(group[layer]) for group in lists)
     if shortest < kept:
         raise CoreInferError(
@@ -69,7 +69,7 @@ def import_published(
         names=tuple(f"group {c}" for c in range(len(lists))),
         sizes=(0,) * len(lists),
         layer=layer,
-        core=core,
+        vectors=vectors,
         origin="published",
         fingerprint=fingerprint_of(config, lambda name: thinned(tensors[name].read())),
     )

@@ -13,12 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.files import is_directory, read_json, to_path
-from coreinfer_jax.model.config import CoreConfig
-from coreinfer_jax.sparsity.groups import Clusters
+from coreinfer_jax.sparsity.groups import Clusters, TextVectors
+from coreinfer_jax.sparsity.rules import Votes
 
 MANIFEST, ARRAYS = "clusters.json", "clusters.safetensors"
 FORMAT, VERSION = "coreinfer_jax clusters", 1
-_VOTING = ("alpha", "beta", "budget", "count_bos")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +35,15 @@ class Stored:
     assigned: np.ndarray
 
 
-def voting_settings(core: CoreConfig) -> dict[str, Any]:
-    """What of `core` clusters follow from: how tokens vote, and a text's share of neurons."""
-    return {name: getattr(core, name) for name in _VOTING}
+def voting_settings(vectors: TextVectors) -> dict[str, Any]:
+    """How texts get their vectors, as files have it."""
+    votes = vectors.votes
+    return {"alpha": votes.alpha, "beta": vectors.beta, "budget": votes.budget, "count_bos": vectors.count_bos}
+
+
+def _text_vectors(voting: Mapping[str, Any]) -> TextVectors:
+    votes = Votes(alpha=voting["alpha"], budget=voting["budget"])
+    return TextVectors(votes=votes, beta=voting["beta"], count_bos=voting["count_bos"])
 
 
 def write_clusters(directory: Path, clusters: Clusters, facts: Mapping[str, Any], assigned: np.ndarray) -> None:
@@ -49,7 +54,7 @@ def write_clusters(directory: Path, clusters: Clusters, facts: Mapping[str, Any]
         "model": clusters.fingerprint,
         "origin": clusters.origin,
         "layer": clusters.layer,
-        "voting": voting_settings(clusters.core),
+        "voting": voting_settings(clusters.vectors),
         "names": clusters.names,
         "sizes": clusters.sizes,
         "facts": facts,
@@ -94,7 +99,7 @@ def _stored(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> St
         names=tuple(manifest["names"]),
         sizes=tuple(manifest["sizes"]),
         layer=manifest["layer"],
-        core=CoreConfig(**{name: manifest["voting"][name] for name in _VOTING}),
+        vectors=_text_vectors(manifest["voting"]),
         origin=manifest["origin"],
         fingerprint=manifest["model"],
     )

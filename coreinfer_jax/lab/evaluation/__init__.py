@@ -2,6 +2,6 @@
 
 from coreinfer_jax.lab.evaluation.calibrating import Bound, Calibrated, calibrate
 from coreinfer_jax.lab.evaluation.comparison import Texts, evaluate, read_prior
-from coreinfer_jax.lab.evaluation.measure import Setting
+from coreinfer_jax.lab.evaluation.settings import Foreknown, PerToken
 
-__all__ = ["Bound", "Calibrated", "Setting", "Texts", "calibrate", "evaluate", "read_prior"]
+__all__ = ["Bound", "Calibrated", "Foreknown", "PerToken", "Texts", "calibrate", "evaluate", "read_prior"]

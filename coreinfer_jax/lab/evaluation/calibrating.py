@@ -7,12 +7,13 @@ from typing import Any
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.lab.evaluation.comparison import Texts, check_settings, compare, prior_texts
-from coreinfer_jax.lab.evaluation.measure import Setting, collect
+from coreinfer_jax.lab.evaluation.measure import collect
 from coreinfer_jax.lab.evaluation.sensitivity import layer_gains
-from coreinfer_jax.model.config import PRIOR_RULE, CoreConfig
-from coreinfer_jax.model.weights import Calibration, Params
+from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import allocate
+from coreinfer_jax.sparsity.calibration import Calibration
 from coreinfer_jax.sparsity.narrow import check_dense
+from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import Corpus
 from coreinfer_jax.text.documents import Documents
@@ -95,19 +96,17 @@ def calibrate(
     """
     check_dense(params)
     default = CoreConfig()
-    settings = [
-        Setting(PRIOR_RULE, keep, default.compensation, default.prior_tokens, allocation=default.allocation)
-        for keep in KEEPS
-    ]
-    check_settings(params, settings, texts, default.alpha)
+    settings = [replace(default, beta=keep) for keep in KEEPS]
+    check_settings(params, settings, texts)
     corpus = Corpus(documents, tokenizer, texts.seed)
     tried, held_out = corpus.select(texts.tokens, LAYER_TEXTS, half=0), corpus.select(texts.tokens, texts.texts, half=1)
     known = prior_texts(corpus, params.config, half=0)
-    prior = collect(params, known, rules=(PRIOR_RULE,))
+    prior = collect(params, known, [default.ranking])
     gains = layer_gains(params, tried.rows, max(texts.prompt_tokens), prior)
-    found = Calibration(tuple(layer[PRIOR_RULE] for layer in prior), gains, default)
+    [sums] = prior.values()
+    found = Calibration(sums, gains, default)
     bounded, calibrated = bound != Bound(), replace(params, calibration=found)
-    results = compare(calibrated, held_out, settings, texts, alpha=default.alpha, prior=prior) if bounded else []
+    results = compare(calibrated, held_out, settings, texts, prior) if bounded else []
     core = _cheapest(results, bound) if bounded else default
     facts = {
         "data": documents.name,

@@ -1,17 +1,27 @@
 """`evaluate`: settings compared on documents, with intervals over documents."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.lab.evaluation.measure import PER_TOKEN, Measured, Setting, collect, measure
-from coreinfer_jax.model.config import MOST_PRIOR_TOKENS, ModelConfig, check_fraction, check_share
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.lab.evaluation.measure import Measured, collect, measure
+from coreinfer_jax.lab.evaluation.settings import (
+    RANKINGS,
+    Prior,
+    Setting,
+    alpha_of,
+    check_rows_apart,
+    chosen_by,
+    described,
+    kept_by,
+)
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params, weight_bytes_per_step
 from coreinfer_jax.sparsity.narrow import check_dense, narrowed_bytes
-from coreinfer_jax.sparsity.rules import RULES, Sums
+from coreinfer_jax.sparsity.rules import Rule
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import LEAST_TEXTS, Beginnings, Corpus, Selection
 from coreinfer_jax.text.documents import Documents
@@ -55,8 +65,7 @@ def evaluate(
     settings: Sequence[Setting],
     texts: Texts = Texts(),
     *,
-    alpha: float = 0.4,
-    prior: list[dict[str, Sums]] | None = None,
+    prior: Prior | None = None,
 ) -> list[dict[str, Any]]:
     """What each setting costs against the full model.
 
@@ -68,34 +77,27 @@ def evaluate(
         params: dense weights.
         tokenizer: of the model.
         documents: texts, those too short for the longest context and its continuation are passed over.
-        settings: to compare.
+        settings: to compare, each a `CoreConfig`, a `PerToken` or a `Foreknown`.
         texts: which texts, and how much of them.
-        alpha: share of a token's positive neurons that it votes for.
-        prior: sums over a corpus, from `read_prior`, for settings with `prior_tokens`.
+        prior: sums over a corpus, from `read_prior`, for rules with `prior_tokens`.
 
     Returns:
-        Per prompt length and setting: `bytes_per_token` (of weights), `kl` (nats per token), `agreement` (share of
-        tokens), `perplexity`, and that of the full model, each of these with `mean` and `ci95`, the percentile
-        bootstrap interval over documents; and each of them by decode position.
+        Per prompt length and setting: what was set, `bytes_per_token` (of weights), `kl` (nats per token), `agreement`
+        (share of tokens), `perplexity`, and that of the full model, each of these with `mean` and `ci95`, the
+        percentile bootstrap interval over documents; and each of them by decode position.
 
     Raises:
         CoreInferError: texts that are too few or too short, sizes that do not fit, a setting outside its range, prior
             tokens without a prior, logits that are NaN or infinite.
     """
     check_dense(params)
-    check_settings(params, settings, texts, alpha)
+    check_settings(params, settings, texts)
     selection = Corpus(documents, tokenizer, texts.seed).select(texts.tokens, texts.texts)
-    return compare(params, selection, settings, texts, alpha=alpha, prior=prior)
+    return compare(params, selection, settings, texts, prior)
 
 
 def compare(
-    params: Params,
-    selection: Selection,
-    settings: Sequence[Setting],
-    texts: Texts,
-    *,
-    alpha: float,
-    prior: list[dict[str, Sums]] | None,
+    params: Params, selection: Selection, settings: Sequence[Setting], texts: Texts, prior: Prior | None
 ) -> list[dict[str, Any]]:
     """`evaluate` on chosen texts, of `Texts.tokens` each."""
     longest = max(texts.prompt_tokens)
@@ -103,36 +105,43 @@ def compare(
     for length in texts.prompt_tokens:
         # The context ends where the longest does, so that all lengths are scored on the same tokens.
         rows = _switched(selection.rows, longest) if texts.switched else selection.rows
-        name = f"{length} tokens"
-        full, measured = measure(
-            params, rows[:, longest - length :], length, settings, alpha=alpha, prior=prior, name=name
-        )
-        common = {"prompt_tokens": length, "alpha": alpha, "texts": len(rows), "too_short": selection.too_short}
+        own = rows[:, longest - length :]
+        full, measured = measure(params, own, length, settings, prior=prior, name=f"{length} tokens")
         dense = {
             "dense_perplexity": perplexity(full, texts.seed),
             "dense_perplexity_by_position": perplexity_by_position(full),
         }
         results += [
-            common
-            | asdict(setting)
-            | {"bytes_per_token": bytes_per_token(params, setting)}
-            | summary(own, texts.seed)
-            | dense
-            for setting, own in zip(settings, measured, strict=True)
+            {
+                "prompt_tokens": length,
+                "alpha": alpha_of(setting),
+                "texts": len(rows),
+                "too_short": selection.too_short,
+                **described(setting),
+                "bytes_per_token": bytes_per_token(params, setting),
+                **summary(one, texts.seed),
+                **dense,
+            }
+            for setting, one in zip(settings, measured, strict=True)
         ]
     return results
 
 
 def bytes_per_token(params: Params, setting: Setting) -> int:
     """Bytes of weights that a decode step on the setting's neurons reads for one row."""
-    kept, F = setting.kept(params), params.config.mlp_size
+    kept, F = kept_by(setting, params), params.config.mlp_size
     left_out = [narrowed_bytes(params, (l,), F - int(K), 1) for l, K in enumerate(kept)]
     return weight_bytes_per_step(params, 1) - sum(left_out)
 
 
 def read_prior(
-    params: Params, tokenizer: Tokenizer, documents: Documents, *, alpha: float = 0.4, seed: int = 0
-) -> list[dict[str, Sums]]:
+    params: Params,
+    tokenizer: Tokenizer,
+    documents: Documents,
+    rules: Iterable[Rule] = tuple(RANKINGS.values()),
+    *,
+    seed: int = 0,
+) -> Prior:
     """What a model's neurons do over a corpus, for the `prior` of `evaluate`: sums over the beginnings of its texts.
 
     Args:
@@ -140,16 +149,16 @@ def read_prior(
         tokenizer: of the model.
         documents: texts, other ones than those to evaluate; at most 1024 tokens of each (fewer where the model has
             fewer positions), until there are 65536.
-        alpha: share of a token's positive neurons that it votes for.
+        rules: whose sums are wanted; by default those of every rule as it is by default.
         seed: of the order of documents.
 
     Returns:
-        Per layer and rule, `Sums` of [] and [F].
+        By rule, `Sums` of [] and [F] per layer.
 
     Raises:
         CoreInferError: texts that are too few or too short, activations that are NaN or infinite.
     """
-    return collect(params, prior_texts(Corpus(documents, tokenizer, seed), params.config), alpha)
+    return collect(params, prior_texts(Corpus(documents, tokenizer, seed), params.config), rules)
 
 
 def prior_texts(corpus: Corpus, config: ModelConfig, half: int | None = None) -> Beginnings:
@@ -157,17 +166,12 @@ def prior_texts(corpus: Corpus, config: ModelConfig, half: int | None = None) ->
     return corpus.beginnings(min(PRIOR_LENGTH, config.max_positions), PRIOR_TOKENS, half)
 
 
-def check_settings(params: Params, settings: Sequence[Setting], texts: Texts, alpha: float) -> None:
+def check_settings(params: Params, settings: Sequence[Setting], texts: Texts) -> None:
     """Refuse what can be refused without reading a text."""
-    check_fraction("alpha", alpha)
     for setting in settings:
-        if setting.rule not in RULES and setting.rule not in PER_TOKEN:
-            raise CoreInferError(f"rule {shown(setting.rule)}: give some of {', '.join((*RULES, *PER_TOKEN))}")
-        check_fraction("keep", setting.keep)
-        check_share("compensation", setting.compensation)
-        if not 0 <= setting.prior_tokens <= MOST_PRIOR_TOKENS:
-            raise CoreInferError(f"prior tokens {setting.prior_tokens}: give a number from 0 to 1e9")
-        setting.kept(params)  # refuses layers that select none
+        own = chosen_by(setting)
+        own.narrowed_layers(params.config.num_layers)  # refuses layers that select none
+        check_rows_apart(own)
     sizes = (*texts.prompt_tokens, texts.continuation)
     if not texts.prompt_tokens or min(sizes) < 1:
         raise CoreInferError("prompt and continuation tokens: give whole numbers of at least 1")

@@ -4,45 +4,40 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from coreinfer_jax.engine.generation import generate
 from coreinfer_jax.engine.results import Generation
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.evaluation.comparison import interval
-from coreinfer_jax.lab.evaluation.measure import PER_TOKEN, Setting
-from coreinfer_jax.model.config import PRIOR_RULE, CoreConfig
+from coreinfer_jax.lab.evaluation.settings import Foreknown, PerToken, Setting
+from coreinfer_jax.lab.reading import batches
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.narrow import check_dense
+from coreinfer_jax.sparsity.stability import CoreConfig
 
 ROWS = 8
 # Tokens of what counts as repeated when it comes again.
 PHRASE = 4
 
 
-def core_of(setting: Setting, alpha: float) -> CoreConfig:
-    """How `generate` chooses as a setting does.
+def generating(settings: Sequence[Setting], params: Params | None = None) -> list[CoreConfig]:
+    """The settings, if `generate` can choose as they do, for `params` where they are loaded.
 
     Raises:
-        CoreInferError: a rule by which no set can be kept for a generation.
+        CoreInferError: one by which no set can be kept for a generation.
     """
-    if setting.rule in PER_TOKEN:
-        raise CoreInferError(f"rule {setting.rule!r}: gives every token neurons of its own, and generates nothing")
-    if setting.known != "context":
-        raise CoreInferError("what is to be generated is not known before: a setting that knows it generates nothing")
-    if setting.prior_tokens and setting.rule != PRIOR_RULE:
-        raise CoreInferError(f"rule {setting.rule!r}: generates without a prior; give it no prior tokens")
-    mean = setting.rule == "votes-mean-budget"
-    return CoreConfig(
-        alpha=alpha,
-        beta=setting.keep,
-        budget="mean" if mean else "per_token",
-        layers=setting.layers,
-        prior_tokens=setting.prior_tokens,
-        rule="votes" if mean else setting.rule,  # type: ignore[arg-type]
-        compensation=setting.compensation,
-        allocation=setting.allocation,
-    )
+    cores = []
+    for setting in settings:
+        if isinstance(setting, PerToken):
+            raise CoreInferError(f"rule {setting.rule!r}: gives every token neurons of its own, and generates nothing")
+        if isinstance(setting, Foreknown):
+            raise CoreInferError(
+                "what is to be generated is not known before: a setting that knows it generates nothing"
+            )
+        if params is not None:
+            setting.check(params, None, ROWS)
+        cores.append(setting)
+    return cores
 
 
 def free_running(
@@ -68,14 +63,11 @@ def free_running(
     check_dense(params)
     choices: list[CoreConfig | None] = [None, *cores]
     made: list[list[list[int]]] = [[] for _ in choices]
-    rows = min(ROWS, len(prompts))
-    for first in tqdm(range(0, len(prompts), ROWS), desc="generating", unit="batch", disable=None, leave=False):
+    for chosen, real in batches(len(prompts), ROWS, "generating"):
         for texts, core in zip(made, choices, strict=True):
-            batch, eos_ids = prompts[first : first + ROWS], params.config.eos_ids
-            # Filled up, so that the last batch runs the programs of the others.
-            filled = np.concatenate([batch, np.repeat(batch[:1], rows - len(batch), axis=0)])
-            out = generate(params, filled, core, max_new_tokens=new_tokens, eos_ids=eos_ids)
-            texts += _texts(out)[: len(batch)]
+            eos_ids = params.config.eos_ids
+            out = generate(params, prompts[chosen], core, max_new_tokens=new_tokens, eos_ids=eos_ids)
+            texts += _texts(out)[:real]
     return [_figures(texts, made[0], seed) for texts in made]
 
 

@@ -8,17 +8,16 @@ those of the full model; there is no such mode but `core=None`.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar
-
-from tqdm import tqdm
+from typing import Any
 
 from coreinfer_jax.engine.generation import stream
-from coreinfer_jax.engine.request import Recommended, resolved
 from coreinfer_jax.engine.scoring import score_continuations
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.model.config import CoreConfig
+from coreinfer_jax.lab.evaluation.settings import check_rows_apart
+from coreinfer_jax.lab.reading import batches
 from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.choice import Chooser
+from coreinfer_jax.sparsity.choosers import Recommended, resolved
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 from coreinfer_jax.text import Tokenizer
@@ -38,7 +37,6 @@ ROLLING_CONTEXT = 64
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SETTINGS = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p")
 
-Item = TypeVar("Item")
 Score = tuple[float, bool]
 Pair = tuple[list[int], list[int]]
 
@@ -69,7 +67,7 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
         tokenizer: of the model.
         core: how core neurons are chosen; None is the full model.
         groups: for the methods of `core` that use them.
-        batch_size: B.
+        batch_size: B, rows at a time.
         name: of the model, in results.
         seed: for tasks that draw tokens; what is drawn depends on the rows of a batch.
 
@@ -84,7 +82,7 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
         self,
         params: Params,
         tokenizer: Tokenizer,
-        core: CoreConfig | Recommended | None = "recommended",
+        core: Chooser | Recommended | None = "recommended",
         *,
         groups: Groups | None = None,
         batch_size: int = BATCH_SIZE,
@@ -97,8 +95,7 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
             raise CoreInferError("core: neurons of one prompt serve no other; give a CoreConfig, or None")
         if batch_size < 1:
             raise CoreInferError(f"batch_size={shown(batch_size)}: give a whole number of at least 1")
-        if chosen is not None and not chosen.per_row:
-            raise CoreInferError("per_row=False: a score would depend on the rest of its batch; take per_row=True")
+        check_rows_apart(chosen)
         self._params, self._text, self._core, self._groups = params, tokenizer, chosen, groups
         self._batch_size, self._name, self._seed = batch_size, name, seed
         self._start = tokenizer.encode("")  # what a text begins with: BOS or nothing
@@ -202,19 +199,17 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
         narrowed = [(prefix + first[:known], first[known:]), *later]
         return [(prefix, first[:known])], [pair for pair in narrowed if pair[1]]
 
-    def _score(self, pairs: Sequence[Pair], core: CoreConfig | None) -> list[Score]:
+    def _score(self, pairs: Sequence[Pair], core: Chooser | None) -> list[Score]:
         """Log-probabilities of continuations, and whether every token was the most probable."""
         cut = [self._fitting(*pair) for pair in pairs]
         scores: list[Score] = [(0.0, True)] * len(cut)
         groups = None if core is None else self._groups
         order = sorted(range(len(cut)), key=lambda i: (-len(cut[i][0]), -len(cut[i][1])))
-        with _bar(len(cut), "scoring") as bar:
-            for batch in _batches(order, self._batch_size):
-                contexts, continuations = zip(*(cut[i] for i in _filled(batch, self._size(order))), strict=True)
-                found = score_continuations(self._params, contexts, continuations, core, groups=groups)
-                for i, logprobs, is_best in zip(batch, found.logprobs, found.is_best, strict=False):
-                    scores[i] = (float(logprobs.sum()), bool(is_best.all()))
-                bar.update(len(batch))
+        for batch, real in self._batches(order, "scoring"):
+            contexts, continuations = zip(*(cut[i] for i in batch), strict=True)
+            found = score_continuations(self._params, contexts, continuations, core, groups=groups)
+            for i, logprobs, is_best in zip(batch[:real], found.logprobs, found.is_best, strict=False):
+                scores[i] = (float(logprobs.sum()), bool(is_best.all()))
         return scores
 
     def _fitting(self, context: list[int], continuation: list[int]) -> Pair:
@@ -226,9 +221,9 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
             )
         return self._last(context, self.max_length + 1 - len(continuation)), continuation
 
-    def _last(self, context: list[int], room: int) -> list[int]:
-        self.truncated += len(context) > room
-        return context[-room:]
+    def _last(self, context: list[int], most: int) -> list[int]:
+        self.truncated += len(context) > most
+        return context[-most:]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Per (context, settings): the text that `generate` adds, cut before the first of the texts `until`.
@@ -243,32 +238,30 @@ class CoreInferLM(TemplateLM):  # type: ignore[misc] # lm_eval is not typed
         kinds: dict[str, list[int]] = {}
         for i, (_, settings) in enumerate(arguments):
             kinds.setdefault(json.dumps(settings, sort_keys=True), []).append(i)
-        texts = [""] * len(arguments)
-        with _bar(len(arguments), "generating") as bar:
-            for members in kinds.values():
-                wanted = wanted_of(arguments[members[0]][1])
-                prompts = {i: self._prompt(arguments[i][0], wanted) for i in members}
-                order = sorted(members, key=lambda i: -len(prompts[i]))
-                for batch in _batches(order, self._batch_size):
-                    made = self._generate([prompts[i] for i in _filled(batch, self._size(order))], wanted)
-                    for i, text in zip(batch, made, strict=False):
-                        texts[i] = text
-                    bar.update(len(batch))
+        made: dict[int, str] = {}
+        for members in kinds.values():
+            wanted = wanted_of(arguments[members[0]][1])
+            prompts = {i: self._prompt(arguments[i][0], wanted) for i in members}
+            for batch, real in self._batches(sorted(members, key=lambda i: -len(prompts[i])), "generating"):
+                made |= dict(zip(batch[:real], self._generate([prompts[i] for i in batch], wanted), strict=False))
+        texts = [made[i] for i in range(len(arguments))]
         for request, text in zip(arguments, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request, text)
         return texts
 
-    def _size(self, order: Sequence[int]) -> int:
-        return min(self._batch_size, len(order))
+    def _batches(self, order: Sequence[int], name: str) -> Iterator[tuple[list[int], int]]:
+        """Requests, in this order, in batches of one shape, and how many of each batch are real."""
+        for places, real in batches(len(order), self._batch_size, name):
+            yield [order[place] for place in places], real
 
     def _prompt(self, context: str, wanted: Wanted) -> list[int]:
-        room = self.max_length - wanted.new_tokens
-        if room < 1:
+        most = self.max_length - wanted.new_tokens
+        if most < 1:
             raise CoreInferError(
                 f"max_gen_toks={wanted.new_tokens}: leaves no room for a context in the model's {self.max_length} "
                 "positions; take a model with more, or a task that asks for fewer"
             )
-        return self._last(self.tok_encode(context) or [self.prefix_token_id], room)
+        return self._last(self.tok_encode(context) or [self.prefix_token_id], most)
 
     def _generate(self, prompts: list[list[int]], wanted: Wanted) -> list[str]:
         eos_ids = {*self._params.config.eos_ids}
@@ -324,18 +317,3 @@ def cut_before(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     for stop in filter(None, stops):
         cut = cut.split(stop)[0]
     return cut, len(cut) < len(text)
-
-
-def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    remaining = iter(items)
-    while batch := list(islice(remaining, size)):
-        yield batch
-
-
-def _filled(batch: list[Item], size: int) -> list[Item]:
-    """`batch` with copies of its first item, so that all batches have one shape."""
-    return batch + batch[:1] * (size - len(batch))
-
-
-def _bar(total: int, name: str) -> Any:
-    return tqdm(total=total, desc=name, unit="request", disable=None, leave=False)

@@ -1,17 +1,16 @@
 """What settings cost on texts: differences from the full model, per text and position of its continuation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm import tqdm
 
-from coreinfer_jax.engine.prompts import check_finite
+from coreinfer_jax.checks import check_finite
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.evaluation.passes import (
     Differences,
@@ -22,54 +21,33 @@ from coreinfer_jax.lab.evaluation.passes import (
     with_best_of_each_token,
     with_fixed_sets,
 )
+from coreinfer_jax.lab.evaluation.settings import (
+    PER_TOKEN,
+    RANKINGS,
+    Foreknown,
+    PerToken,
+    Prior,
+    Setting,
+    chosen_by,
+    kept_by,
+    without_prior,
+)
+from coreinfer_jax.lab.reading import batches
 from coreinfer_jax.model.cache import bucket
-from coreinfer_jax.model.config import Allocation, CoreConfig, ModelConfig
-from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.allocate import allocate
-from coreinfer_jax.sparsity.rules import RULES, Sums, column_norms, mean_activations, places, with_prior
-from coreinfer_jax.sparsity.votes import Voting, make_voting
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.weights import Linear, Params
+from coreinfer_jax.sparsity.ranking import scored
+from coreinfer_jax.sparsity.rules import Rule, Sums, mean_activations, places
+from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.text.corpus import Beginnings
 
 # A batch's logits, float32 [B, T, V] of continuations, and a layer's activations are its largest arrays.
 BATCH_LOGITS, BATCH_TOKENS = 1 << 24, 4096
-# Rules that give every token neurons of its own, by a magnitude: of the activation (as TEAL does, arXiv 2408.14690), of
-# what the neuron writes (WINA, 2505.19427), of the gate (CATS, 2404.08763, which thereby need not read all of `up`).
-PER_TOKEN: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "token-magnitude": lambda activations, gated, norms: jnp.abs(activations),
-    "token-norm": lambda activations, gated, norms: jnp.abs(activations) * norms[None, None, :],
-    "token-gate": lambda activations, gated, norms: jnp.abs(gated),
-}
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A choice of neurons.
-
-    Attributes:
-        rule: one of `RULES` or `PER_TOKEN`.
-        keep: share of F that is kept, in (0, 1].
-        compensation: at which share of their mean activation, over the tokens the rule saw, dropped neurons stand.
-        prior_tokens: how many tokens of its own a corpus adds to the context's sums.
-        known: what the rule sees: the context, or, as a ceiling, the continuation itself.
-        layers: which layers are narrowed, as fractions of depth.
-        allocation: how `keep` is shared out over them.
-
-    Rules of `PER_TOKEN` take `keep`, `layers` and `allocation` only.
-    """
-
-    rule: str
-    keep: float
-    compensation: float = 0.0
-    prior_tokens: float = 0.0
-    known: Literal["context", "continuation"] = "context"
-    layers: tuple[float, float] = (0.0, 1.0)
-    allocation: Allocation = "equal"
-
-    def kept(self, params: Params) -> np.ndarray:
-        """Neurons kept per layer of a model, by its calibration: int32 [L], F where a layer stays dense."""
-        core = CoreConfig(beta=self.keep, layers=self.layers, allocation=self.allocation)
-        gains = None if params.calibration is None else params.calibration.gains
-        return np.array(allocate(core, params.config, gains), np.int32)
+# What a setting sums up of a text: a rule's sums, over all tokens or without a leading BOS.
+Observed: TypeAlias = tuple[Rule, bool]
+# Per layer, each neuron's place in the order of a rule, and what stands for it where it is dropped, [B, F] each.
+Ranked: TypeAlias = tuple[list[Array], list[Array]]
 
 
 @dataclass(frozen=True)
@@ -87,8 +65,7 @@ def measure(
     context: int,
     settings: Sequence[Setting],
     *,
-    alpha: float = 0.4,
-    prior: list[dict[str, Sums]] | None = None,
+    prior: Prior | None = None,
     name: str = "evaluating",
 ) -> tuple[np.ndarray, list[Measured]]:
     """Losses of the full model on continuations, float32 [n, T], and what each setting changes.
@@ -99,32 +76,27 @@ def measure(
             from the full model in any case and is not scored.
         context: tokens that the full model reads.
         settings: to compare.
-        alpha: share of a token's positive neurons that it votes for.
-        prior: per layer and rule, sums [F] over a corpus, for settings with `prior_tokens`.
+        prior: sums over a corpus, for rules with `prior_tokens`.
         name: of the progress bar.
 
     Raises:
-        CoreInferError: settings with `prior_tokens` and no `prior`, or none of their rule; logits that are NaN or
-            infinite.
+        CoreInferError: rules with `prior_tokens` that `prior` has no sums for; logits that are NaN or infinite.
     """
-    with_one = {setting.rule for setting in settings if setting.prior_tokens}
-    if with_one and prior is None:
-        raise CoreInferError("prior tokens are of a prior: give one, from read_prior")
-    if unknown := with_one - set(prior[0] if prior else ()):
-        raise CoreInferError(f"the prior has no sums for {', '.join(sorted(unknown))}: give those no prior tokens")
-    kept = [setting.kept(params) for setting in settings]
+    cores = [own for setting in settings if isinstance(own := chosen_by(setting), CoreConfig)]
+    prior = {} if prior is None else prior
+    _check_prior((core.ranking for core in cores), prior)
+    kept = [kept_by(setting, params) for setting in settings]
     params = params.weights
-    norms = column_norms(params)
-    rules = tuple(sorted({setting.rule for setting in settings if setting.rule in RULES}))
+    observed = {_observed(core): core for core in cores}
     full, parts = [], []
     for chosen, real in _batches(rows, rows.shape[1] - 1 - context, params.config, name):
         tokens = rows[chosen]
-        reading = _read(params, tokens, norms, context, alpha, rules)
+        reading = _read(params, tokens[:, :-1], context, observed.values())
         check_finite(reading.finite)
         rest, following = jnp.asarray(tokens[:, context:-1]), jnp.asarray(tokens[:, context + 1 :])
-        choose = _chooser(reading, norms, prior)
+        ranked = _ranker(params, reading, list(observed), prior)
         differences = [
-            _difference(params, reading, rest, following, norms, setting, own, choose)
+            _difference(params, reading, rest, following, setting, own, ranked)
             for setting, own in zip(settings, kept, strict=True)
         ]
         full.append(np.asarray(losses(reading.logits, following))[:real])
@@ -136,35 +108,33 @@ def measure(
     return np.concatenate(full), joined
 
 
-def collect(
-    params: Params, texts: Beginnings, alpha: float = 0.4, rules: Sequence[str] = tuple(RULES)
-) -> list[dict[str, Sums]]:
-    """A prior: per layer and rule, the sums [] and [F] over all tokens of texts.
+def _check_prior(rules: Iterable[Rule], prior: Prior) -> None:
+    missing = sorted({rule.name for rule in rules if rule.prior_tokens and without_prior(rule) not in prior})
+    if missing:
+        raise CoreInferError(f"prior tokens are of a prior: give one of {', '.join(missing)}, from read_prior, or none")
+
+
+def collect(params: Params, texts: Beginnings, rules: Iterable[Rule] = tuple(RANKINGS.values())) -> Prior:
+    """A prior: the sums of rules over all tokens of texts.
 
     Raises:
         CoreInferError: activations that are NaN or infinite.
     """
-    total: list[dict[str, Sums]] | None = None
-    params = params.weights
-    norms = column_norms(params)
+    total: list[list[Sums]] | None = None
+    params, rules = params.weights, list(dict.fromkeys(map(without_prior, rules)))
     for tokens, counted in _by_width(texts, params.config):
-        votings = _votings(counted, params.config.mlp_size, alpha, tuple(rules))
-        sums, finite = read_corpus(params, jnp.asarray(tokens), norms, votings, rules=tuple(rules))
+        observers = [rule.observer(counted, params.config.mlp_size) for rule in rules]
+        sums, finite = read_corpus(params, jnp.asarray(tokens), observers)
         check_finite(finite, "activations")
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     assert total is not None, "there are texts"
-    return total
+    return dict(zip(rules, zip(*total, strict=True), strict=True))
 
 
 def _batches(rows: np.ndarray, scored: int, config: ModelConfig, name: str) -> Iterator[tuple[np.ndarray, int]]:
-    """Which of the texts are in each batch, the last filled up with its first row, and how many rows are real.
-
-    They are as large as their activations and the logits of `scored` tokens each allow.
-    """
-    B = max(1, min(len(rows), BATCH_LOGITS // (scored * config.vocab_size), BATCH_TOKENS // rows.shape[1]))
-    for first in tqdm(range(0, len(rows), B), desc=name, unit="batch", disable=None, leave=False):
-        batch = np.arange(first, min(first + B, len(rows)))
-        yield np.concatenate([batch, np.full(B - len(batch), first)]), len(batch)
+    """`batches` of texts as large as their activations and the logits of `scored` tokens each allow."""
+    most = min(BATCH_LOGITS // (scored * config.vocab_size), BATCH_TOKENS // rows.shape[1])
+    return batches(len(rows), most, name)
 
 
 def _by_width(texts: Beginnings, config: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -178,55 +148,59 @@ def _by_width(texts: Beginnings, config: ModelConfig) -> Iterator[tuple[np.ndarr
             yield rows[chosen], np.arange(width)[None, :] < ends[:, None]
 
 
-def _votings(counted: np.ndarray, mlp_size: int, alpha: float, rules: tuple[str, ...]) -> dict[str, Voting]:
-    """By budget, the votes of tokens `counted` bool [B, T]."""
-    return {budget: make_voting(counted, mlp_size, alpha, budget) for budget in {RULES[rule].budget for rule in rules}}
+def _observed(core: CoreConfig) -> Observed:
+    return without_prior(core.ranking), core.count_bos
 
 
-def _read(
-    params: Params, tokens: np.ndarray, norms: list[Array], context: int, alpha: float, rules: tuple[str, ...]
-) -> Reading:
-    counted = np.ones((tokens.shape[0], tokens.shape[1] - 1), bool)
-    parts = counted[:, :context], counted[:, context:]
-    first, second = (_votings(part, params.config.mlp_size, alpha, rules) for part in parts)
-    votings = {budget: (own, second[budget]) for budget, own in first.items()}
-    return read(params, jnp.asarray(tokens[:, :-1]), norms, votings, context=context, rules=rules)
+def _read(params: Params, tokens: np.ndarray, context: int, cores: Iterable[CoreConfig]) -> Reading:
+    """The full model over `tokens` [B, T], with what each of `cores` observes of the context and of the rest."""
+    B, config = len(tokens), params.config
+    parts = (tokens[:, :context], 0), (tokens[:, context:], context)
+    observers = [
+        tuple(
+            core.observer(core.counted(part, np.full(B, part.shape[1]), cached, config), config.mlp_size)
+            for part, cached in parts
+        )
+        for core in cores
+    ]
+    return read(params, jnp.asarray(tokens), observers, context=context)
 
 
-Chosen = tuple[list[Array], list[Array]]
+def _ranker(
+    params: Params, reading: Reading, observed: Sequence[Observed], prior: Prior
+) -> Callable[[Setting], Ranked]:
+    """What ranks neurons for a setting; once for all keep ratios."""
+    downs = [layer.mlp.down for layer in params.layers]
+    known: dict[tuple[object, ...], Ranked] = {}
 
-
-def _chooser(reading: Reading, norms: list[Array], prior: list[dict[str, Sums]] | None) -> Callable[[Setting], Chosen]:
-    """Places, and what stands for dropped neurons, [B, F] per layer; computed once for all keep ratios."""
-    known: dict[tuple[object, ...], Chosen] = {}
-
-    def choose(setting: Setting) -> Chosen:
-        key = (setting.rule, setting.compensation, setting.prior_tokens, setting.known)
+    def ranked(setting: Setting) -> Ranked:
+        core = chosen_by(setting)
+        assert isinstance(core, CoreConfig), "tokens rank for themselves"
+        rule, foreknown = core.ranking, isinstance(setting, Foreknown)
+        key = rule, core.compensation, core.count_bos, foreknown
         if key not in known:
-            seen = reading.context if setting.known == "context" else reading.continuation
-            own = [layer[setting.rule] for layer in seen]
-            corpus = [layer[setting.rule] for layer in prior] if prior and setting.prior_tokens else None
-            settings = np.float32(setting.prior_tokens), np.float32(setting.compensation)
-            known[key] = _ranked(own, corpus, *settings, norms, rule=setting.rule)
+            place = observed.index(_observed(core))
+            own = [layer[place][foreknown] for layer in reading.sums]
+            corpus = list(prior[without_prior(rule)]) if rule.prior_tokens else None
+            shares = np.float32(rule.prior_tokens), np.float32(core.compensation)
+            known[key] = _ranked(own, corpus, downs, *shares, rule=type(rule))
         return known[key]
 
-    return choose
+    return ranked
 
 
 @partial(jax.jit, static_argnames="rule")
 def _ranked(
     sums: list[Sums],
     prior: list[Sums] | None,
+    downs: list[Linear],
     prior_tokens: Array,
     compensation: Array,
-    norms: list[Array],
     *,
-    rule: str,
-) -> Chosen:
-    if prior is not None:
-        sums = [with_prior(own, corpus, prior_tokens) for own, corpus in zip(sums, prior, strict=True)]
-    ranked = [places(RULES[rule].score(own, norm, compensation)) for own, norm in zip(sums, norms, strict=True)]
-    return ranked, [compensation * mean_activations(own) for own in sums]
+    rule: type[Rule],
+) -> Ranked:
+    sums, scores = scored(sums, prior, downs, prior_tokens, compensation, rule)
+    return [places(own) for own in scores], [compensation * mean_activations(own) for own in sums]
 
 
 @jax.jit
@@ -240,13 +214,11 @@ def _difference(
     reading: Reading,
     rest: Array,
     following: Array,
-    norms: list[Array],
     setting: Setting,
     kept: np.ndarray,
-    choose: Callable[[Setting], Chosen],
+    ranked: Callable[[Setting], Ranked],
 ) -> Differences:
-    if setting.rule in PER_TOKEN:
-        own = PER_TOKEN[setting.rule]
-        return with_best_of_each_token(params, reading, rest, following, norms, kept, magnitude=own)
-    ranked, filled = choose(setting)
-    return with_fixed_sets(params, reading, rest, following, _first(ranked, kept), filled)
+    if isinstance(setting, PerToken):
+        return with_best_of_each_token(params, reading, rest, following, kept, magnitude=PER_TOKEN[setting.rule])
+    order, filled = ranked(setting)
+    return with_fixed_sets(params, reading, rest, following, _first(order, kept), filled)

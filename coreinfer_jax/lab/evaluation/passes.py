@@ -14,11 +14,11 @@ import optax
 from flax import struct
 from jax import Array
 
+from coreinfer_jax.lab.reading import read_whole
 from coreinfer_jax.model import Edit, extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import KVCache, init_cache
-from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.rules import RULES, Sums
-from coreinfer_jax.sparsity.votes import Voting
+from coreinfer_jax.model.weights import Layer, Params
+from coreinfer_jax.sparsity.rules import Observer, Sums
 
 
 @struct.dataclass
@@ -28,15 +28,13 @@ class Reading:
     Attributes:
         logits: float32 [B, T, V], of the T positions of the continuation.
         cache: keys and values of the context, and beyond it the full model's, which a later pass overwrites.
-        context: per layer and rule, sums over the context.
-        continuation: likewise over the continuation.
+        sums: per layer and observer, over the context and over the continuation.
         finite: bool [], whether all logits were finite.
     """
 
     logits: Array
     cache: KVCache
-    context: list[dict[str, Sums]]
-    continuation: list[dict[str, Sums]]
+    sums: list[list[tuple[Sums, Sums]]]
     finite: Array
 
 
@@ -55,60 +53,37 @@ class Differences:
     loss: Array
 
 
-@partial(jax.jit, static_argnames=("context", "rules"))
-def read(
-    params: Params,
-    tokens: Array,
-    norms: list[Array],
-    votings: dict[str, tuple[Voting, Voting]],
-    *,
-    context: int,
-    rules: tuple[str, ...],
-) -> Reading:
+@partial(jax.jit, static_argnames="context")
+def read(params: Params, tokens: Array, observers: list[tuple[Observer, Observer]], *, context: int) -> Reading:
     """The full model over tokens int32 [B, context + T].
 
     Args:
         params: dense weights.
         tokens: without padding.
-        norms: `column_norms`.
-        votings: by budget, who votes with how many voices in the context, and in the continuation.
+        observers: what to sum up of the context, and of the continuation.
         context: tokens of it.
-        rules: whose sums are wanted.
     """
-    B, size = tokens.shape
-    remaining = iter(norms)  # the decoder's layers are traced in order
 
-    def observe(activations: Array) -> tuple[dict[str, Sums], dict[str, Sums]]:
-        first, second = ({budget: own[part] for budget, own in votings.items()} for part in (0, 1))
-        norm = next(remaining)
-        return _sums(activations[:, :context], norm, first, rules), _sums(activations[:, context:], norm, second, rules)
+    def observe(l: int, layer: Layer, activations: Array) -> list[tuple[Sums, Sums]]:
+        before, after = activations[:, :context], activations[:, context:]
+        return [(first(l, layer, before), rest(l, layer, after)) for first, rest in observers]
 
-    cache = init_cache(params.config, B, size, params.token_embedding.dtype)
-    hidden, cache, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
+    cache = init_cache(params.config, *tokens.shape, params.dtype)
+    hidden, cache, sums = extend(params, tokens, cache, jnp.zeros(len(tokens), jnp.int32), observe)
     logits = unembed(params, hidden[:, context:])
-    first, rest = zip(*observed, strict=True)
-    return Reading(logits, cache, list(first), list(rest), jnp.isfinite(logits).all())
+    return Reading(logits, cache, list(sums), jnp.isfinite(logits).all())
 
 
-@partial(jax.jit, static_argnames="rules")
-def read_corpus(
-    params: Params, tokens: Array, norms: list[Array], votings: dict[str, Voting], *, rules: tuple[str, ...]
-) -> tuple[list[dict[str, Sums]], Array]:
-    """Sums [] and [F] over all rows of tokens int32 [B, T], per layer and rule; whether activations were finite."""
-    remaining = iter(norms)
-    cache = init_cache(params.config, *tokens.shape, params.token_embedding.dtype)
+@jax.jit
+def read_corpus(params: Params, tokens: Array, observers: list[Observer]) -> tuple[list[list[Sums]], Array]:
+    """Sums [] and [F] over all rows of tokens int32 [B, T], per layer and observer; whether activations were finite."""
 
-    def observe(activations: Array) -> tuple[dict[str, Sums], Array]:
-        sums = jax.tree.map(lambda array: array.sum(axis=0), _sums(activations, next(remaining), votings, rules))
-        return sums, jnp.isfinite(activations).all()
+    def observe(l: int, layer: Layer, activations: Array) -> tuple[list[Sums], Array]:
+        sums = [own(l, layer, activations) for own in observers]
+        return jax.tree.map(lambda array: array.sum(axis=0), sums), jnp.isfinite(activations).all()
 
-    _, _, observed = extend(params, tokens, cache, jnp.zeros(tokens.shape[0], jnp.int32), observe)
-    sums, finite = zip(*observed, strict=True)
-    return list(sums), jnp.stack(finite).all()
-
-
-def _sums(activations: Array, norms: Array, votings: dict[str, Voting], rules: tuple[str, ...]) -> dict[str, Sums]:
-    return {name: RULES[name].observe(activations, norms, votings[RULES[name].budget]) for name in rules}
+    _, _, sums, finite = read_whole(params, tokens, observe)
+    return sums, finite
 
 
 @jax.jit
@@ -131,11 +106,9 @@ def with_fixed_sets(
         kept: per layer, which neurons are, bool [B, F].
         filled: per layer, what stands for the activations of all others, float32 [B, F].
     """
-    remaining = iter(zip(kept, filled, strict=True))
 
-    def edit(activations: Array, gated: Array) -> Array:
-        mask, fill = next(remaining)  # the decoder's layers are traced in order
-        return jnp.where(mask[:, None, :], activations, fill[:, None, :].astype(activations.dtype))
+    def edit(l: int, layer: Layer, activations: Array, gated: Array) -> Array:
+        return jnp.where(kept[l][:, None, :], activations, filled[l][:, None, :].astype(activations.dtype))
 
     return _differences(params, reading, rest, following, edit)
 
@@ -146,7 +119,6 @@ def with_best_of_each_token(
     reading: Reading,
     rest: Array,
     following: Array,
-    norms: list[Array],
     kept: Array,
     *,
     magnitude: Callable[[Array, Array, Array], Array],
@@ -160,16 +132,14 @@ def with_best_of_each_token(
         reading: of the same texts.
         rest: tokens of the continuation.
         following: the token after each.
-        norms: `column_norms`.
         kept: int32 [L].
         magnitude: (activations, what the activation function gave, both float32 [B, T, F], ||w|| [F]) to [B, T, F].
     """
-    remaining = iter(zip(norms, kept, strict=True))
 
-    def edit(activations: Array, gated: Array) -> Array:
-        norm, most = next(remaining)
-        magnitudes = magnitude(activations.astype(jnp.float32), gated.astype(jnp.float32), norm)
-        cut = jnp.sort(magnitudes, axis=-1)[..., magnitudes.shape[-1] - most][..., None]
+    def edit(l: int, layer: Layer, activations: Array, gated: Array) -> Array:
+        norms = layer.mlp.down.input_norms()
+        magnitudes = magnitude(activations.astype(jnp.float32), gated.astype(jnp.float32), norms)
+        cut = jnp.sort(magnitudes, axis=-1)[..., magnitudes.shape[-1] - kept[l]][..., None]
         return jnp.where(magnitudes >= cut, activations, 0)
 
     return _differences(params, reading, rest, following, edit)

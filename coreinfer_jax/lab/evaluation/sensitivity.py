@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from coreinfer_jax.lab.evaluation.measure import Setting, measure
-from coreinfer_jax.model.config import PRIOR_RULE, CoreConfig
+from coreinfer_jax.lab.evaluation.measure import measure
+from coreinfer_jax.lab.evaluation.settings import Prior
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import PARTS
-from coreinfer_jax.sparsity.rules import Sums
+from coreinfer_jax.sparsity.stability import CoreConfig
 
 # Keep ratios at which each layer is narrowed alone; between them the logarithm of the divergence is nearly a line.
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)
@@ -14,14 +14,14 @@ SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)
 LEAST_KL = 1e-9
 
 
-def layer_gains(params: Params, rows: np.ndarray, context: int, prior: list[dict[str, Sums]]) -> np.ndarray:
+def layer_gains(params: Params, rows: np.ndarray, context: int, prior: Prior) -> np.ndarray:
     """What each further part of a layer's neurons takes away from the KL divergence when that layer alone is narrowed.
 
     Args:
         params: dense weights.
         rows: texts int32 [n, context + T + 1], as `measure` takes them.
         context: tokens that the full model reads.
-        prior: per layer and rule, sums over a corpus.
+        prior: sums over a corpus by the default rule.
 
     Returns:
         Float32 [L, PARTS] in nats per token, never rising along a layer: the slopes of the convex curve below the
@@ -30,11 +30,9 @@ def layer_gains(params: Params, rows: np.ndarray, context: int, prior: list[dict
     Raises:
         CoreInferError: logits that are NaN or infinite.
     """
-    L, core = params.config.num_layers, CoreConfig()
+    L = params.config.num_layers
     settings = [
-        Setting(PRIOR_RULE, share, core.compensation, core.prior_tokens, layers=(l / L, (l + 1) / L))
-        for l in range(L)
-        for share in SHARES
+        CoreConfig(beta=share, layers=(l / L, (l + 1) / L), allocation="equal") for l in range(L) for share in SHARES
     ]
     _, measured = measure(params, rows, context, settings, prior=prior, name="layer by layer")
     kl = np.array([one.kl.mean() for one in measured], np.float64).reshape(L, len(SHARES))

@@ -14,7 +14,7 @@ from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.files import SETTINGS, copy_existing, is_directory, new_directory, read_json, to_path
 from coreinfer_jax.io.loading import load, model_path, open_model
 from coreinfer_jax.lab.training.recipe import Recipe, model_config
-from coreinfer_jax.lab.training.vocabulary import SPECIAL_IDS, train_vocabulary
+from coreinfer_jax.lab.training.trainable import TRAINABLE
 from coreinfer_jax.lab.training.windows import Text, read_text, tokenise, vocabulary_texts
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import Params
@@ -63,9 +63,7 @@ def prepare(
         return first
     with new_directory(run) as partial:
         if init_from is None:
-            train_vocabulary(recipe.family, vocabulary_texts(sources), recipe.vocab_size, partial)
-            if recipe.family == "opt":
-                _check_vocabulary(partial, recipe.vocab_size)
+            TRAINABLE[recipe.family].train_vocabulary(vocabulary_texts(sources), recipe.vocab_size, partial)
         else:
             _copy_tokenizer_and_facts(model_path(init_from), partial)
         _write_tokens(partial, sources, recipe)
@@ -117,7 +115,7 @@ def _check_settings(run: Path, settings: Mapping[str, Any]) -> None:
 
 def _write_tokens(run: Path, sources: Sequence[Text], recipe: Recipe) -> None:
     """The tokens of a new run, by its tokenizer."""
-    bos, eos, _ = SPECIAL_IDS[recipe.family]
+    bos, eos = TRAINABLE[recipe.family].bos_id, TRAINABLE[recipe.family].eos_id
     tokenizer = load_tokenizer(run)
     assert tokenizer is not None, "the tokenizer was written just now"
     tokens = {}
@@ -133,12 +131,3 @@ def _write_tokens(run: Path, sources: Sequence[Text], recipe: Recipe) -> None:
                 "smaller --sequence"
             )
     save_file(tokens, run / TOKENS)
-
-
-def _check_vocabulary(run: Path, vocab_size: int) -> None:
-    """Refuse a vocabulary with fewer entries than asked for; sentencepiece refuses it by itself."""
-    entries = len(read_json(run / "tokenizer.json")["model"]["vocab"])
-    if entries != vocab_size:
-        raise CoreInferError(
-            f"vocab_size={vocab_size}: this text yields {entries} entries; give more text, or vocab_size={entries}"
-        )

@@ -11,11 +11,12 @@ from flax import struct
 from jax import Array
 
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.lab.training.vocabulary import SPECIAL_IDS
+from coreinfer_jax.lab.training.trainable import TRAINABLE
 from coreinfer_jax.model import extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import KVCache
-from coreinfer_jax.model.config import ModelConfig, Rope
-from coreinfer_jax.model.weights import Params, abstract_params, named_leaves, with_leaves
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import Params, named_leaves, with_leaves
 
 # A window is read in pieces of this many positions, each attending to the cache so far, so that scores beyond the
 # diagonal blocks are never computed: a third less time per token at 1024 positions.
@@ -27,11 +28,11 @@ class Recipe:
     """What decides the trained weights, besides the text. Hashable: it is a static argument of the compiled step.
 
     Attributes:
-        family: `opt` (ReLU, learned positions) or `llama` (SwiGLU, RoPE).
+        family: one of `TRAINABLE`: `opt` (ReLU, learned positions) or `llama` (SwiGLU, RoPE).
         vocab_size: V; the tokenizer is trained to this size.
-        hidden_size: D.
-        mlp_size: F.
-        num_layers: L.
+        hidden_size: D, the width between layers.
+        mlp_size: F, the number of MLP neurons per layer.
+        num_layers: L, the number of layers.
         num_heads: N; the head size is D / N.
         sequence: tokens per window, and the model's positions.
         batch: windows per step.
@@ -47,7 +48,7 @@ class Recipe:
         CoreInferError: values that make no model or no schedule; one error names them all.
     """
 
-    family: Literal["opt", "llama"]
+    family: str
     vocab_size: int = 4096
     hidden_size: int = 192
     mlp_size: int = 768
@@ -70,7 +71,7 @@ class Recipe:
             raise CoreInferError("recipe: " + "; ".join(problems))
 
     def _bad_names(self) -> list[str]:
-        known = {"family": ("opt", "llama"), "dtype": ("float32", "bfloat16")}
+        known = {"family": tuple(TRAINABLE), "dtype": ("float32", "bfloat16")}
         given = {name: getattr(self, name) for name in known}
         return [
             f"{name}={value!r} (give {' or '.join(known[name])})"
@@ -79,7 +80,8 @@ class Recipe:
         ]
 
     def _bad_counts(self) -> list[str]:
-        smallest = 260 if self.family == "opt" else 259  # every byte has an entry, beside the special tokens
+        named = [own for name, own in TRAINABLE.items() if name == self.family] or TRAINABLE.values()
+        smallest = min(own.smallest_vocabulary for own in named)
         ranges = {
             "vocab_size": (smallest, 2**16),  # ids are stored as uint16
             **dict.fromkeys(("hidden_size", "mlp_size", "num_layers", "num_heads"), (1, 2**20)),
@@ -109,7 +111,7 @@ class Recipe:
         wrong = []
         if D % N:
             wrong.append(f"hidden_size={D} is not a multiple of num_heads={N}")
-        elif self.family == "llama" and (D // N) % 2:
+        elif TRAINABLE[self.family].rope is not None and (D // N) % 2:
             wrong.append(f"hidden_size={D} / num_heads={N} is odd; rotary positions need an even head size")
         if self.warmup >= self.steps:
             wrong.append(f"warmup={self.warmup} leaves none of steps={self.steps}; give less of it")
@@ -137,8 +139,7 @@ class TrainState:
 
 def model_config(recipe: Recipe) -> ModelConfig:
     """The model `recipe` trains; input and output embeddings are tied."""
-    bos_id, eos_id, pad_id = SPECIAL_IDS[recipe.family]
-    is_opt = recipe.family == "opt"
+    own = TRAINABLE[recipe.family]
     return ModelConfig(
         family=recipe.family,
         vocab_size=recipe.vocab_size,
@@ -150,15 +151,15 @@ def model_config(recipe: Recipe) -> ModelConfig:
         num_kv_heads=recipe.num_heads,
         head_size=recipe.hidden_size // recipe.num_heads,
         max_positions=recipe.sequence,
-        activation="relu" if is_opt else "silu",
+        activation=own.activation,
         norm_eps=1e-5,
-        attention_bias=is_opt,
-        mlp_bias=is_opt,
+        attention_bias=own.biases,
+        mlp_bias=own.biases,
         tied=True,
-        rope=None if is_opt else Rope(),
-        bos_id=bos_id,
-        eos_ids=(eos_id,),
-        pad_id=pad_id,
+        rope=own.rope,
+        bos_id=own.bos_id,
+        eos_ids=(own.eos_id,),
+        pad_id=own.pad_id,
     )
 
 
@@ -246,13 +247,13 @@ def _read(params: Params, tokens: Array) -> Array:
     """Hidden states [B, T, D] of tokens [B, T], read piece by piece."""
     B, T = tokens.shape
     config = params.config
-    nothing = jnp.zeros((B, config.num_kv_heads, 0, config.head_size), params.token_embedding.dtype)
+    nothing = jnp.zeros((B, config.num_kv_heads, 0, config.head_size), params.dtype)
     cache = KVCache(keys=(nothing,) * config.num_layers, values=(nothing,) * config.num_layers)
     pieces = []
     for start in range(0, T, PIECE):
         piece = tokens[:, start : start + PIECE]
-        room = ((0, 0), (0, 0), (0, piece.shape[1]), (0, 0))
-        cache = jax.tree.map(lambda array, room=room: jnp.pad(array, room), cache)
+        added = ((0, 0), (0, 0), (0, piece.shape[1]), (0, 0))
+        cache = jax.tree.map(lambda array, added=added: jnp.pad(array, added), cache)
         hidden, cache, _ = extend(params, piece, cache, jnp.full(B, start, jnp.int32), observe_nothing)
         pieces.append(hidden)
     return jnp.concatenate(pieces, axis=1)

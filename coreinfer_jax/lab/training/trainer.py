@@ -26,7 +26,7 @@ from coreinfer_jax.lab.training.recipe import (
     model_config,
     train_step,
 )
-from coreinfer_jax.lab.training.vocabulary import SPECIAL_IDS
+from coreinfer_jax.lab.training.trainable import TRAINABLE
 from coreinfer_jax.lab.training.windows import batch, held_out_windows, load_tokens
 from coreinfer_jax.model.weights import Params
 
@@ -95,7 +95,7 @@ def _alone(run: Path) -> Iterator[None]:
 
 def _continue(run: Path, recipe: Recipe, names: Sequence[str], first: Params | None) -> tuple[TrainState, History]:
     """Take the steps that are left."""
-    bos = SPECIAL_IDS[recipe.family][0]
+    bos = TRAINABLE[recipe.family].bos_id
     tokens = load_tokens(run / TOKENS, [f"{name}/{part}" for name in names for part in ("train", "held_out")], recipe)
     files = [tokens[f"{name}/train"] for name in names]
     held_out = {name: held_out_windows(tokens[f"{name}/held_out"], recipe.sequence, bos) for name in names}

@@ -11,26 +11,17 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from coreinfer_jax.errors import CoreInferError
 
-# Special tokens and their ids, as the published models of each family have them.
+# Special tokens in the order of their ids, as published models have them.
 OPT_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-SPECIAL_IDS: dict[str, tuple[int, int, int | None]] = {"opt": (2, 2, 1), "llama": (1, 2, None)}  # BOS, EOS, padding
+LLAMA_SPECIALS = ("<unk>", "<s>", "</s>")
 
 
-def train_vocabulary(family: str, texts: Iterable[str], vocab_size: int, directory: Path) -> None:
-    """Train the family's kind of tokenizer on `texts` and write its files into `directory`.
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json: byte-level BPE that puts `</s>` before a text, as OPT's does.
 
     Raises:
         CoreInferError: too little text for `vocab_size` entries.
     """
-    try:
-        (_train_byte_level_bpe if family == "opt" else _train_sentencepiece)(texts, vocab_size, directory)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CoreInferError(f"vocab_size={vocab_size}: no such tokenizer from this text ({reason})") from error
-
-
-def _train_byte_level_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json: byte-level BPE that puts `</s>` before a text, as OPT's does."""
     pipeline = Pipeline(models.BPE())
     pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pipeline.decoder = decoders.ByteLevel()
@@ -41,8 +32,13 @@ def _train_byte_level_bpe(texts: Iterable[str], vocab_size: int, directory: Path
         show_progress=False,
     )
     pipeline.train_from_iterator(texts, trainer)
+    entries = pipeline.get_vocab_size()
+    if entries != vocab_size:
+        raise CoreInferError(
+            f"vocab_size={vocab_size}: this text yields {entries} entries; give more text, or vocab_size={entries}"
+        )
     pipeline.post_processor = processors.TemplateProcessing(
-        single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", SPECIAL_IDS["opt"][0])]
+        single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", OPT_SPECIALS.index("</s>"))]
     )
     pipeline.save(str(directory / "tokenizer.json"))
     described = {
@@ -56,26 +52,34 @@ def _train_byte_level_bpe(texts: Iterable[str], vocab_size: int, directory: Path
     (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def _train_sentencepiece(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
-    """Write tokenizer.model: sentencepiece BPE with byte fallback and without normalisation, as LLaMA 2's."""
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
+    """Write tokenizer.model: sentencepiece BPE with byte fallback and without normalisation, as LLaMA 2's.
+
+    Raises:
+        CoreInferError: too little text for `vocab_size` entries.
+    """
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.split("\n") if line),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=0.99995,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        unk_id=0,
-        bos_id=SPECIAL_IDS["llama"][0],
-        eos_id=SPECIAL_IDS["llama"][1],
-        pad_id=-1,
-        num_threads=1,
-        max_sentence_length=1 << 20,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.99995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            unk_id=LLAMA_SPECIALS.index("<unk>"),
+            bos_id=LLAMA_SPECIALS.index("<s>"),
+            eos_id=LLAMA_SPECIALS.index("</s>"),
+            pad_id=-1,
+            num_threads=1,
+            max_sentence_length=1 << 20,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CoreInferError(f"vocab_size={vocab_size}: no such tokenizer from this text ({reason})") from error
     (directory / "tokenizer.model").write_bytes(model.getvalue())

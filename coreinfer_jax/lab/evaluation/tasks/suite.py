@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 from coreinfer_jax.errors import CoreInferError, one_line, shown
 from coreinfer_jax.files import is_directory, to_path
 from coreinfer_jax.lab.evaluation.harness import BATCH_SIZE, CoreInferLM
-from coreinfer_jax.model.config import CoreConfig
 from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.choice import Chooser
+from coreinfer_jax.sparsity.choosers import settings_of
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.tokenizer_files import reason
 
@@ -104,7 +104,7 @@ def evaluate_tasks(
     params: Params,
     tokenizer: Tokenizer,
     tasks: Tasks,
-    cores: Sequence[CoreConfig | None],
+    cores: Sequence[Chooser | None],
     *,
     model: str = "coreinfer_jax",
     batch_size: int = BATCH_SIZE,
@@ -139,11 +139,11 @@ def evaluate_tasks(
         found = tasks.run(adapter, chat=chat, seed=seed)
         about = {name: _about(name, found) for name in found["n-samples"]}
         scores = {name: _metrics(own) for name, own in found["results"].items() if name in about}
-        chosen = None if core is None else asdict(core)
+        chosen = None if core is None else settings_of(core)
         settings.append({"core": chosen, "truncated": adapter.truncated, "scores": scores})
     return {
         "model": model,
-        "dtype": str(params.token_embedding.dtype),
+        "dtype": str(params.dtype),
         "versions": {name: version(name) for name in VERSIONS},
         "task_data": tasks.task_data,
         "limit": tasks.limit,

@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 
-from coreinfer_jax.engine.request import Recommended
+from coreinfer_jax.checks import check_fraction
+from coreinfer_jax.engine.options import GenerateOptions
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io import load
 from coreinfer_jax.io.config_json import read_sampling
@@ -16,13 +17,26 @@ from coreinfer_jax.io.loading import load_uncalibrated, model_path
 from coreinfer_jax.io.mapping import DTYPES
 from coreinfer_jax.lab.clustering import load_clusters
 from coreinfer_jax.lab.evaluation.comparison import Texts
-from coreinfer_jax.model.config import ALLOCATIONS, METHODS, PRIOR_RULE, RULE_NAMES, CoreConfig, ModelConfig
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.groups import Groups, prepare_groups
+from coreinfer_jax.sparsity.allocate import ALLOCATIONS
+from coreinfer_jax.sparsity.calibration import PRIOR_RULE, calibration_of
+from coreinfer_jax.sparsity.choice import Chooser
+from coreinfer_jax.sparsity.choosers import CHOOSERS, Recommended, chooser_of, settings_of
+from coreinfer_jax.sparsity.groups import Groups
+from coreinfer_jax.sparsity.rules import RULES, Votes
+from coreinfer_jax.sparsity.similarity import Auto, Fused, Similarity, prepare_groups
+from coreinfer_jax.sparsity.stability import CoreConfig
+from coreinfer_jax.sparsity.votes import BUDGETS
 from coreinfer_jax.text import Tokenizer
 
 PRESETS = ("default", "paper")
 
+# What `add_core` asks for, by the names that files and results have.
+SETTINGS = (
+    *("alpha", "beta", "budget", "layers", "method", "gamma", "least_stability", "least_tokens", "group_tokens"),
+    *("prior_tokens", "rule", "compensation", "allocation"),
+)
 # Options that change nothing with any other method.
 OF_METHODS = {
     "compensation": "stability",
@@ -89,10 +103,10 @@ def texts(options: argparse.Namespace) -> Texts:
 
 def add_core(parser: argparse.ArgumentParser) -> None:
     """How core neurons are chosen; without any of these options, as is recommended for the model."""
-    default = CoreConfig()
-    parser.add_argument("--method", choices=("dense", *METHODS), help="default stability")
-    parser.add_argument("--rule", choices=RULE_NAMES, help="what ranks neurons (contribution; votes where groups do)")
-    parser.add_argument("--alpha", type=float, help=f"votes: token-wise share, (0, 1] ({default.alpha})")
+    default, votes, auto = CoreConfig(), Votes(), Auto()
+    parser.add_argument("--method", choices=("dense", *CHOOSERS), help=f"default {default.method}")
+    parser.add_argument("--rule", choices=tuple(RULES), help="what ranks neurons (contribution; votes where groups do)")
+    parser.add_argument("--alpha", type=float, help=f"votes: token-wise share, (0, 1] ({votes.alpha})")
     parser.add_argument("--beta", type=float, help=f"share of neurons kept, (0, 1] ({default.beta}, or as calibrated)")
     parser.add_argument(
         "--compensation",
@@ -106,7 +120,7 @@ def add_core(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gamma", type=float, help="share of a group's neurons kept, (0, 1] (default: --beta)")
     parser.add_argument("--clusters", metavar="DIR", help="groups for similarity, fused and auto (coreinfer clusters)")
-    parser.add_argument("--budget", choices=("per_token", "mean"), help=f"votes: of a token ({default.budget})")
+    parser.add_argument("--budget", choices=BUDGETS, help=f"votes: of a token ({votes.budget})")
     parser.add_argument(
         "--layers",
         type=float,
@@ -114,17 +128,17 @@ def add_core(parser: argparse.ArgumentParser) -> None:
         metavar=("FROM", "TO"),
         help="which layers are narrowed, as fractions of depth (default 0 1)",
     )
-    parser.add_argument("--least-stability", type=float, help=f"auto: of a stable prompt ({default.least_stability})")
-    parser.add_argument("--least-tokens", type=int, help=f"auto: of a stable prompt ({default.least_tokens})")
+    parser.add_argument("--least-stability", type=float, help=f"auto: of a stable prompt ({auto.least_stability})")
+    parser.add_argument("--least-tokens", type=int, help=f"auto: of a stable prompt ({auto.least_tokens})")
     parser.add_argument(
         "--group-tokens",
         type=float,
-        help=f"fused: how many tokens of the prompt the group counts as ({default.group_tokens:g})",
+        help=f"fused: how many tokens of the prompt the group counts as ({Fused().group_tokens:g})",
     )
     parser.add_argument(
         "--prior-tokens",
         type=float,
-        help=f"how many tokens of the prompt a calibration counts as ({default.prior_tokens:g})",
+        help=f"how many tokens of the prompt a calibration counts as ({default.ranking.prior_tokens:g})",
     )
 
 
@@ -195,11 +209,11 @@ def preset(options: argparse.Namespace, params: Params | None = None) -> CoreCon
 
 def recommended(params: Params | None) -> CoreConfig:
     """How core neurons are chosen where the user names nothing: as calibrated, if that is not with all neurons."""
-    calibration = None if params is None else params.calibration
-    return CoreConfig() if calibration is None or calibration.core is None else calibration.core
+    known = None if params is None else calibration_of(params)
+    return known.core if known is not None and isinstance(known.core, CoreConfig) else CoreConfig()
 
 
-def core_config(options: argparse.Namespace, params: Params | None = None) -> CoreConfig | Recommended | None:
+def core_config(options: argparse.Namespace, params: Params | None = None) -> Chooser | Recommended | None:
     """How core neurons are to be chosen: None for the full model; what is not named as is recommended for `params`.
 
     Without `params`, to refuse what can be refused before they are loaded.
@@ -212,8 +226,7 @@ def core_config(options: argparse.Namespace, params: Params | None = None) -> Co
         raise CoreInferError(f"--method {options.method}: needs --clusters DIR, made by 'coreinfer clusters build'")
     if options.clusters is None and options.gamma is not None:
         raise CoreInferError(f"--gamma {options.gamma}: is of groups; add --clusters DIR, or give --beta")
-    names = (field.name for field in fields(CoreConfig))
-    named = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    named = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
     if options.method == "dense":
         if unused := [name for name in named if name != "method"]:
             raise CoreInferError(
@@ -222,17 +235,27 @@ def core_config(options: argparse.Namespace, params: Params | None = None) -> Co
         return None
     if not named:
         return "recommended"
-    core = replace(recommended(params), **named | ({"layers": tuple(options.layers)} if options.layers else {}))
+    usual = recommended(params)
+    if named.get("rule", usual.ranking.name) != usual.ranking.name:
+        usual = replace(usual, rule=named["rule"])  # what was set for its rule is nothing to another
+    core = chooser_of(settings_of(usual) | named)
     _refuse_unused(named, core, calibrated=params is None or params.calibration is not None)
     return core
 
 
-def _refuse_unused(named: Mapping[str, Any], core: CoreConfig, calibrated: bool) -> None:
+def _refuse_unused(named: Mapping[str, Any], core: Chooser, calibrated: bool) -> None:
     """Refuse what was asked for and would change nothing."""
+    if "alpha" in named:
+        check_fraction("alpha", named["alpha"])
+    rule = settings_of(core)["rule"]
+    if named.get("rule", rule) != rule:
+        raise CoreInferError(
+            f"rule={named['rule']!r}: groups are made of votes; with method={core.method!r} leave it out"
+        )
     for name, method in OF_METHODS.items():
         if name in named and core.method != method:
             raise CoreInferError(f"--{name.replace('_', '-')} {named[name]}: is of --method {method}; leave it out")
-    if "prior_tokens" in named and core.ranking != PRIOR_RULE:
+    if "prior_tokens" in named and rule != PRIOR_RULE:
         raise CoreInferError(
             f"--prior-tokens {named['prior_tokens']:g}: is of --rule {PRIOR_RULE}; take that, or leave it out"
         )
@@ -242,57 +265,48 @@ def _refuse_unused(named: Mapping[str, Any], core: CoreConfig, calibrated: bool)
             "make one with 'coreinfer calibrate', or leave it out"
         )
     for name in ("alpha", "budget"):
-        if name in named and "votes" not in core.ranking:
+        if name in named and "votes" not in rule:
             raise CoreInferError(f"--{name} {named[name]}: is of votes; add --rule votes, or leave it out")
-
-
-def refuse_unused_by_rules(options: argparse.Namespace, rules: Sequence[str], with_prior: bool, remedy: str) -> None:
-    """Refuse `--alpha` and `--prior-tokens` of an evaluation where no rule takes them."""
-    if options.alpha and not any("votes" in rule for rule in rules):
-        raise CoreInferError(f"--alpha {options.alpha[0]:g}: is of votes; add --rule votes, or leave it out")
-    if options.prior_tokens is not None and not with_prior:
-        raise CoreInferError(f"--prior-tokens {options.prior_tokens:g}: no rule here has a prior to weigh; {remedy}")
 
 
 def labels(cores: Sequence[Mapping[str, Any] | None]) -> list[str]:
     """What tells settings of core neurons apart, of each its keep ratio; None is all neurons."""
     named = ("allocation", "compensation", "alpha", "layers", "prior_tokens")
     chosen = [core for core in cores if core is not None]
-    differing = [name for name in named if len({str(core[name]) for core in chosen}) > 1]
+    differing = [name for name in named if len({str(core[name]) for core in chosen if name in core}) > 1]
     rules = len({core["rule"] for core in chosen}) > 1
     return [
         "all neurons"
         if core is None
         else ", ".join(
             [*([core["rule"]] if rules else []), f"keep {core['beta']:g}"]
-            + [f"{name.replace('_', ' ')} {core[name]}" for name in differing]
+            + [f"{name.replace('_', ' ')} {core[name]}" for name in differing if name in core]
         )
         for core in cores
     ]
 
 
-def load_groups(options: argparse.Namespace, params: Params, core: CoreConfig | Recommended | None) -> Groups | None:
+def load_groups(options: argparse.Namespace, params: Params, core: Chooser | Recommended | None) -> Groups | None:
     """The groups that the options name, None where they name none; a prompt's group is gathered when it is used."""
-    if options.clusters is None or not isinstance(core, CoreConfig):
+    if options.clusters is None or not isinstance(core, Similarity | Fused | Auto):
         return None
     return prepare_groups(params, load_clusters(options.clusters), core, compacted=False)
 
 
-def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The keyword arguments of `stream`, but for how many tokens to make."""
+def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer) -> GenerateOptions:
+    """How tokens are drawn, and where to stop."""
     # A special token leaves no text behind in which a stop string could be found.
     stops = {i for stop in options.stop if (i := tokenizer.special_id(stop)) is not None}
     asked = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
-    return {
+    drawn: dict[str, Any] = {
         **{"temperature": options.usual_temperature, "top_k": None, "top_p": None},
         **read_sampling(model_path(options.model)),
         **{name: value for name, value in asked.items() if value is not None},
-        "eos_ids": (*config.eos_ids, *stops),
-        "key": options.seed,
     }
+    return GenerateOptions(**drawn, eos_ids=(*config.eos_ids, *stops), key=options.seed)  # type: ignore[typeddict-item]
 
 
-def room(config: ModelConfig, prompt_tokens: int) -> int:
+def most_new_tokens(config: ModelConfig, prompt_tokens: int) -> int:
     """New tokens that fit behind a prompt; 1 where none does, which is refused with an explanation."""
     return max(1, config.max_positions - prompt_tokens)
 

@@ -3,12 +3,11 @@
 import argparse
 from collections.abc import Sequence
 
-from coreinfer_jax.cli import eval_tasks, eval_texts
-from coreinfer_jax.cli import options as shared
+from coreinfer_jax.cli import arguments, eval_tasks, eval_texts
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.lab.evaluation.measure import PER_TOKEN
-from coreinfer_jax.model.config import ALLOCATIONS, CoreConfig
-from coreinfer_jax.sparsity.rules import RULES
+from coreinfer_jax.lab.evaluation.settings import PER_TOKEN, RANKINGS
+from coreinfer_jax.sparsity.allocate import ALLOCATIONS
+from coreinfer_jax.sparsity.stability import CoreConfig
 
 HELP = "measure what core neurons cost in quality, on texts of your own or on tasks"
 
@@ -28,18 +27,17 @@ OF_TEXTS = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    shared.add_model(parser)
-    shared.add_documents(parser, required=False)
+    arguments.add_model(parser)
+    arguments.add_documents(parser, required=False)
     eval_tasks.add_options(parser)
     parser.add_argument(
         "--preset",
-        choices=shared.PRESETS,
+        choices=arguments.PRESETS,
         default="default",
         help="what is not named: by the paper, or as recommended for the model",
     )
-    parser.add_argument(
-        "--rule", nargs="+", choices=(*RULES, *PER_TOKEN), metavar="RULE", help=", ".join((*RULES, *PER_TOKEN))
-    )
+    rules = (*RANKINGS, *PER_TOKEN)
+    parser.add_argument("--rule", nargs="+", choices=rules, metavar="RULE", help=", ".join(rules))
     parser.add_argument("--beta", nargs="+", type=float, help="share of neurons kept, (0, 1]; several to compare")
     parser.add_argument("--alpha", nargs="+", type=float, help="votes: token-wise share, (0, 1]; several to compare")
     parser.add_argument(
@@ -73,9 +71,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--prior-tokens",
         type=float,
         metavar="N",
-        help=f"as how many tokens of the prompt ({CoreConfig().prior_tokens:g})",
+        help=f"as how many tokens of the prompt ({CoreConfig().ranking.prior_tokens:g})",
     )
-    shared.add_texts(parser)
+    arguments.add_texts(parser)
     parser.add_argument("--switched", action="store_true", help="go on with the continuation of another text")
     parser.add_argument(
         "--generate", type=int, default=0, metavar="N", help="also let both models write N tokens after each context"

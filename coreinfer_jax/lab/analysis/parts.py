@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from coreinfer_jax.checks import check_fraction
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.files import begun, is_directory, new_file, read_json, refuse_existing, to_path
-from coreinfer_jax.lab.analysis import figures, meaning, perplexity, recall, stability
+from coreinfer_jax.lab.analysis import figures, growth, meaning, perplexity, recall
 from coreinfer_jax.lab.analysis.inputs import Inputs, Pairs, content_digest
 from coreinfer_jax.lab.clustering.counting import rows_digest
 from coreinfer_jax.lab.clustering.grouping import check_seed
-from coreinfer_jax.model.config import ModelConfig, check_fraction
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.narrow import check_dense
@@ -39,53 +40,34 @@ class Part:
         name: of its files.
         measure: the numbers, ready for JSON but for their rounding.
         draw: the picture of those numbers.
-        missing: why it cannot be made from these inputs, None where it can.
-        tokens: that its texts need; None where it takes texts as they are.
+        tokens: that its texts need, None where the model has too few positions; itself None where it takes other inputs
+            than the documents, those of its name.
         halves: whether it takes texts from either half of the documents.
+        needs: what those other inputs are.
     """
 
     name: str
     measure: Callable[[Inputs], dict[str, Any]]
     draw: Callable[[Mapping[str, Any]], Any]
-    missing: Callable[[Inputs], str | None]
     tokens: Callable[[ModelConfig], int | None] | None = None
     halves: bool = False
+    needs: str = ""
 
-
-def _fits(tokens: Callable[[ModelConfig], int | None]) -> Callable[[Inputs], str | None]:
-    def missing(inputs: Inputs) -> str | None:
-        if tokens(inputs.config) is not None:
-            return None
-        return f"the model's {inputs.config.max_positions} positions are too few"
-
-    return missing
-
-
-def _with_text(
-    name: str,
-    measure: Callable[[Inputs], dict[str, Any]],
-    draw: Callable[[Mapping[str, Any]], Any],
-    tokens: Callable[[ModelConfig], int | None],
-    *,
-    halves: bool = False,
-) -> Part:
-    return Part(name, measure, draw, _fits(tokens), tokens, halves)
+    def missing(self, inputs: Inputs) -> str | None:
+        """Why it cannot be made from these inputs, None where it can."""
+        if self.tokens is None:
+            return None if getattr(inputs, self.name) else f"needs {self.needs}"
+        fits = self.tokens(inputs.config) is not None
+        return None if fits else f"the model's {inputs.config.max_positions} positions are too few"
 
 
 PARTS = (
-    _with_text("perplexity", perplexity.measure, figures.perplexity, perplexity.tokens_needed),
-    _with_text("extension", stability.extension, figures.extension, stability.extension_tokens),
-    _with_text("growth", stability.growth, figures.growth, stability.growth_tokens),
-    Part(
-        "topics",
-        meaning.topics,
-        figures.topics,
-        lambda inputs: None if inputs.topics else "needs labelled texts (--topics)",
-    ),
-    Part(
-        "pairs", meaning.pairs, figures.pairs, lambda inputs: None if inputs.pairs else "needs judged pairs (--pairs)"
-    ),
-    _with_text("recall", recall.measure, figures.recall, recall.tokens_needed, halves=True),
+    Part("perplexity", perplexity.measure, figures.perplexity, perplexity.tokens_needed),
+    Part("extension", growth.extension, figures.extension, growth.extension_tokens),
+    Part("growth", growth.growth, figures.growth, growth.growth_tokens),
+    Part("topics", meaning.topics, figures.topics, needs="labelled texts (--topics)"),
+    Part("pairs", meaning.pairs, figures.pairs, needs="judged pairs (--pairs)"),
+    Part("recall", recall.measure, figures.recall, recall.tokens_needed, halves=True),
 )
 
 
@@ -131,10 +113,9 @@ def analyze(
     check_settings(directory, pairs, texts, alpha, beta, seed)
     check_dense(params)
     target = to_path(directory)
-    settings = _settings(params, tokenizer, documents, topics, pairs, texts, alpha, beta, seed)
     corpus = Corpus(documents, tokenizer, seed)
     inputs = Inputs(params, tokenizer, corpus, topics, tuple(pairs), texts, alpha, beta, seed)
-    with begun(target, settings, "analysis"):
+    with begun(target, _settings(inputs, documents), "analysis"):
         wanted = [part for part in PARTS if _wanted(part, inputs)]
         for part in wanted:
             _check_texts(part, inputs, target)
@@ -162,37 +143,25 @@ def check_settings(
         raise CoreInferError(f"pairs: two files are called {twice}; give each once, or rename one")
 
 
-def _settings(
-    params: Params,
-    tokenizer: Tokenizer,
-    documents: Documents,
-    topics: Documents | None,
-    pairs: Sequence[Pairs],
-    texts: int,
-    alpha: float,
-    beta: float,
-    seed: int,
-) -> dict[str, Any]:
+def _settings(inputs: Inputs, documents: Documents) -> dict[str, Any]:
     """What the numbers follow from; of texts their digests, whatever file they came from.
 
     The version stands for all that this package fixes, and a probe of the first documents for the tokenizer.
     """
-    probe = [tokenizer.encode(text[:PROBE]) for text in documents.texts[:PROBE]]
+    probe = [inputs.tokenizer.encode(text[:PROBE]) for text in documents.texts[:PROBE]]
     return {
         "version": version("coreinfer_jax"),
         "tokenizer": rows_digest(probe),
-        "model": fingerprint(params),
-        "dtype": params.token_embedding.dtype.name,
+        "model": fingerprint(inputs.params),
+        "dtype": inputs.params.dtype.name,
         "data": _named(documents),
-        "topics": None if topics is None else _named(topics),
+        "topics": None if inputs.topics is None else _named(inputs.topics),
         "pairs": [
             {"name": own.name, "pairs": len(own.scores), "sha256": content_digest(own.first, own.second, own.scores)}
-            for own in pairs
+            for own in inputs.pairs
         ],
-        "texts": texts,
-        "alpha": alpha,
-        "beta": beta,
-        "seed": seed,
+        "texts": inputs.texts,
+        **inputs.facts(),
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from coreinfer_jax.lab.analysis.inputs import Inputs
-from coreinfer_jax.lab.analysis.observe import batches, overlaps, spread, votes_at
+from coreinfer_jax.lab.analysis.observe import overlaps, spread, text_batches, votes_at
 from coreinfer_jax.lab.clustering.grouping import deciding_layer
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.votes import kept_neurons
@@ -77,7 +77,7 @@ def growth(inputs: Inputs) -> dict[str, Any]:
 def _one_text(inputs: Inputs, rows: np.ndarray, lengths: list[int]) -> dict[str, Any]:
     """Vote frequencies in the deciding layer of the first of `rows` [n, T], neurons in the order of the final ones."""
     layer = deciding_layer(inputs.config.num_layers)
-    batch, _ = next(batches(rows, "one text"))  # of the shape that is compiled already
+    batch, _ = next(text_batches(rows, "one text"))  # of the shape that is compiled already
     counts = np.asarray(votes_at(inputs.params, batch, lengths, inputs.alpha)[layer].counts[0])
     frequencies = counts / np.asarray(lengths)[:, None]
     order = np.argsort(-frequencies[-1], kind="stable")

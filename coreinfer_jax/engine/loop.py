@@ -1,0 +1,137 @@
+"""Prefill, choose core neurons, narrow, decode: from a request to chunks of tokens.
+
+The full model reads the prompt and sums up its neurons' activations on the way; its logits give the first new token.
+Every pass after that runs on narrowed weights, several tokens per dispatch, through one compiled program per shape.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import jax
+import numpy as np
+from jax import Array
+
+from coreinfer_jax.checks import check_finite
+from coreinfer_jax.engine.programs import decode, no_sums, prefill
+from coreinfer_jax.engine.request import Past, Request
+from coreinfer_jax.engine.results import Chunk, Stats
+from coreinfer_jax.engine.rows import Rows
+from coreinfer_jax.engine.sampling import make_sampling
+from coreinfer_jax.model.cache import KVCache, init_cache, with_capacity
+from coreinfer_jax.model.weights import Params, leaf_bytes, weight_bytes_per_step
+from coreinfer_jax.sparsity.choice import Chosen
+
+STREAM_CHUNK = 8
+
+
+@dataclass(frozen=True)
+class Begun:
+    """All there is before the first token.
+
+    Attributes:
+        rows: of the first token, drawn but not yet read.
+        logits: float32 [B, V], the full model's, that it was drawn from.
+        past: what the full model has read; it dies with the next decode step, which is given its cache.
+        chosen: the core neurons.
+        stats: the costs so far.
+    """
+
+    rows: Rows
+    logits: Array
+    past: Past
+    chosen: Chosen
+    stats: Stats
+
+
+def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past]]:
+    """Chunks of new tokens, each with what the full model has read, for a later request of a single row to go on from.
+
+    A `Past` dies when the next chunk is asked for: its cache is donated.
+    """
+    begun = begin(request)
+    rows, past, stats, core = begun.rows, begun.past, begun.stats, begun.chosen.core
+    # Copies: on a CPU asarray would share the memory that the next dispatch is given to overwrite.
+    lengths = np.array(rows.length)
+    yield Chunk(tokens=np.array(rows.token)[:, None], lengths=lengths, core=core, stats=stats), past
+    if np.array(rows.done).all():
+        return
+    # Only now: the first token, which is the full model's, does not wait for the gather.
+    began = perf_counter()
+    weights = jax.block_until_ready(begun.chosen.weights(request.params))
+    stats = replace(stats, compaction_seconds=perf_counter() - began)
+    while not np.array(rows.done).all():
+        began = perf_counter()
+        rows, drawn, steps = decode(weights, rows, np.int32(steps_per_dispatch))
+        new_lengths, steps_run = np.array(rows.length), int(steps)
+        check_finite(np.array(rows.finite).all())
+        stats = replace(
+            stats,
+            decode_seconds=stats.decode_seconds + perf_counter() - began,
+            decode_steps=stats.decode_steps + steps_run,
+        )
+        past = replace(past, cache=rows.cache)
+        tokens = np.array(drawn)[:, :steps_run]
+        yield Chunk(tokens=tokens, lengths=new_lengths - lengths, core=core, stats=stats), past
+        lengths = new_lengths
+
+
+def begin(request: Request) -> Begun:
+    """Prefill and choose."""
+    params, prompts = request.params, request.prompts
+    began = perf_counter()
+    rows, sums, logits = _prefilled(request)
+    jax.block_until_ready(rows)
+    check_finite(np.array(rows.finite).all())
+    prefilled = perf_counter()
+    chosen = request.chooser.choose(request.seen(sums))
+    selected = perf_counter()
+    narrowed = chosen.shapes(params)
+    methods = {choice.method for choice in chosen.choices}
+    read = tuple(int(length) for length in request.cached + prompts.lengths)
+    stats = Stats(
+        method=methods.pop() if len(methods) == 1 else "mixed",
+        choices=chosen.choices,
+        kept_neurons=tuple(layer.mlp.width for layer in narrowed.layers),
+        mlp_size=params.config.mlp_size,
+        prompt_tokens=read,
+        cached_tokens=(request.cached,) * request.rows,
+        prefill_seconds=prefilled - began,
+        selection_seconds=selected - prefilled,
+        compaction_seconds=0.0,
+        decode_seconds=0.0,
+        decode_steps=0,
+        bytes_read_per_token=bytes_read_per_token(narrowed, rows.cache),
+    )
+    return Begun(rows, logits, Past(rows.cache, sums, read[0]), chosen, stats)
+
+
+def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
+    """The prefill of a request, on what its past has left or from the start."""
+    params, prompts, observed = request.params.weights, request.prompts, request.observed
+    observer = request.chooser.observer(request.counted, params.config.mlp_size)
+    if request.past is None:
+        cache = init_cache(params.config, request.rows, request.capacity, params.dtype)
+        nothing = observer is None
+        sums = [] if nothing else no_sums(observer, params.layers[0], prompts.tokens, layers=len(observed))
+    else:
+        request.past.check_alive()  # another request may have gone on from it since
+        cache, sums = with_capacity(request.past.cache, request.capacity), request.past.sums
+    return prefill(
+        params,
+        prompts.tokens,
+        prompts.lengths,
+        np.full(request.rows, request.cached, np.int32),
+        cache,
+        sums,
+        make_sampling(params.config, request.rows, request.drawing, request.max_new_tokens),
+        observer,
+        observed=observed,
+    )
+
+
+def bytes_read_per_token(params: Params, cache: KVCache) -> float:
+    """Bytes a decode step reads, weights and the whole cache, divided by the B rows it makes a token for."""
+    rows = cache.keys[0].shape[0]
+    cached = sum(leaf_bytes(array) for array in cache.keys + cache.values)
+    return (weight_bytes_per_step(params, rows) + cached) / rows

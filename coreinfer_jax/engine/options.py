@@ -1,0 +1,136 @@
+"""The keyword arguments of generating, stated and checked once."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Real
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.sparsity.groups import Groups
+
+# Below it logits / temperature leaves the range of float32.
+LEAST_TEMPERATURE = 1e-6
+MOST_TEMPERATURE = float(np.finfo(np.float32).max)
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What `generate`, `stream` and `converse` take besides the model, the tokens and the way of choosing.
+
+    Attributes:
+        groups: groups of texts made ready by `prepare_groups`, for the ways of choosing that use them; None.
+        max_new_tokens: new tokens per row, at most; 128.
+        temperature: 0 takes the most probable token, which is the default; above 0 draws.
+        top_k: draw among the k most probable tokens only; None draws among all.
+        top_p: draw among the smallest set of tokens with at least this probability only; None draws among all.
+        eos_ids: a row ends after any of these, looked for among new tokens only; () never stops, the default.
+        key: `jax.random.key` or int seed, needed to draw; row i draws its t-th token with
+            fold_in(fold_in(key, i), t).
+    """
+
+    groups: Groups | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    eos_ids: Iterable[int]
+    key: Array | int | None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the tokens of a request's rows are drawn and where rows end, checked.
+
+    Attributes:
+        key: a typed key, None for greedy decoding.
+        temperature: above 0 where there is a key, else 0.
+        top_k: V keeps every token.
+        top_p: 1 keeps every token.
+        eos_ids: tokens after which a row is complete.
+    """
+
+    key: Array | None
+    temperature: float
+    top_k: int
+    top_p: float
+    eos_ids: tuple[int, ...]
+
+
+GREEDY = Drawing(None, 0.0, np.iinfo(np.int32).max, 1.0, ())
+
+
+def drawing_of(options: GenerateOptions, config: ModelConfig) -> Drawing:
+    """How `options` ask to draw.
+
+    Raises:
+        CoreInferError: a setting outside its range, a temperature without a key, an EOS id outside the vocabulary.
+        TypeError: an option that there is not.
+    """
+    if unknown := [name for name in options if name not in GenerateOptions.__annotations__]:
+        known = ", ".join(GenerateOptions.__annotations__)
+        raise TypeError(f"{unknown[0]} is no option of generating; there are {known}")
+    temperature, key = options.get("temperature", 0.0), options.get("key")
+    _check_temperature(temperature, key)
+    top_k, top_p = options.get("top_k"), options.get("top_p")
+    if top_k is not None and (not is_whole(top_k) or top_k < 1):
+        raise CoreInferError(f"top_k={shown(top_k)}: give a whole number of at least 1, or None to keep every token")
+    if top_p is not None and not (isinstance(top_p, Real) and 0 < top_p <= 1):
+        raise CoreInferError(f"top_p={shown(top_p)}: give a share above 0 and at most 1, or None to keep every token")
+    V = config.vocab_size
+    return Drawing(
+        key=None if temperature == 0 else _typed_key(key),
+        temperature=float(temperature),
+        top_k=V if top_k is None else min(top_k, V),
+        top_p=1.0 if top_p is None else float(top_p),
+        eos_ids=_checked_eos(options.get("eos_ids", ()), V),
+    )
+
+
+def _check_temperature(temperature: float, key: object) -> None:
+    if not isinstance(temperature, Real) or not 0 <= temperature <= MOST_TEMPERATURE:
+        raise CoreInferError(
+            f"temperature={shown(temperature)}: give 0 for greedy decoding or a number above 0 and up to 3.4e38"
+        )
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise CoreInferError(f"temperature={temperature}: give 0 for greedy decoding or at least {LEAST_TEMPERATURE}")
+    if temperature > 0 and key is None:
+        raise CoreInferError(f"temperature={temperature} draws at random: give key, a jax.random.key or an int seed")
+
+
+def _checked_eos(eos_ids: object, vocab_size: int) -> tuple[int, ...]:
+    if not isinstance(eos_ids, Iterable) or getattr(eos_ids, "ndim", 1) == 0:
+        raise CoreInferError(f"eos_ids={shown(eos_ids)}: give a tuple of token ids")
+    checked = tuple(eos_ids)
+    for eos in checked:
+        if not is_whole(eos) or not 0 <= eos < vocab_size:
+            raise CoreInferError(f"eos_ids: {shown(eos)} is outside the vocabulary 0 .. {vocab_size - 1}")
+    return checked
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` is an integer, of Python or NumPy."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _typed_key(key: Array | int | None) -> Array:
+    """A typed key from an int seed, a typed key, or a raw uint32 key."""
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        if not -(2**63) <= key < 2**63:
+            raise CoreInferError(f"key={shown(key)}: give a seed of at most 63 bits")
+        return jax.random.key(key)
+    try:
+        array = jnp.asarray(key if hasattr(key, "dtype") else "no array")
+    except TypeError as error:
+        raise CoreInferError(f"key={shown(key)}: give a jax.random.key or an int seed") from error
+    if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        if array.dtype != jnp.uint32 or array.shape != jax.random.key_data(jax.random.key(0)).shape:
+            raise CoreInferError(f"key of shape {array.shape}, {array.dtype}: give a jax.random.key or an int seed")
+        array = jax.random.wrap_key_data(array)
+    if array.shape != ():
+        raise CoreInferError(f"key of shape {array.shape}: give a single key")
+    return array

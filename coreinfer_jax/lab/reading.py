@@ -1,0 +1,46 @@
+"""How the laboratory reads texts: in batches of one shape, each passed whole through the full model."""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from coreinfer_jax.model import Observe, extend
+from coreinfer_jax.model.cache import KVCache, init_cache
+from coreinfer_jax.model.weights import Params
+
+Kept = TypeVar("Kept")
+
+
+def batches(texts: int, rows: int, name: str) -> Iterator[tuple[np.ndarray, int]]:
+    """The numbers of `texts` texts, at most `rows` (B) in a batch, and how many of each batch are real.
+
+    The last batch is filled up with its first text: one shape, so that one program serves them all.
+    """
+    B = max(1, min(texts, rows))
+    for first in tqdm(range(0, texts, B), desc=name, unit="batch", disable=None, leave=False):
+        batch = np.arange(first, min(first + B, texts))
+        yield np.concatenate([batch, np.full(B - len(batch), first)]), len(batch)
+
+
+def read_whole(
+    params: Params, tokens: Array, observe: Observe[tuple[Kept, Array]]
+) -> tuple[Array, KVCache, list[Kept], Array]:
+    """A pass over tokens int32 [B, T] from their start, for programs to be compiled.
+
+    Args:
+        params: dense weights.
+        tokens: padding must follow the tokens of a row.
+        observe: as of `extend`: what is to be kept of a layer, and whether it is finite, bool [].
+
+    Returns:
+        Hidden states [B, T, E], the cache, what was kept of every layer, whether all of it was finite, bool [].
+    """
+    B, T = tokens.shape
+    cache = init_cache(params.config, B, T, params.dtype)
+    hidden, cache, observed = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe)
+    kept, finite = zip(*observed, strict=True)
+    return hidden, cache, list(kept), jnp.stack(finite).all()

@@ -1,0 +1,119 @@
+"""Forms that exist for one backend or one JAX version, each with the measurement that asked for it.
+
+Each computes what a plainer form computes. "Remove" says when the plainer form can take over.
+
+Temporaries are those of a decode loop, by `memory_analysis`, on jaxlib 0.10.2 and much the same on 0.12.0: 4 layers,
+25 MB of bfloat16 weights, a cache of 8192 positions, 34 MB per row in float32. tests/test_compilation.py holds the same
+loop below one layer's size.
+Speeds are of two x86 cores with AVX-512, whose memory gives about 30 GB/s.
+"""
+
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+# Options of a compiled loop that reads weights in every step.
+#
+# Loop-invariant code motion is off, because XLA's CPU code hoists float32 copies of bfloat16 weights out of the loop: a
+# second, wider copy of the model, made anew by each call. Temporaries: 51 MB with the pass, 0.5 MB without it.
+# Remove: they are small with the pass.
+#
+# Sums in any order let XLA's CPU code use vector instructions for products with bfloat16 weights. Without them, one row
+# times [5632, 2048] takes 0.7 ms on jaxlib 0.10.2, but 12.5 ms on 0.12.0. NaN, infinity and division stay exact.
+# Remove: that product takes no longer without these options.
+DECODE_OPTIONS: dict[str, str | bool] = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+    "xla_cpu_enable_fast_math": True,
+    "xla_cpu_fast_math_honor_nans": True,
+    "xla_cpu_fast_math_honor_infs": True,
+    "xla_cpu_fast_math_honor_division": True,
+    "xla_cpu_fast_math_honor_functions": True,
+}
+
+
+def matmul(x: Array, weight: Array) -> Array:
+    """x [B, T, in] times weight [out, in]: float32 [B, T, out]."""
+    if not _is_narrow_row(x):
+        return _contract_last(x, weight)
+    return lax.platform_dependent(x, weight, cpu=_fused_row, default=_contract_last)
+
+
+def matmul_per_row(x: Array, weight: Array) -> Array:
+    """x [B, T, in], each row times its own of weight [B, out, in]: float32 [B, T, out]."""
+
+    def one(row: Array, own: Array) -> Array:
+        if not _is_narrow_row(row[None]):
+            return _contract_last(row[None], own)[0]
+        return lax.platform_dependent(row[None], own, cpu=_doubled_row, default=_contract_last)[0]
+
+    return jax.vmap(one)(x, weight)
+
+
+def _is_narrow_row(x: Array) -> bool:
+    """Whether x [B, T, in] is one row of 16 bits, for which the plain form is slow on CPUs.
+
+    XLA's CPU code makes a float32 copy of the whole weight for such a product, in every step. Temporaries: 49 MB, with
+    the forms below 0.5 MB. Speed: 1.4 GB/s. Remove: `_contract_last` makes no copy (tests/test_layers.py).
+    """
+    return x.dtype.itemsize == 2 and x.shape[0] * x.shape[1] == 1
+
+
+def _contract_last(x: Array, weight: Array) -> Array:
+    # The plain form. Float32 weights are read at 23 to 32 GB/s; x times the transpose falls to 2 from 4096 inputs on.
+    last = x.ndim - 1
+    return lax.dot_general(x, weight, (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+# Longer rows, 16 KiB as float32, are not fused with what they are multiplied by.
+_FUSED_INPUTS = 4095
+
+
+def _fused_row(x: Array, weight: Array) -> Array:
+    # Times the transpose, the conversion of the weight becomes part of the product, which then reads 25 to 33 GB/s;
+    # unless an addition is fused with it first, which the barrier prevents. Wide weights take several products. Parts
+    # are cut from what is converted: cut before, they would be rounded to 16 bits again, weight by weight.
+    row = lax.optimization_barrier(x.astype(jnp.float32))[0, 0]
+    converted = weight.astype(jnp.float32)
+    size = x.shape[2]
+    width = -(-size // -(-size // _FUSED_INPUTS))
+    starts = range(0, size, width)
+    parts = [jnp.dot(row[i : i + width], converted[:, i : i + width].T)[None, None] for i in starts]
+    return reduce(jnp.add, map(lax.optimization_barrier, parts))
+
+
+def _doubled_row(x: Array, weight: Array) -> Array:
+    # For two rows the weight is read as it is, at half the memory's speed or more. Temporaries of 3 rows with core
+    # neurons of their own: 46 MB in the plain form, 1.6 MB in this one.
+    return _contract_last(jnp.concatenate([x, x], axis=1), weight)[:, :1]
+
+
+def write(past: Array, new: Array, positions: Array) -> Array:
+    """`past` [B, G, S, H] with `new` [B, T, G, H] at slots `positions` [B, T]; positions outside 0 .. S-1 are dropped.
+
+    Dropping matters for padding only: `dynamic_update_slice` would shift a block that overhangs the end and
+    overwrite tokens that are there already.
+    """
+    B, T = positions.shape
+    if T == 1 and past.dtype.itemsize == 2 and _SCATTER_WIDENS:
+        return _write_one_by_one(past, new, positions)
+    if B * T == 1:
+        # XLA turns a scatter of one slot into a dynamic_update_slice, fuses it twice and copies the whole cache in
+        # every decode step; with a second slot, which is dropped, it writes in place. Temporaries with a float32 cache:
+        # 67 MB and 0.5 MB. Remove: they are small with one slot.
+        new = jnp.concatenate([new, new], axis=1)
+        positions = jnp.concatenate([positions, jnp.full_like(positions, past.shape[2])], axis=1)
+    return past.at[jnp.arange(B)[:, None], :, positions].set(new, mode="drop", unique_indices=True)
+
+
+# XLA's CPU code before JAX 0.11 makes a float32 copy of a 16-bit cache, in every step, to scatter into it. Temporaries
+# of 3 rows: 101 MB, slot by slot 1.6 MB. Remove: the oldest supported JAX is 0.11.
+_SCATTER_WIDENS = jax.__version_info__ < (0, 11)
+
+
+def _write_one_by_one(past: Array, new: Array, positions: Array) -> Array:
+    """`write` for one slot per row, none beyond the end."""
+    for b in range(past.shape[0]):
+        past = lax.dynamic_update_slice(past, new[b : b + 1].swapaxes(1, 2), (b, 0, positions[b, 0], 0))
+    return past

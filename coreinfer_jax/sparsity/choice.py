@@ -1,0 +1,251 @@
+"""What a way of choosing core neurons is: what it observes of a prefill, and what it makes of that.
+
+`Chooser` is the seam between the engine, which only calls it, and the ways of choosing, which stand in `choosers`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+from jax import Array
+
+from coreinfer_jax.checks import check_flag
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.allocate import Narrowing
+from coreinfer_jax.sparsity.groups import Groups
+from coreinfer_jax.sparsity.narrow import Indices, Offsets, narrow, narrowed_shapes, on_device
+from coreinfer_jax.sparsity.neurons import CoreNeurons
+from coreinfer_jax.sparsity.rules import Observer
+
+Method = Literal["dense", "given", "stability", "similarity", "fused"]
+# The reason of a choice that the caller made.
+ASKED = "asked for"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the core neurons of one row, or of all rows together, were found.
+
+    Attributes:
+        method: what ran.
+        reason: why, in words.
+        stability: the prompt's stability figure, where `Auto` measured it.
+        group: the group it was assigned to, where there are any.
+    """
+
+    method: Method
+    reason: str = ASKED
+    stability: float | None = None
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What there is to choose from after a prefill.
+
+    Attributes:
+        params: dense weights, with what is known of their neurons.
+        groups: groups of texts, or None.
+        sums: of each observed layer, over B prompts.
+        counted: int [B], tokens that counted per row.
+    """
+
+    params: Params
+    groups: Groups | None
+    sums: Mapping[int, Any]
+    counted: np.ndarray
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Core neurons and how they were found; one choice per set.
+
+    Attributes:
+        core: the sets, None for the full model.
+        arrays: the same on the device, None where the weights need no gather.
+        ready: the full model, or a group's weights that were gathered before; otherwise None.
+        choices: one per row, or a single one for all rows.
+    """
+
+    core: CoreNeurons | None
+    arrays: tuple[Indices, Offsets] | None
+    ready: Params | None
+    choices: tuple[Choice, ...]
+
+    def weights(self, params: Params) -> Params:
+        """The weights to decode with, from dense `params`; the gather is started, not awaited."""
+        return self._made(params, narrow)
+
+    def shapes(self, params: Params) -> Params:
+        """What `weights` returns, of narrowed arrays only shapes and types."""
+        return self._made(params, narrowed_shapes)
+
+    def _made(self, params: Params, make: Callable[[Params, Indices, Offsets], Params]) -> Params:
+        if self.ready is not None:
+            return self.ready
+        assert self.arrays is not None, "there is something to gather where nothing is ready"
+        return make(params, *self.arrays)
+
+
+class Choosing(ABC):
+    """A way of choosing core neurons; as it stands here it observes nothing."""
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether sums over the parts of a conversation are all that it needs."""
+        return True
+
+    @abstractmethod
+    def check(self, params: Params, groups: Groups | None, rows: int) -> None:
+        """Refuse a model, groups or a number of rows (B) that it cannot choose for."""
+
+    def observed_layers(self, config: ModelConfig, groups: Groups | None) -> tuple[int, ...]:
+        """The layers whose sums it needs, ascending."""
+        return ()
+
+    def counted(self, tokens: np.ndarray, lengths: np.ndarray, cached: int, config: ModelConfig) -> np.ndarray:
+        """Which of tokens [B, T] it observes: bool [B, T]; arguments are those of `counted_tokens`."""
+        return np.zeros(tokens.shape, bool)
+
+    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer | None:
+        """What it observes over the tokens `counted` bool [B, T]; None for nothing."""
+        return None
+
+    def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
+        """What its weights will take at least: neurons gathered per layer, 0 where none are, and how many sets."""
+        return (0,) * params.config.num_layers, 1
+
+    @abstractmethod
+    def choose(self, seen: Seen) -> Chosen:
+        """Core neurons of what was seen."""
+
+
+def _refuse_groups(groups: object, what: str) -> None:
+    if groups is not None:
+        raise CoreInferError(f"groups are not used by {what}: leave groups out, or take Similarity, Fused or Auto")
+
+
+@dataclass(frozen=True)
+class AllNeurons(Choosing):
+    """The full model."""
+
+    def check(self, params: Params, groups: Groups | None, rows: int) -> None:
+        """Refuse groups."""
+        _refuse_groups(groups, "core=None")
+
+    def choose(self, seen: Seen) -> Chosen:
+        """All neurons."""
+        return Chosen(None, None, seen.params.weights, (Choice("dense"),))
+
+
+@dataclass(frozen=True)
+class GivenNeurons(Choosing):
+    """What the caller chose."""
+
+    neurons: CoreNeurons
+
+    def check(self, params: Params, groups: Groups | None, rows: int) -> None:
+        """Refuse neurons of another model or another number of rows, and groups."""
+        _refuse_groups(groups, "CoreNeurons")
+        self.neurons.check(params.config)
+        self.neurons.check_rows(rows)
+
+    def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
+        """The neurons' numbers."""
+        widths = (0 if indices is None else indices.shape[-1] for indices in self.neurons.layers)
+        return tuple(widths), self.neurons.rows or 1
+
+    def choose(self, seen: Seen) -> Chosen:
+        """The neurons; a single row's set is a shared one."""
+        shared = self.neurons.row(0) if self.neurons.rows == 1 else self.neurons
+        return Chosen(self.neurons, jax.block_until_ready(on_device(shared)), None, (Choice("given"),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chooser(Narrowing, Choosing):
+    """What all ways of choosing from prompts have.
+
+    Attributes:
+        layers: which layers are narrowed, as fractions of depth: layer l of L when layers[0] <= l / L < layers[1].
+        per_row: choose one core set per row of a batch, so that each row equals its single run; every row then
+            reads its own narrowed weights. False chooses one set for all rows together: the narrowed weights are
+            read once per step for the whole batch.
+        count_bos: whether a beginning-of-sequence token at the start of the prompt counts, as in the paper.
+        method: how results name it.
+    """
+
+    per_row: bool = True
+    count_bos: bool = True
+    method: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("per_row", self.per_row)
+        check_flag("count_bos", self.count_bos)
+
+    def counted(self, tokens: np.ndarray, lengths: np.ndarray, cached: int, config: ModelConfig) -> np.ndarray:
+        """All tokens of the prompts, but for a leading BOS where it does not count."""
+        return counted_tokens(tokens, lengths, cached, config, count_bos=self.count_bos)
+
+    def sets(self, rows: int) -> int:
+        """How many core sets a batch of `rows` (B) rows has."""
+        return rows if self.per_row else 1
+
+
+def counted_tokens(
+    tokens: np.ndarray, lengths: np.ndarray, cached: int, config: ModelConfig, *, count_bos: bool
+) -> np.ndarray:
+    """Which of tokens [B, T] count: bool [B, T], not padding, and not a leading BOS where that is left out.
+
+    Args:
+        tokens: padded rows.
+        lengths: int32 [B], tokens per row before padding.
+        cached: tokens per row that were read, and counted, before.
+        config: the model.
+        count_bos: whether a leading BOS counts.
+
+    Raises:
+        CoreInferError: a row without any.
+    """
+    counted = np.arange(tokens.shape[1])[None, :] < lengths[:, None]
+    if not count_bos and config.bos_id is not None and not cached:
+        counted[:, 0] &= tokens[:, 0] != config.bos_id
+    if not counted.any(axis=1).all():
+        raise CoreInferError("a prompt of BOS alone has no token to choose by with count_bos=False: lengthen it")
+    return counted
+
+
+def by_set(chooser: Chooser, seen: Seen) -> tuple[Mapping[int, Any], np.ndarray]:
+    """Sums and numbers of counted tokens per set: those of all rows as of one where rows share a set."""
+    if chooser.per_row or len(seen.counted) == 1:
+        return seen.sums, seen.counted
+    return _pooled(dict(seen.sums)), seen.counted.min(keepdims=True)
+
+
+@jax.jit
+def _pooled(sums: dict[int, Any]) -> dict[int, Any]:
+    return {l: jax.tree.map(lambda array: array.sum(axis=0, keepdims=True), layer) for l, layer in sums.items()}
+
+
+def to_gather(
+    narrowed: Sequence[int],
+    indices: list[Array],
+    offsets: Sequence[Array | None] | None,
+    config: ModelConfig,
+    choices: tuple[Choice, ...],
+) -> Chosen:
+    """What is to be gathered: index arrays [R, K] and offsets of the narrowed layers, a single set as a shared one."""
+
+    def per_layer(arrays: Iterable[Array | None]) -> tuple[Array | None, ...]:
+        # A shared set runs the plain program.
+        shared = [a[0] if a is not None and len(choices) == 1 else a for a in arrays]
+        by_layer = dict(zip(narrowed, shared, strict=True))
+        return tuple(by_layer.get(l) for l in range(config.num_layers))
+
+    arrays = jax.block_until_ready((per_layer(indices), per_layer(offsets or [None] * len(narrowed))))
+    return Chosen(CoreNeurons(*arrays), arrays, None, choices)

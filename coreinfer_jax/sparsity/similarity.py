@@ -1,0 +1,400 @@
+"""Ways of choosing with groups of texts (paper, section 3.3): `Similarity`, `Fused` with the prompt, `Auto` of both."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from coreinfer_jax.checks import check_fraction, check_number, check_whole
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.weights import Layer, Params
+from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, by_set, to_gather
+from coreinfer_jax.sparsity.groups import Clusters, Groups
+from coreinfer_jax.sparsity.measures import fused, nearest_group, stability_figure
+from coreinfer_jax.sparsity.narrow import check_dense, compact
+from coreinfer_jax.sparsity.rules import MOST_TOKENS, Observer, Sums, Votes
+from coreinfer_jax.sparsity.votes import Tally, Voting, count_each, kept_neurons, most_voted
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupChooser(Chooser):
+    """What ways of choosing that use groups have: groups are made of votes, so prompts vote.
+
+    Attributes:
+        votes: how tokens vote.
+        needs_frequencies: whether it asks how often a group's neurons were voted for, and not only which were.
+    """
+
+    votes: Votes = field(default_factory=Votes)
+    needs_frequencies: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.votes) is not Votes:
+            raise CoreInferError(f"votes={shown(self.votes)}: groups are made of votes; give rules.Votes(...)")
+        if self.votes.prior_tokens:
+            raise CoreInferError(f"votes={shown(self.votes)}: groups take the place of a prior; leave prior_tokens out")
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether sums over the parts of a conversation are all that it needs."""
+        return self.votes.budget == "per_token"
+
+    @property
+    @abstractmethod
+    def group_ratio(self) -> float:
+        """Share of F kept of a group's neurons."""
+
+    def check(self, params: Params, groups: Groups | None, rows: int) -> None:
+        """Refuse groups that are missing or do not fit."""
+        if groups is None:
+            raise CoreInferError(f"the method {self.method!r} needs groups: give those of prepare_groups")
+        if not isinstance(groups, Groups):
+            raise CoreInferError(f"groups={shown(groups)}: give what prepare_groups returns")
+        if params is not groups.params:
+            raise CoreInferError("groups were prepared for other params; prepare_groups with the params of this call")
+        kept, asked = (kept_neurons(ratio, params.config.mlp_size) for ratio in (groups.gamma, self.group_ratio))
+        if kept != asked or self.layers != groups.layers:
+            raise CoreInferError(
+                f"groups were prepared for {kept} neurons in layers={groups.layers}, but core asks for {asked} in "
+                f"layers={self.layers}; give prepare_groups the same gamma (or beta) and layers"
+            )
+        self.check_votes(groups.clusters)
+
+    def check_votes(self, clusters: Clusters) -> None:
+        """Refuse clusters whose texts voted differently from how prompts would, or did not say how often."""
+        theirs = clusters.vectors
+        if (theirs.votes, theirs.count_bos) != (self.votes, self.count_bos):
+            settings = f"alpha={theirs.votes.alpha}, budget={theirs.votes.budget!r}, count_bos={theirs.count_bos}"
+            raise CoreInferError(f"the clusters' texts voted with {settings}; choose the same, or build them again")
+        if self.needs_frequencies and clusters.origin == "published":
+            raise CoreInferError(
+                f"the method {self.method!r} weighs frequencies, which published lists do not hold; take Similarity"
+            )
+
+    def observed_layers(self, config: ModelConfig, groups: Groups | None) -> tuple[int, ...]:
+        """The narrowed ones, and the one that decides on the group."""
+        own = self.narrowed_layers(config.num_layers)
+        return own if groups is None else tuple(sorted({*own, groups.clusters.layer}))
+
+    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer:
+        """Votes."""
+        return self.votes.observer(counted, mlp_size)
+
+    def _assigned(self, sums: Mapping[int, Sums], groups: Groups) -> Array:
+        """The group of every prompt, int32 [R]."""
+        vectors, F = groups.clusters.vectors, groups.centroids.shape[-1]
+        return _nearest(sums[groups.clusters.layer], groups.centroids, kept=kept_neurons(vectors.beta, F))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similarity(GroupChooser):
+    """Similarity-guided: the neurons of the group of texts that the prompt is nearest to.
+
+    `layers`, `per_row` and `count_bos` are those of every `Chooser`.
+
+    Attributes:
+        gamma: keep ratio of a group's neurons, in (0, 1].
+        votes: how the prompt's tokens vote for the vector that finds its group; as the groups' texts did.
+
+    Raises:
+        CoreInferError: a value outside its range.
+    """
+
+    gamma: float = 0.5
+    method: ClassVar[str] = "similarity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("gamma", self.gamma)
+
+    @property
+    def group_ratio(self) -> float:
+        """`gamma`."""
+        return self.gamma
+
+    def observed_layers(self, config: ModelConfig, groups: Groups | None) -> tuple[int, ...]:
+        """The one that decides on the group."""
+        return () if groups is None else (groups.clusters.layer,)
+
+    def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
+        """The groups' neurons; nothing where a group's weights are there already."""
+        return _of_groups(self, self.gamma, params, groups, rows)
+
+    def choose(self, seen: Seen) -> Chosen:
+        """The neurons of each prompt's group."""
+        assert seen.groups is not None, "checked"
+        sums, _ = by_set(self, seen)
+        assigned = self._assigned(sums, seen.groups)
+        choices = tuple(Choice("similarity", group=group) for group in np.asarray(assigned).tolist())
+        return _of_assigned(self, seen, assigned, choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused(GroupChooser):
+    """The neurons with most votes when the frequencies of the prompt's group count as more tokens of the prompt.
+
+    `layers`, `per_row` and `count_bos` are those of every `Chooser`.
+
+    Attributes:
+        beta: keep ratio, in (0, 1].
+        group_tokens: how many tokens of the prompt the group's frequencies weigh as much as.
+        votes: how tokens vote; as the groups' texts did.
+
+    Raises:
+        CoreInferError: a value outside its range.
+    """
+
+    beta: float = 0.5
+    group_tokens: float = 64.0
+    method: ClassVar[str] = "fused"
+    needs_frequencies: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("beta", self.beta)
+        check_number("group_tokens", self.group_tokens, 0, MOST_TOKENS)
+
+    @property
+    def group_ratio(self) -> float:
+        """`beta`."""
+        return self.beta
+
+    def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
+        """What is kept of the narrowed layers."""
+        return _alike(self, self.beta, params.config), self.sets(rows)
+
+    def choose(self, seen: Seen) -> Chosen:
+        """The most voted neurons, votes of the group counted in."""
+        groups, config = seen.groups, seen.params.config
+        assert groups is not None, "checked"
+        sums, _ = by_set(self, seen)
+        assigned = self._assigned(sums, groups)
+        narrowed = self.narrowed_layers(config.num_layers)
+        indices = _fused(
+            [sums[l] for l in narrowed],
+            groups.frequencies,
+            assigned,
+            np.float32(self.group_tokens),
+            kept=kept_neurons(self.beta, config.mlp_size),
+        )
+        choices = tuple(Choice("fused", group=group) for group in np.asarray(assigned).tolist())
+        return to_gather(narrowed, indices, None, config, choices)
+
+
+@struct.dataclass
+class _WholeAndEarly:
+    """Votes of all counted tokens, and apart those of each prompt's first half.
+
+    Attributes:
+        voting: who votes, and with how many voices.
+        early: bool [B, T], the first half of the counted tokens.
+    """
+
+    voting: Voting
+    early: Array
+
+    def __call__(self, l: int, layer: Layer, activations: Array) -> dict[str, Tally]:
+        """The votes of one layer."""
+        whole, early = count_each(activations, self.voting, (self.voting.counted, self.early))
+        return {"whole": whole, "early": early}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(GroupChooser):
+    """For a stable prompt its own most voted neurons, for others those of its group; its own where there are no groups.
+
+    `layers`, `per_row` and `count_bos` are those of every `Chooser`.
+
+    Attributes:
+        beta: keep ratio of the prompt's own neurons, in (0, 1].
+        gamma: keep ratio of a group's neurons, in (0, 1]; None takes `beta`.
+        least_stability: the stability figure from which a prompt is stable. The default is about where, on the embedded
+            models at beta 0.4 and 0.7, the prompt's own neurons begin to foretell those of prompt and continuation
+            better than its group's do (docs/core-neurons.md).
+        least_tokens: the number of voting tokens from which a prompt may be stable, at least 2. The figure of a shorter
+            one says little, whatever its value. Where rows share one set the shortest row counts.
+        votes: how tokens vote; as the groups' texts did.
+
+    Raises:
+        CoreInferError: a value outside its range.
+    """
+
+    beta: float = 0.5
+    gamma: float | None = None
+    least_stability: float = 0.7
+    least_tokens: int = 32
+    method: ClassVar[str] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("beta", self.beta)
+        if self.gamma is not None:
+            check_fraction("gamma", self.gamma)
+        check_number("least_stability", self.least_stability, -1, 1)
+        check_whole("least_tokens", self.least_tokens, 2)
+
+    @property
+    def adds_up(self) -> bool:
+        """It asks what the first half of the whole conversation votes."""
+        return False
+
+    @property
+    def group_ratio(self) -> float:
+        """`gamma`, or `beta`."""
+        return self.beta if self.gamma is None else self.gamma
+
+    def check(self, params: Params, groups: Groups | None, rows: int) -> None:
+        """Refuse groups that do not fit, and rows of one batch that would keep different numbers."""
+        if groups is None:
+            return
+        super().check(params, groups, rows)
+        own, group = (kept_neurons(ratio, params.config.mlp_size) for ratio in (self.beta, self.group_ratio))
+        if self.per_row and rows > 1 and own != group:
+            raise CoreInferError(
+                f"beta={self.beta} keeps {own} neurons and gamma={self.gamma} {group}: rows of one batch need the same "
+                "number; give equal ratios, one row at a time, or per_row=False"
+            )
+
+    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer:
+        """Votes of all tokens and of each prompt's first half, rounded down."""
+        early = counted & (np.cumsum(counted, axis=1) <= counted.sum(axis=1, keepdims=True) // 2)
+        return _WholeAndEarly(self.votes.voting(counted, mlp_size), jnp.asarray(early))
+
+    def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
+        """The fewer of the prompt's and the group's neurons; nothing where a group's weights may be there already."""
+        return _of_groups(self, min(self.beta, self.group_ratio) if groups else self.beta, params, groups, rows)
+
+    def choose(self, seen: Seen) -> Chosen:
+        """Each prompt's own neurons or its group's."""
+        groups, config = seen.groups, seen.params.config
+        sums, counted = by_set(self, seen)
+        narrowed = self.narrowed_layers(config.num_layers)
+        own, figures = _own_and_figures([sums[l] for l in narrowed], kept=kept_neurons(self.beta, config.mlp_size))
+        whole = {l: {"votes": layer["whole"].counts, "total": layer["whole"].sums} for l, layer in sums.items()}
+        assigned = None if groups is None else self._assigned(whole, groups)
+        found = [None] * len(counted) if assigned is None else np.asarray(assigned).tolist()
+        choices = tuple(map(self._choice, counted.tolist(), np.asarray(figures).tolist(), found))
+        by_group = np.array([choice.method == "similarity" for choice in choices])
+        if groups is None or assigned is None or not by_group.any():
+            return to_gather(narrowed, own, None, config, choices)
+        if by_group.all():
+            return _of_assigned(self, seen, assigned, choices)
+        return to_gather(narrowed, _mixed(own, groups.tables, assigned, by_group), None, config, choices)
+
+    def _choice(self, counted: int, figure: float, group: int | None) -> Choice:
+        if counted < self.least_tokens:
+            reason = f"unstable: {counted} voting token{'' if counted == 1 else 's'}, fewer than {self.least_tokens}"
+        elif np.float32(figure) < np.float32(self.least_stability):
+            reason = f"unstable: stability {figure:.3f} is below {self.least_stability:g}"
+        else:
+            reason = f"stable: stability {figure:.3f} is at least {self.least_stability:g}, {counted} voting tokens"
+            return Choice("stability", reason, figure, group)
+        if group is None:
+            return Choice("stability", f"{reason}; no groups were given to choose from", figure, None)
+        return Choice("similarity", reason, figure, group)
+
+
+def prepare_groups(params: Params, clusters: Clusters, core: GroupChooser, *, compacted: bool = True) -> Groups:
+    """Make `clusters` ready to generate with.
+
+    Args:
+        params: dense weights of the model the clusters belong to.
+        clusters: from `load_clusters` or `build_clusters`.
+        core: the way of choosing to generate with, a `Similarity`, `Fused` or `Auto`.
+        compacted: gather every group's narrowed weights now, so that a prompt's group costs nothing more. They take
+            C times the memory of one narrowed model's MLPs. Otherwise each prompt gathers those of its group.
+
+    Returns:
+        `Groups`, for the `groups` of `generate`, `stream` and `converse`.
+
+    Raises:
+        CoreInferError: clusters of another model, settings the clusters' votes were not counted by, a published list
+            shorter than gamma asks for.
+    """
+    check_dense(params)
+    if not isinstance(clusters, Clusters):
+        raise CoreInferError(f"clusters={shown(clusters)}: give Clusters, from load_clusters or build_clusters")
+    if not isinstance(core, GroupChooser):
+        raise CoreInferError(f"core={shown(core)}: give the Similarity, Fused or Auto to generate with")
+    clusters.check(params)
+    core.check_votes(clusters)
+    narrowed = core.narrowed_layers(params.config.num_layers)
+    sets = clusters.sets(core.group_ratio, narrowed)
+    return Groups(
+        params=params,
+        clusters=clusters,
+        gamma=core.group_ratio,
+        layers=core.layers,
+        sets=sets,
+        narrowed=tuple(compact(params, chosen) for chosen in sets) if compacted else (),
+        centroids=jnp.asarray(clusters.centroids),
+        tables=[jnp.stack([jnp.asarray(chosen.layers[l]) for chosen in sets]) for l in narrowed],
+        frequencies=[jnp.asarray(clusters.frequencies[:, l]) for l in narrowed],
+    )
+
+
+def _of_assigned(chooser: Chooser, seen: Seen, assigned: Array, choices: tuple[Choice, ...]) -> Chosen:
+    """The neurons of each prompt's group `assigned` [R]; weights that are there already where one set serves all."""
+    groups, config = seen.groups, seen.params.config
+    assert groups is not None, "there is something to be assigned to"
+    if len(choices) == 1 and groups.narrowed:
+        group = int(assigned[0])
+        return Chosen(groups.sets[group], None, groups.narrowed[group], choices)
+    return to_gather(
+        chooser.narrowed_layers(config.num_layers), _looked_up(groups.tables, assigned), None, config, choices
+    )
+
+
+def _alike(chooser: Chooser, ratio: float, config: ModelConfig) -> tuple[int, ...]:
+    """The same number of neurons in every narrowed layer, 0 in the others."""
+    narrowed = chooser.narrowed_layers(config.num_layers)
+    return tuple(kept_neurons(ratio, config.mlp_size) if l in narrowed else 0 for l in range(config.num_layers))
+
+
+def _of_groups(
+    chooser: Chooser, ratio: float, params: Params, groups: Groups | None, rows: int
+) -> tuple[tuple[int, ...], int]:
+    sets = chooser.sets(rows)
+    there = groups is not None and bool(groups.narrowed) and sets == 1
+    return (0,) * params.config.num_layers if there else _alike(chooser, ratio, params.config), sets
+
+
+@partial(jax.jit, static_argnames="kept")
+def _nearest(sums: Sums, centroids: Array, *, kept: int) -> Array:
+    return nearest_group(Tally(sums["votes"], sums["total"]), kept, centroids)
+
+
+@partial(jax.jit, static_argnames="kept")
+def _own_and_figures(sums: list[dict[str, Tally]], *, kept: int) -> tuple[list[Array], Array]:
+    """The most voted neurons [R, K] of each layer, and stability figures [R]."""
+    own = [most_voted(layer["whole"], kept) for layer in sums]
+    return own, stability_figure([layer["early"] for layer in sums], own)
+
+
+@partial(jax.jit, static_argnames="kept")
+def _fused(
+    sums: list[Sums], frequencies: list[Array], assigned: Array, group_tokens: Array, *, kept: int
+) -> list[Array]:
+    return [
+        most_voted(fused(Tally(own["votes"], own["total"]), group[assigned], group_tokens), kept)
+        for own, group in zip(sums, frequencies, strict=True)
+    ]
+
+
+@jax.jit
+def _looked_up(tables: list[Array], assigned: Array) -> list[Array]:
+    return [table[assigned] for table in tables]
+
+
+@jax.jit
+def _mixed(own: list[Array], tables: list[Array], assigned: Array, by_group: Array) -> list[Array]:
+    return [jnp.where(by_group[:, None], table[assigned], mine) for mine, table in zip(own, tables, strict=True)]

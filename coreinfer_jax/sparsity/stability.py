@@ -1,0 +1,116 @@
+"""`CoreConfig`: stability-guided prediction (paper, section 3.3), by the paper's votes or by rules of our own."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from coreinfer_jax.checks import check_fraction, check_name, check_share
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.allocate import ALLOCATIONS, Allocation, allocate
+from coreinfer_jax.sparsity.calibration import PRIOR_RULE, calibration_of, gains_of
+from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, by_set, to_gather
+from coreinfer_jax.sparsity.groups import Groups
+from coreinfer_jax.sparsity.ranking import rank
+from coreinfer_jax.sparsity.rules import Contribution, Observer, Rule, Votes, rule_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreConfig(Chooser):
+    """Stability-guided: the prompt's own neurons. The default; `CoreConfig.paper()` is what the paper does.
+
+    `layers`, `per_row` and `count_bos` are those of every `Chooser`.
+
+    Attributes:
+        beta: keep ratio: share of F kept as sentence-wise core neurons, in (0, 1]; K = max(1, floor(beta F)) in each
+            layer, or on average over them (`allocation`). The default is the smallest that raises the perplexity of
+            neither embedded model by a fifth, calibrated or not, on prompts of 64 tokens or more
+            (benchmarks/results/keep-ratio.jsonl).
+        rule: what ranks neurons: a `Rule`, or the name of one as it is by default (docs/quality.md).
+        compensation: the share of its mean activation at which a neuron that is not kept stands, in [0, 1]; per layer a
+            constant vector in the MLP's output. A half measured best.
+        allocation: how `beta` is shared out over the narrowed layers, the total being the same: by `sensitivity` each
+            gets what it is worth by the model's calibration, and without one the first gets more; `equal` gives all the
+            same, as in the paper.
+
+    Raises:
+        CoreInferError: a value outside its range.
+    """
+
+    beta: float = 0.5
+    rule: Rule | str = field(default_factory=Contribution)
+    compensation: float = 0.5
+    allocation: Allocation = "sensitivity"
+    method: ClassVar[str] = "stability"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("beta", self.beta)
+        object.__setattr__(self, "rule", rule_named(self.rule))
+        check_share("compensation", self.compensation)
+        check_name("allocation", self.allocation, ALLOCATIONS)
+
+    @classmethod
+    def paper(cls) -> "CoreConfig":
+        """The paper's setting for extraction and question answering (section 5): alpha 0.4, beta 0.2.
+
+        For translation the paper takes beta 0.4: `replace(CoreConfig.paper(), beta=0.4)`. Where it predicts by
+        similarity it narrows from the fourth layer on: `layers=(3 / L, 1.0)`.
+        """
+        return cls(beta=0.2, rule=Votes(alpha=0.4, budget="per_token"), compensation=0, allocation="equal")
+
+    @property
+    def ranking(self) -> Rule:
+        """The rule that ranks neurons, as a value."""
+        return rule_named(self.rule)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether sums over the parts of a conversation are all that it needs: a mean budget asks for all at once."""
+        return getattr(self.ranking, "budget", "per_token") == "per_token"
+
+    def check(self, params: Params, groups: Groups | None, rows: int) -> None:
+        """Refuse groups, a prior that no calibration holds, and layers that select none."""
+        if groups is not None:
+            raise CoreInferError("groups are not used by the method 'stability'; choose Similarity, Fused or Auto")
+        if self.ranking.prior_tokens and self.ranking.name != PRIOR_RULE:
+            raise CoreInferError(f"rule {self.ranking.name!r}: generates without a prior; give it no prior tokens")
+        self.narrowed_layers(params.config.num_layers)
+
+    def observed_layers(self, config: ModelConfig, groups: Groups | None) -> tuple[int, ...]:
+        """The narrowed ones."""
+        return self.narrowed_layers(config.num_layers)
+
+    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer:
+        """That of the rule."""
+        return self.ranking.observer(counted, mlp_size)
+
+    def widths(self, params: Params) -> tuple[int, ...]:
+        """Neurons kept per layer, F where a layer stays dense."""
+        return allocate(self, params.config, gains_of(params))
+
+    def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
+        """What is kept in layers that do not keep all."""
+        F = params.config.mlp_size
+        return tuple(0 if width == F else width for width in self.widths(params)), self.sets(rows)
+
+    def choose(self, seen: Seen) -> Chosen:
+        """The neurons that the prompt itself ranks highest, the others at a share of their mean."""
+        params, kept = seen.params, self.widths(seen.params)
+        # A layer that keeps all is read as it is.
+        narrowed = [l for l in self.observed_layers(params.config, None) if kept[l] < params.config.mlp_size]
+        known = calibration_of(params) if self.ranking.name == PRIOR_RULE and self.ranking.prior_tokens else None
+        sums, counted = by_set(self, seen)
+        indices, offsets = rank(
+            [sums[l] for l in narrowed],
+            None if known is None else [known.prior[l] for l in narrowed],
+            [params.layers[l].mlp.down for l in narrowed],
+            np.float32(self.ranking.prior_tokens),
+            np.float32(self.compensation),
+            rule=type(self.ranking),
+            kept=tuple(kept[l] for l in narrowed),
+            compensated=self.compensation > 0,
+        )
+        return to_gather(narrowed, indices, offsets, params.config, (Choice("stability"),) * len(counted))
