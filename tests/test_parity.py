@@ -109,7 +109,7 @@ QWEN2 = replace(
     architectures=("Qwen2ForCausalLM",),
     fields=replace(
         llama.FIELDS,
-        fixed=llama.FIELDS.fixed | {"use_sliding_window": False, "layer_types": 3 * ["full_attention"]},
+        fixed=llama.FIELDS.fixed | {"use_sliding_window": False, "layer_types": 2 * ["full_attention"]},
         checked=(*llama.FIELDS.checked, "max_window_layers"),
     ),
     read_config=read_qwen2,
