@@ -345,19 +345,18 @@ def write_questions(directory):
         table.writerows([["a", f"Who, {i}?", "Nobody", "Nobody; No one", "You; Me"] for i in range(10)])
 
 
-def test_tasks_run_dense_and_narrowed(shallow, tmp_path, capsys, monkeypatch):
+def test_tasks_run_dense_and_narrowed(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_stories(tmp_path)
     write_questions(tmp_path)
     sizes = ["--limit", "2", "--batch-size", "2", "--beta", "0.3", "0.6", "--num-fewshot", "1"]
-    model = ["--model", str(shallow["opt"])]
-    arguments = ["eval", *model, "--tasks", *LOCAL, "--task-data", str(tmp_path), *sizes]
+    arguments = ["eval", "--tasks", *LOCAL, "--task-data", str(tmp_path), *sizes]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found["tasks"]) == set(LOCAL)
     assert all(own["documents"] == 2 and own["num_fewshot"] == 1 for own in found["tasks"].values())
     assert [own["core"] and own["core"]["beta"] for own in found["settings"]] == [None, 0.3, 0.6]
-    assert (found["model"], found["limit"], found["num_fewshot"]) == (str(shallow["opt"]), 2, 1)
+    assert (found["model"], found["limit"], found["num_fewshot"]) == ("embedded:opt", 2, 1)
     for own in found["settings"]:
         assert own["truncated"] == 0
         assert set(own["scores"]["local_story_cloze"]) == {"acc", "acc_norm"}
