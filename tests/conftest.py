@@ -19,6 +19,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-of-each", action="store_true", help="run only the first case of every parametrized test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--one-of-each"):
+        return
+    first = set({item.nodeid.partition("[")[0]: item for item in reversed(items)}.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in first])
+    items[:] = [item for item in items if item in first]
+
+
+# Most of the time of a test run would go into optimising small programs. Without, the suite takes half of it. Set
+# XLA_FLAGS, to nothing for XLA's own choice, to test what is optimised: .ci/run does so where numbers depend on it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
 def share_programs() -> None:
     """Compile equal programs once for all processes of a run: the workers of xdist, and commands that tests start."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:

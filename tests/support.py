@@ -9,8 +9,8 @@ import numpy as np
 
 import coreinfer_jax as ci
 from coreinfer_jax.model.config import ModelConfig, Rope
-from coreinfer_jax.model.structure import random_params
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import Params, named_leaves, with_leaves
 
 OPT = ModelConfig(
     family="opt",
@@ -51,8 +51,18 @@ MODELS = {"opt": OPT, "opt-350m-style": OPT_350M_STYLE, "llama": LLAMA, "relu-ll
 
 @cache
 def random_model(config: ModelConfig, seed: int = 0, dtype: str = "float32", scale: float = 0.2) -> Params:
-    """Random weights, large enough that the best token stands clear of the second best."""
-    return random_params(config, jax.random.key(seed), jnp.dtype(dtype), scale=scale)
+    """Random weights, large enough that the best token stands clear of the second best.
+
+    NumPy draws them: JAX would compile a program for every shape.
+    """
+    rng, shapes = np.random.default_rng(seed), abstract_params(config, jnp.dtype(dtype))
+    sizes = {name: leaf.shape for name, leaf in named_leaves(shapes)}
+
+    def draw(name: str) -> jax.Array:
+        noise = scale * rng.standard_normal(sizes[name], np.float32)
+        return jnp.asarray(noise + name.endswith("norm.scale"), dtype)
+
+    return with_leaves(shapes, draw)
 
 
 def check_same_core(one: ci.CoreNeurons, other: ci.CoreNeurons) -> None:

@@ -135,7 +135,8 @@ def test_a_prior_is_what_one_half_of_the_texts_sums_to():
         assert sums["tokens"] == 6 * 20
         np.testing.assert_allclose(sums["weight"], weight, rtol=1e-4)
         np.testing.assert_allclose(sums["total"], total, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(sums["squares"], squares, rtol=1e-4)
+        # A neuron that is hardly ever positive sums up rounding of its inputs, which has an absolute size.
+        np.testing.assert_allclose(sums["squares"], squares, rtol=1e-4, atol=1e-9)
     assert found.calibration.core == ci.CoreConfig()
     assert found.results == []
 

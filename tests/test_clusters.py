@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from coreinfer_jax.lab.clustering import counting
 from coreinfer_jax.lab.clustering.grouping import deciding_layer, elbow, group_by_kmeans, group_by_labels
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint
-from coreinfer_jax.model.structure import random_params
 from coreinfer_jax.model.weights import named_leaves
 from tests.support import LLAMA, OPT, random_model
 from tests.test_bad_input import refusal
@@ -230,7 +228,7 @@ REAL = {
 
 
 def native(directory: Path, config: ModelConfig) -> Path:
-    params = random_params(config, jax.random.key(0), jnp.dtype("bfloat16"), scale=0.2)
+    params = random_model(config, dtype="bfloat16")
     directory.mkdir()
     leaves = ((name, np.asarray(leaf)) for name, leaf in named_leaves(params))
     write_native(directory, config, np.dtype(jnp.bfloat16), leaves)

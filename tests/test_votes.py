@@ -45,13 +45,17 @@ def activations(kind: str, T: int, F: int, seed: int) -> np.ndarray:
 KINDS = ("normal", "ties", "relu", "rows-without-positives", "none-positive", "extremes")
 
 
+SIZES = [(1, 100), (7, 100), (33, 257), (150, 60)]
+SHARES = [(0.4, 0.4), (0.2, 0.25), (1.0, 0.5), (0.4, 1.0), (0.05, 0.001), (0.29, 0.7)]
+
+
 @pytest.mark.parametrize("budget", ["per_token", "mean"])
-@pytest.mark.parametrize(
-    ("alpha", "beta"), [(0.4, 0.4), (0.2, 0.25), (1.0, 0.5), (0.4, 1.0), (0.05, 0.001), (0.29, 0.7)]
-)
+@pytest.mark.parametrize("case", range(len(SHARES)), ids=map(str, SHARES))
 @pytest.mark.parametrize("kind", KINDS)
-def test_selection_equals_numpy(kind: str, alpha: float, beta: float, budget: str) -> None:
-    for seed, (T, F) in enumerate([(1, 100), (7, 100), (33, 257), (150, 60)]):
+def test_selection_equals_numpy(kind: str, case: int, budget: str) -> None:
+    alpha, beta = SHARES[case]  # with two of the sizes each: every pair is a program
+    for seed in (case % len(SIZES), (case + 2) % len(SIZES)):
+        T, F = SIZES[seed]
         a = activations(kind, T, F, seed)
         chosen = ci.select_core_neurons(a, alpha=alpha, beta=beta, budget=budget)
         assert chosen.dtype == jnp.int32

@@ -8,7 +8,7 @@ from jax import Array
 
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import family_of
-from coreinfer_jax.model.weights import Attention, Layer, Linear, Mlp, Norm, Params, named_leaves, with_leaves
+from coreinfer_jax.model.weights import Attention, Layer, Linear, Mlp, Norm, Params
 
 
 def build_params(config: ModelConfig, leaf: Callable[[tuple[int, ...]], Array]) -> Params:
@@ -64,23 +64,3 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
     """Shapes and dtypes without data, for checking checkpoints and counting bytes."""
     # build_params is typed for arrays; shape structs stand in for them wherever only shapes are read.
     return build_params(config, lambda shape: jax.ShapeDtypeStruct(shape, dtype))  # type: ignore[arg-type, return-value]
-
-
-def random_params(config: ModelConfig, key: Array, dtype: jnp.dtype, scale: float = 0.02) -> Params:
-    """Normal weights of standard deviation `scale`, norm scales around 1; for tests and benchmarks.
-
-    Args:
-        config: the model.
-        key: a `jax.random.key`.
-        dtype: of every leaf.
-        scale: standard deviation.
-    """
-    shapes = abstract_params(config, dtype)
-    paths = dict(named_leaves(shapes))
-    keys = dict(zip(paths, jax.random.split(key, len(paths)), strict=True))
-
-    def draw(name: str) -> Array:
-        noise = jax.random.normal(keys[name], paths[name].shape, dtype) * jnp.asarray(scale, dtype)
-        return noise + jnp.ones((), dtype) if name.endswith("norm.scale") else noise
-
-    return with_leaves(shapes, draw)
