@@ -77,6 +77,10 @@ class Chosen:
     ready: Params | None
     choices: tuple[Choice, ...]
 
+    def kept(self, config: ModelConfig) -> tuple[int, ...]:
+        """Neurons kept per layer, F where a layer stays dense."""
+        return (config.mlp_size,) * config.num_layers if self.core is None else self.core.kept(config.mlp_size)
+
     def weights(self, params: Params) -> Params:
         """The weights to decode with, from dense `params`; the gather is started, not awaited."""
         return self._made(params, narrow)
