@@ -412,6 +412,14 @@ def test_memory_is_told_apart():
     assert memory.read_bandwidth(1, repeats=1) > 0
 
 
+def test_copies_are_all_made_and_nothing_is_allocated_for_them(monkeypatch):
+    monkeypatch.setattr(memory, "COPY_BYTES", 1 << 12)
+    assert memory.copy_bandwidth(repeats=1) > 0
+    array = jnp.zeros(8, jnp.bfloat16)
+    assert memory._copies(array).tolist() == [memory.COPIES] * 8
+    assert array.is_deleted()
+
+
 def quality_result(model, switched):
     """KL divergences that fall with the keep ratio, of the paper's votes half of chance, of all others a quarter."""
 

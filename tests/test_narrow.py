@@ -1,6 +1,8 @@
 """Narrowed weights against the full model with the other neurons masked out."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,11 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
+from coreinfer_jax.model.backends import width_multiple
 from coreinfer_jax.model.layers import mlp_activations
 from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity import narrow as narrowing
+from coreinfer_jax.sparsity.narrow import padded_width
 from tests.support import LLAMA, MODELS, OPT, random_model
 
 TOKENS = np.random.default_rng(0).integers(3, 101, (2, 17))
@@ -110,3 +115,87 @@ def test_gradients_flow_through_narrowed_params() -> None:
     moved = np.abs(np.asarray(grads.layers[0].mlp.up.weight)).sum(axis=1)
     assert (moved[core.layers[0]] > 0).all()
     assert (moved[outside] == 0).all()
+
+
+@pytest.fixture
+def padding(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, widths are padded to a multiple of 16, as they are to one of 128 on accelerators."""
+    return lambda: monkeypatch.setattr(narrowing, "width_multiple", lambda weight: 16)
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_widths_change_no_logits(name: str, rows: int | None, padding: Callable[[], None]) -> None:
+    params = random_model(replace(MODELS[name], mlp_bias=True))
+    sets = random_core(params.config, 30, rows=rows)
+    shape = (32,) if rows is None else (rows, 32)
+    core = ci.CoreNeurons(sets.layers, [np.linspace(-1, 1, np.prod(shape)).reshape(shape)] * 3)
+    expected = ci.forward(params, TOKENS, core)
+    plain = ci.compact(params, core)
+    padding()
+    padded = ci.compact(params, core)
+    assert [layer.mlp.width for layer in plain.layers] == [30] * 3
+    assert [layer.mlp.width for layer in padded.layers] == [32] * 3
+    np.testing.assert_allclose(ci.forward(padded, TOKENS), expected, atol=1e-5)
+    mlp = padded.layers[0].mlp
+    for array, axis in ((mlp.up.weight, -2), (mlp.up.bias, -1), (mlp.down.weight, -1)):
+        assert not np.take(np.asarray(array), [30, 31], axis=axis).any()
+    with pytest.raises(ci.CoreInferError, match="narrowed"):
+        ci.compact(padded, core)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_widths_generate_the_same_from_the_same_sets(name: str, padding: Callable[[], None]) -> None:
+    params, prompts = random_model(MODELS[name]), [TOKENS[0].tolist(), TOKENS[1, :5].tolist()]
+    cores = [ci.CoreConfig(), ci.CoreConfig(beta=0.4, per_row=False), ci.CoreConfig.paper()]
+    cores += [random_core(params.config, 30, rows=2), ci.CoreNeurons([None, np.arange(90), np.arange(96)])]
+
+    def generated() -> list[ci.Generation]:
+        return [ci.generate(params, prompts, core, max_new_tokens=12) for core in cores]
+
+    plain = generated()
+    padding()
+    for before, after in zip(plain, generated(), strict=True):
+        np.testing.assert_array_equal(after.tokens, before.tokens)
+        assert after.core == before.core
+        assert after.stats.kept_neurons == before.stats.kept_neurons
+        padded = [padded_width(kept, 96, 16) for kept in before.stats.kept_neurons]
+        more = sum(padded) - sum(before.stats.kept_neurons)
+        sets = 2 if after.core.rows == 2 else 1
+        biases = sets * 4 * more if params.config.mlp_bias else 0
+        matrices = sets * 4 * 32 * more * (3 if params.layers[0].mlp.gate else 2)
+        read = after.stats.bytes_read_per_token - before.stats.bytes_read_per_token
+        assert read == (matrices + biases) / 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "mlp_size", "width"),
+    [
+        (1, 14336, 128),
+        (2816, 14336, 2816),
+        (2867, 14336, 2944),
+        (14200, 14336, 14208),
+        (14250, 14336, 14250),
+        (14336, 14336, 14336),
+        (0, 14336, 0),
+        (40, 96, 40),
+        (96, 96, 96),
+        (800, 1000, 896),
+        (900, 1000, 900),
+    ],
+)
+def test_padded_widths_stay_below_all_neurons(kept: int, mlp_size: int, width: int) -> None:
+    assert padded_width(kept, mlp_size, 128) == width
+    assert padded_width(kept, mlp_size, 1) == kept
+
+
+def test_the_place_of_the_weights_decides_on_padding() -> None:
+    def placed(platform: str) -> SimpleNamespace:
+        return SimpleNamespace(sharding=SimpleNamespace(device_set=[SimpleNamespace(platform=platform)]))
+
+    cpu = jax.device_put(np.ones(3), jax.devices("cpu")[0])
+    assert width_multiple(cpu) == width_multiple(placed("cpu")) == 1
+    assert width_multiple(placed("gpu")) == width_multiple(placed("tpu")) == 128
+    of_default = 1 if jax.default_backend() == "cpu" else 128
+    assert width_multiple(np.ones(3)) == of_default
+    jax.jit(lambda x: x * width_multiple(x)).lower(cpu)

@@ -9,7 +9,8 @@ import pytest
 
 from coreinfer_jax.lab.evaluation.settings import RANKINGS
 from coreinfer_jax.model.weights import Linear
-from coreinfer_jax.sparsity.rules import mean_activations, places, with_prior
+from coreinfer_jax.sparsity.ranking import _all_at_once, _each_alone
+from coreinfer_jax.sparsity.rules import RULES, Rule, mean_activations, places, with_prior
 from tests.support import LLAMA, random_model
 
 B, T, F, ALPHA = 2, 12, 40, 0.4
@@ -156,3 +157,25 @@ def test_column_norms_are_those_of_what_a_neuron_writes():
 
 def test_places_go_to_the_lower_index_first():
     assert places(jnp.asarray([[1.0, 3.0, 3.0, 2.0]])).tolist() == [[3, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_layers_are_ranked_at_once_as_each_alone(rule: type[Rule]) -> None:
+    """As GPUs do, and as CPUs do."""
+    kept, rng = (40, 7, 7), np.random.default_rng(0)
+
+    def drawn(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.integers(1, 6, shape).astype(np.float32))  # with ties
+
+    sums = [
+        {"tokens": drawn(2), "weight": drawn(2)}
+        | {name: drawn(2, 96) for name in ("total", "squares", "votes", "magnitudes")}
+        for _ in kept
+    ]
+    arguments = sums, [drawn(96) for _ in kept], jnp.float32(0.5)
+    alone = _each_alone(*arguments, rule=rule, kept=kept)
+    at_once = _all_at_once(*arguments, rule=rule, kept=kept)
+    assert [best.shape for best in alone[0]] == [(2, K) for K in kept]
+    for expected, found in zip(jax.tree.leaves(alone), jax.tree.leaves(at_once), strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == expected.dtype

@@ -10,6 +10,7 @@ from coreinfer_jax.engine import programs
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.loop import begin
 from coreinfer_jax.engine.running import Running, advance, insert_request, start
+from coreinfer_jax.sparsity import narrow
 from coreinfer_jax.sparsity.choosers import Core
 from tests.support import MODELS, random_model
 from tests.test_compilation import traced
@@ -77,11 +78,19 @@ CORES = {
 }
 
 
-@pytest.mark.parametrize("core", CORES.values(), ids=CORES)
-@pytest.mark.parametrize("name", ["opt", "llama"])
-def test_each_request_says_what_it_says_alone(name: str, core: Core) -> None:
-    params = random_model(MODELS[name])
+@pytest.mark.parametrize(
+    ("name", "core", "multiple"),
+    [*((name, core, 1) for name in ("opt", "llama") for core in CORES), ("llama", "own neurons", 16)],
+)
+def test_each_request_says_what_it_says_alone(
+    name: str, core: str, multiple: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_says_alone(random_model(MODELS[name]), CORES[core], multiple, monkeypatch)
+
+
+def check_says_alone(params: ci.Params, core: Core, multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [alone(params, asked, core) for asked in REQUESTS]
+    monkeypatch.setattr(narrow, "width_multiple", lambda weight: multiple)  # accelerators pad widths
     kept = ci.generate(params, [REQUESTS[0].prompt], core, max_new_tokens=1).stats.kept_neurons
     rows = Rows(params, 3, None if core is None else kept)
     rows.insert(1, 0, core)

@@ -92,7 +92,7 @@ def begin(request: Request) -> Begun:
     stats = Stats(
         method=methods.pop() if len(methods) == 1 else "mixed",
         choices=chosen.choices,
-        kept_neurons=tuple(layer.mlp.width for layer in narrowed.layers),
+        kept_neurons=chosen.kept(params.config),
         mlp_size=params.config.mlp_size,
         prompt_tokens=read,
         cached_tokens=(request.cached,) * request.rows,

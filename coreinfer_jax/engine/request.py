@@ -15,7 +15,7 @@ from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choice import Choosing, Seen
 from coreinfer_jax.sparsity.groups import Groups
-from coreinfer_jax.sparsity.narrow import narrowed_bytes
+from coreinfer_jax.sparsity.narrow import multiple_of, narrowed_bytes, padded_width
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ class Request:
         config = self.params.config
         cache = cache_bytes(config, self.rows, self.capacity, self.params.dtype)
         had = 0 if self.past is None or self.past.cache.capacity < self.capacity else cache
-        widths, sets = self.chooser.gathered(self.params, self.groups, self.rows)
+        kept, sets = self.chooser.gathered(self.params, self.groups, self.rows)
+        multiple = multiple_of(self.params)
+        widths = [padded_width(neurons, config.mlp_size, multiple) for neurons in kept]
         return cache - had + sum(narrowed_bytes(self.params, (l,), width, sets) for l, width in enumerate(widths))
 
 

@@ -22,7 +22,7 @@ class Stats:
         method: `dense`; `given` (the caller's core neurons); `stability`, `similarity` or `fused` (predicted from the
             prompt); `mixed` where `auto` chose differently for the rows of a batch.
         choices: per row, or once for all rows that share a set, what ran, why, the stability figure and the group.
-        kept_neurons: neurons per layer the decode steps read, F where a layer is dense.
+        kept_neurons: neurons per layer that the decode steps use, F where a layer is dense.
         mlp_size: F, the number of MLP neurons per layer.
         prompt_tokens: per row.
         cached_tokens: per row, how many of these were in the KV cache already; above 0 only in `converse`.
@@ -31,7 +31,8 @@ class Stats:
         compaction_seconds: the gather of the narrowed weights, after the first token; 0 before it.
         decode_seconds: all decode steps so far.
         decode_steps: passes of the narrowed model so far; each makes one token per unfinished row.
-        bytes_read_per_token: weights and KV cache one decode step reads, divided by the rows it serves.
+        bytes_read_per_token: weights and KV cache one decode step reads, with what pads widths on accelerators,
+            divided by the rows it serves.
     """
 
     method: Ran

@@ -69,6 +69,15 @@ class Linear:
         """The inputs `indices` [K] alone, or with [B, K] those of each row of a batch; the bias as it is."""
         return Linear(weight=_take(self.weight, indices, axis=1), bias=self.bias)
 
+    def padded_outputs(self, size: int) -> "Linear":
+        """With further outputs, all zero, up to `size`."""
+        bias = None if self.bias is None else _padded(self.bias, size, axis=-1)
+        return Linear(weight=_padded(self.weight, size, axis=-2), bias=bias)
+
+    def padded_inputs(self, size: int) -> "Linear":
+        """With further inputs up to `size`, which change no output."""
+        return replace(self, weight=_padded(self.weight, size, axis=-1))
+
     def shifted(self, offset: Array | None) -> "Linear":
         """With `offset` added to the outputs: float32 [out], or [B, out] with one for each row; None adds nothing."""
         if offset is None:
@@ -94,6 +103,15 @@ def _take(array: Array, indices: Array, axis: int) -> Array:
     return jnp.take(array, indices, axis=axis, mode="clip")
 
 
+def _padded(array: Array, size: int, axis: int) -> Array:
+    """`array` with zeros behind it along `axis`, `size` entries in all; itself where it has as many."""
+    if array.shape[axis] == size:
+        return array
+    after = [(0, 0)] * array.ndim
+    after[axis] = (0, size - array.shape[axis])
+    return jnp.pad(array, after)
+
+
 @struct.dataclass
 class Norm:
     """LayerNorm (with bias) or RMSNorm (without): scale [D], bias [D]."""
@@ -116,9 +134,9 @@ class Attention:
 class Mlp:
     """Projections: gate [F, D] (gated MLPs only), up [F, D], down [D, F].
 
-    Narrowed to core neurons the F axis is K. With one core set per row the arrays gain a leading B:
-    gate and up [B, K, D] (biases [B, K]), down [B, D, K]. Its bias stays [D]; with offsets of core neurons it is
-    float32, and [B, D] where rows have sets of their own.
+    Narrowed to core neurons the F axis is K; on accelerators zeros pad it to a multiple (sparsity/narrow.py). With one
+    core set per row the arrays gain a leading B: gate and up [B, K, D] (biases [B, K]), down [B, D, K]. Its bias stays
+    [D]; with offsets of core neurons it is float32, and [B, D] where rows have sets of their own.
     """
 
     gate: Linear | None
@@ -127,7 +145,7 @@ class Mlp:
 
     @property
     def width(self) -> int:
-        """Neurons held per core set: F, or K once narrowed."""
+        """Neurons held per core set: F, or K once narrowed, with what pads them."""
         return self.up.size_out
 
 

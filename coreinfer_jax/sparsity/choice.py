@@ -4,11 +4,13 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -76,6 +78,10 @@ class Chosen:
     arrays: tuple[Indices, Offsets] | None
     ready: Params | None
     choices: tuple[Choice, ...]
+
+    def kept(self, config: ModelConfig) -> tuple[int, ...]:
+        """Neurons kept per layer, F where a layer stays dense."""
+        return (config.mlp_size,) * config.num_layers if self.core is None else self.core.kept(config.mlp_size)
 
     def weights(self, params: Params) -> Params:
         """The weights to decode with, from dense `params`; the gather is started, not awaited."""
@@ -241,11 +247,42 @@ def to_gather(
 ) -> Chosen:
     """What is to be gathered: index arrays [R, K] and offsets of the narrowed layers, a single set as a shared one."""
 
-    def per_layer(arrays: Iterable[Array | None]) -> tuple[Array | None, ...]:
-        # A shared set runs the plain program.
-        shared = [a[0] if a is not None and len(choices) == 1 else a for a in arrays]
-        by_layer = dict(zip(narrowed, shared, strict=True))
+    def per_layer(arrays: Sequence[Any]) -> tuple[Any, ...]:
+        by_layer = dict(zip(narrowed, arrays, strict=True))
         return tuple(by_layer.get(l) for l in range(config.num_layers))
 
-    arrays = jax.block_until_ready((per_layer(indices), per_layer(offsets or [None] * len(narrowed))))
-    return Chosen(CoreNeurons(*arrays), arrays, None, choices)
+    # A shared set runs the plain program.
+    arrays, flat = _handed_over((indices, list(offsets or [None] * len(narrowed))), shared=len(choices) == 1)
+    on_host = [_cut(one, layers) for one, layers in zip(jax.device_get(flat), arrays, strict=True)]
+    core = CoreNeurons(*(per_layer(layers) for layers in on_host))
+    return Chosen(core, (per_layer(arrays[0]), per_layer(arrays[1])), None, choices)
+
+
+_OfLayers = list[Array | None]
+
+
+@partial(jax.jit, static_argnames="shared")
+def _handed_over(
+    arrays: tuple[_OfLayers, _OfLayers], *, shared: bool
+) -> tuple[tuple[_OfLayers, _OfLayers], tuple[Array | None, Array | None]]:
+    """Indices and offsets per layer, where a set is `shared` without the leading axis; each also as one flat array.
+
+    From a GPU it takes about as long to fetch one layer's array as those of all layers.
+    """
+    cut: tuple[_OfLayers, _OfLayers] = jax.tree.map(lambda array: array[0], arrays) if shared else arrays
+    flat = [jax.tree.map(jnp.ravel, jax.tree.leaves(layers)) for layers in cut]
+    return cut, (_joined(flat[0]), _joined(flat[1]))
+
+
+def _joined(arrays: list[Array]) -> Array | None:
+    return jnp.concatenate(arrays) if arrays else None
+
+
+def _cut(flat: np.ndarray | None, layers: _OfLayers) -> list[np.ndarray | None]:
+    """Views of `flat`, which joins all arrays that there are of `layers`, in their shapes."""
+    views: list[np.ndarray | None] = []
+    start = 0
+    for layer in layers:
+        views.append(None if layer is None or flat is None else flat[start : start + layer.size].reshape(layer.shape))
+        start += 0 if layer is None else layer.size
+    return views

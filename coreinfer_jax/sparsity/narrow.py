@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.model.backends import width_multiple
 from coreinfer_jax.model.weights import Mlp, Params, check_params
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 
@@ -21,7 +23,7 @@ def compact(params: Params, core: CoreNeurons) -> Params:
     """`params` with every MLP narrowed to its core neurons; all other weights are shared, not copied.
 
     The result computes what the full model computes with all other neurons' activations set to zero, plus the offsets
-    that `core` holds.
+    that `core` holds. On accelerators, which are slow at other widths, neurons of zeros pad K to a multiple of 128.
 
     Args:
         params: dense weights.
@@ -64,12 +66,26 @@ def _arrays(layers: tuple[np.ndarray | None, ...]) -> tuple[Array | None, ...]:
 
 def narrow(params: Params, indices: Indices, offsets: Offsets) -> Params:
     """`compact` with one index array per layer on the device, [K] or [B, K], or None for a dense layer."""
-    return _with_mlps(params, indices, offsets, _gather)
+    return _with_mlps(params, indices, offsets, partial(_gather, multiple=multiple_of(params)))
 
 
 def narrowed_shapes(params: Params, indices: Indices, offsets: Offsets) -> Params:
     """The shapes and types of what `narrow` returns, in place of its narrowed arrays."""
-    return _with_mlps(params, indices, offsets, _gather.eval_shape)
+    return _with_mlps(params, indices, offsets, partial(_gather.eval_shape, multiple=multiple_of(params)))
+
+
+def multiple_of(params: Params) -> int:
+    """What the widths of `params`' narrowed MLPs are padded to a multiple of, where they lie."""
+    return width_multiple(params.layers[0].mlp.up.weight)
+
+
+def padded_width(kept: int, mlp_size: int, multiple: int) -> int:
+    """The width of an MLP narrowed to `kept` of F neurons: the next multiple, unless that is F or more.
+
+    So it is never wider than the dense one, and as wide only with all of its neurons: `check_dense` goes by widths.
+    """
+    padded = -(-kept // multiple) * multiple
+    return padded if padded < mlp_size else kept
 
 
 _Gather = Callable[[list[Mlp], list[Array], list[Array | None]], list[Mlp]]
@@ -86,20 +102,22 @@ def _with_mlps(params: Params, indices: Indices, offsets: Offsets, gather: _Gath
 
 
 def narrowed_bytes(params: Params, layers: tuple[int, ...], kept: int, sets: int) -> int:
-    """Bytes of matrices that `narrow` adds to dense `params`: `layers` cut to `kept` neurons, `sets` times."""
+    """Bytes of matrices of dense `params`' `layers` that belong to `kept` neurons, `sets` times; nothing is padded."""
     mlps = [params.layers[l].mlp for l in layers]
     weights = sum(m.matrix_bytes for mlp in mlps for m in (mlp.gate, mlp.up, mlp.down) if m is not None)
     return weights // params.config.mlp_size * kept * sets
 
 
-@jax.jit
-def _gather(mlps: list[Mlp], indices: list[Array], offsets: list[Array | None]) -> list[Mlp]:
-    return [_gather_mlp(*layer) for layer in zip(mlps, indices, offsets, strict=True)]
+@partial(jax.jit, static_argnames="multiple")
+def _gather(mlps: list[Mlp], indices: list[Array], offsets: list[Array | None], *, multiple: int) -> list[Mlp]:
+    return [_gather_mlp(*layer, multiple) for layer in zip(mlps, indices, offsets, strict=True)]
 
 
-def _gather_mlp(mlp: Mlp, indices: Array, offset: Array | None) -> Mlp:
+def _gather_mlp(mlp: Mlp, indices: Array, offset: Array | None, multiple: int) -> Mlp:
+    width = padded_width(indices.shape[-1], mlp.width, multiple)
+    # On a GPU the gather and its padding are one program, which reads once and writes once.
     return Mlp(
-        gate=None if mlp.gate is None else mlp.gate.take_outputs(indices),
-        up=mlp.up.take_outputs(indices),
-        down=mlp.down.take_inputs(indices).shifted(offset),
+        gate=None if mlp.gate is None else mlp.gate.take_outputs(indices).padded_outputs(width),
+        up=mlp.up.take_outputs(indices).padded_outputs(width),
+        down=mlp.down.take_inputs(indices).padded_inputs(width).shifted(offset),
     )

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,15 +16,15 @@ from coreinfer_jax.model.config import ModelConfig
 class CoreNeurons:
     """The core neurons of a prompt, layer by layer.
 
-    Equality and hash rest on a digest that is computed once, so an instance can be a static argument
-    (`jax.jit(forward, static_argnames="core")`) without hashing hundreds of thousands of indices on every call.
+    Equality and hash rest on a digest that is computed once, when first asked for, so an instance can be a static
+    argument (`jax.jit(forward, static_argnames="core")`) without hashing hundreds of thousands of indices on every
+    call.
 
     Attributes:
         layers: per layer either None (the layer stays dense) or a read-only ascending int32 array: [K] for one set
             that serves every row, or [B, K] with one set per row of a batch.
         offsets: per layer either None or a read-only float32 array, [D], or [B, D] where rows have sets of their own:
             what is added to the MLP's output for the neurons that are not kept.
-        digest: SHA-256 of all of the above.
 
     Raises:
         CoreInferError: indices that are negative, not ascending (so also repeated), empty, or not integers; rows
@@ -32,7 +33,6 @@ class CoreNeurons:
 
     layers: tuple[np.ndarray | None, ...]
     offsets: tuple[np.ndarray | None, ...] = field(repr=False)
-    digest: str = field(init=False, repr=False)
 
     def __init__(self, layers: Iterable[ArrayLike | None], offsets: Sequence[ArrayLike | None] | None = None) -> None:
         if not isinstance(layers, Iterable):
@@ -45,7 +45,11 @@ class CoreNeurons:
         added = _checked_offsets(checked, offsets)
         object.__setattr__(self, "layers", checked)
         object.__setattr__(self, "offsets", added)
-        object.__setattr__(self, "digest", _digest((*checked, *added)))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the layers and the offsets."""
+        return _digest((*self.layers, *self.offsets))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CoreNeurons) and self.digest == other.digest
@@ -102,9 +106,9 @@ def _checked(layer: int, indices: ArrayLike) -> np.ndarray:
         raise CoreInferError(
             f"core neurons of layer {layer}: shape {given.shape}, {given.dtype}; give integers [K] or [B, K], K >= 1"
         )
-    if given.min() < 0 or (np.diff(given.astype(np.int64), axis=-1) <= 0).any():
+    if (given[..., 1:] <= given[..., :-1]).any() or given[..., 0].min() < 0:
         raise CoreInferError(f"core neurons of layer {layer}: give indices >= 0, ascending, each once")
-    if given.max() > np.iinfo(np.int32).max:
+    if given[..., -1].max() > np.iinfo(np.int32).max:
         raise CoreInferError(f"core neurons of layer {layer} reach index {given.max()}, beyond any MLP")
     owned = given.astype(np.int32)
     owned.setflags(write=False)

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from coreinfer_jax.model.weights import Linear
 from coreinfer_jax.sparsity.measures import membership
@@ -38,12 +38,48 @@ def rank(
     Returns:
         Per layer, ascending int32 [R, K], and float32 [R, D], or None where nothing stands.
     """
-    sums, scores = scored(sums, prior, downs, prior_tokens, compensation, rule)
-    indices, offsets = [], []
-    for own, of_layer, down, K in zip(sums, scores, downs, kept, strict=True):
-        indices.append(jnp.sort(jnp.argsort(-of_layer, axis=-1, stable=True)[:, :K].astype(jnp.int32), axis=-1))
-        offsets.append(_offset(own, indices[-1], down, compensation) if compensated else None)
-    return indices, offsets
+    if not sums:
+        return [], []
+    sums = _with_priors(sums, prior, prior_tokens)
+    norms = [down.input_norms() for down in downs]
+    indices, dropped = lax.platform_dependent(
+        sums,
+        norms,
+        compensation,
+        cpu=partial(_each_alone, rule=rule, kept=kept),
+        default=partial(_all_at_once, rule=rule, kept=kept),
+    )
+    if not compensated:
+        return indices, [None] * len(kept)
+    return indices, [_offset(*layer, compensation) for layer in zip(sums, dropped, downs, strict=True)]
+
+
+# A sort is one program on a CPU, which runs those of several layers side by side: 32 layers of 14336 neurons take 92 ms
+# on two cores, all at once 123. On a GPU it is a dozen small programs and as many waits, for one layer or for all.
+def _each_alone(
+    sums: list[Sums], norms: list[Array], compensation: Array, *, rule: type[Rule], kept: tuple[int, ...]
+) -> tuple[list[Array], list[Array]]:
+    """Per layer, the K best neurons, ascending int32 [R, K], and which are not among them, bool [R, F]."""
+    indices = []
+    for own, of_layer, K in zip(sums, norms, kept, strict=True):
+        scores = rule.score(own, of_layer, compensation)
+        indices.append(jnp.sort(jnp.argsort(-scores, axis=-1, stable=True)[:, :K].astype(jnp.int32), axis=-1))
+    return indices, [~membership(best, len(of_layer)) for best, of_layer in zip(indices, norms, strict=True)]
+
+
+def _all_at_once(
+    sums: list[Sums], norms: list[Array], compensation: Array, *, rule: type[Rule], kept: tuple[int, ...]
+) -> tuple[list[Array], list[Array]]:
+    """`_each_alone` over arrays of all layers."""
+    stacked: Sums = jax.tree.map(lambda *layers: jnp.stack(layers), *sums)
+    scores = jax.vmap(lambda own, of_layer: rule.score(own, of_layer, compensation))(stacked, jnp.stack(norms))
+    most, F = max(kept), scores.shape[-1]
+    best = jnp.argsort(-scores, axis=-1, stable=True)[:, :, :most].astype(jnp.int32)
+    # F, which is no neuron, stands where a layer keeps fewer than another: last in order, and outside of the mask.
+    best = jnp.where(jnp.arange(most)[None, None, :] < jnp.array(kept)[:, None, None], best, F)
+    ascending = jnp.sort(best, axis=-1)
+    dropped = ~membership(ascending.reshape(-1, most), F).reshape(scores.shape)
+    return [layer[:, :K] for layer, K in zip(ascending, kept, strict=True)], list(dropped)
 
 
 def scored(
@@ -55,13 +91,16 @@ def scored(
     rule: type[Rule],
 ) -> tuple[list[Sums], list[Array]]:
     """Per layer, sums with those of other texts counted in, and scores [R, F] of neurons; arguments as of `rank`."""
-    if prior is not None:
-        sums = [with_prior(own, corpus, prior_tokens) for own, corpus in zip(sums, prior, strict=True)]
+    sums = _with_priors(sums, prior, prior_tokens)
     return sums, [rule.score(own, down.input_norms(), compensation) for own, down in zip(sums, downs, strict=True)]
 
 
-def _offset(sums: Sums, indices: Array, down: Linear, compensation: Array) -> Array:
-    """What neurons other than `indices` [R, K] add to the output at a share of their mean: float32 [R, D]."""
-    means = mean_activations(sums)
-    dropped = ~membership(indices, means.shape[1])
-    return down.mixed(jnp.where(dropped, compensation * means, 0))
+def _with_priors(sums: list[Sums], prior: list[Sums] | None, prior_tokens: Array) -> list[Sums]:
+    if prior is None:
+        return sums
+    return [with_prior(own, corpus, prior_tokens) for own, corpus in zip(sums, prior, strict=True)]
+
+
+def _offset(sums: Sums, dropped: Array, down: Linear, compensation: Array) -> Array:
+    """What neurons `dropped` bool [R, F] add to the output at a share of their mean: float32 [R, D]."""
+    return down.mixed(jnp.where(dropped, compensation * mean_activations(sums), 0))
