@@ -9,6 +9,7 @@ Speeds are of two x86 cores with AVX-512, whose memory gives about 30 GB/s, or o
 """
 
 from functools import reduce
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -135,3 +136,19 @@ def _write_one_by_one(past: Array, new: Array, positions: Array) -> Array:
     for b in range(past.shape[0]):
         past = lax.dynamic_update_slice(past, new[b : b + 1].swapaxes(1, 2), (b, 0, positions[b, 0], 0))
     return past
+
+
+Layered = TypeVar("Layered")
+
+
+def before_the_next(made: tuple[Array, Layered]) -> tuple[Array, Layered]:
+    """What a layer made, its residual stream [B, T, D] and what was observed of it, all before the next layer begins.
+
+    XLA's GPU code would put off what is observed of all layers to the end, and keep their activations until then.
+    Temporaries of a prefill of 2048 tokens, 8 layers of LLaMA 3.1 8B in bfloat16, compiled by JAX 0.11.2 for an H100:
+    844 MB where nothing is observed; moments 1255 MB, votes 1774; in this form 844 and 895. Passes that observe
+    nothing, as decode steps do, stay as they are. Remove: the temporaries are no larger without it.
+    """
+    if not jax.tree.leaves(made[1]):
+        return made
+    return lax.platform_dependent(made, cpu=lambda made: made, default=lax.optimization_barrier)

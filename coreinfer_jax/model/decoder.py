@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 from jax import Array
 
-from coreinfer_jax.model.backends import matmul
+from coreinfer_jax.model.backends import before_the_next, matmul
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.families import family_of
 from coreinfer_jax.model.weights import Layer, Params
@@ -65,7 +65,8 @@ def extend(
         own_edit = partial(edit, l, layer)
         x, extended, activations = family.block(x, layer, past, positions, context, own_edit, params.config)
         written.append(extended)
-        observed.append(observe(l, layer, activations))
+        x, kept = before_the_next((x, observe(l, layer, activations)))
+        observed.append(kept)
     keys, values = zip(*written, strict=True)
     return family.finish(params, x), KVCache(keys=keys, values=values), tuple(observed)
 
