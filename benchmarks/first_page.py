@@ -1,7 +1,7 @@
-"""The two tables of README.md, from committed results: what a token takes, and what fewer neurons cost."""
+"""The tables of README.md, from committed results: what a token takes, and what fewer neurons cost."""
 
 from benchmarks.environment import read_results
-from benchmarks.performance import COMPILED, EAGER, OURS, Side, conditions, decode_runs
+from benchmarks.performance import COMPILED, EAGER, OURS, Result, Side, conditions, decode_runs
 from benchmarks.tables import made_on, markdown
 
 # Who generates, in weights of which type, and how the table calls it.
@@ -20,12 +20,20 @@ KEEPS, PROMPT = ("0.8", "0.5", "0.4", "0.2"), "64"
 
 
 def speed() -> str:
-    """Milliseconds per new token, a row for each of `SHOWN`, a column for each model measured on a CPU."""
-    runs = {title.partition(";")[0]: results for title, results in decode_runs().items() if title.endswith("cpu")}
+    """Milliseconds per new token: a table for CPUs and one for accelerators, a column for each model."""
+    runs: dict[bool, dict[str, list[Result]]] = {True: {}, False: {}}
+    for title, results in decode_runs().items():
+        runs[title.endswith("cpu")][title.partition(";")[0]] = results
+    return "\n\n".join(_speed(of_kind) for of_kind in runs.values() if of_kind)
+
+
+def _speed(runs: dict[str, list[Result]]) -> str:
+    """A row for each of `SHOWN` that was measured."""
     rows = [["milliseconds per new token", *runs]]
     for name, side in SHOWN.items():
         found = [side.fastest(results) for results in runs.values()]
-        rows.append([name, *("" if r is None else f"{r['decode_ms_per_token']['median']:.1f}" for r in found)])
+        if any(found):
+            rows.append([name, *("" if r is None else f"{r['decode_ms_per_token']['median']:.1f}" for r in found)])
     together = [result for results in runs.values() for result in results]
     return f"{markdown(rows)}\n\n{conditions(together)}"
 

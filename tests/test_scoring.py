@@ -80,7 +80,7 @@ def test_given_core_neurons_are_used():
         ci.score_continuations(params, contexts, continuations, one) for one in (ci.CoreConfig(beta=0.4), core)
     )
     for own, other in zip(chosen.logprobs, given.logprobs, strict=True):
-        np.testing.assert_array_equal(own, other)
+        np.testing.assert_allclose(own, other, rtol=1e-6)  # two programs, which a GPU sums in different orders
 
 
 def test_rows_of_a_batch_are_those_of_single_calls():
