@@ -1,4 +1,4 @@
-"""Print the code blocks of a language in the README and the guides, so that CI runs what readers read."""
+"""Write out the code blocks of a language in the README and the guides, so that CI runs what readers read."""
 
 import re
 import sys
@@ -21,14 +21,16 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def main(language: str) -> None:
-    """Print the blocks of all pages; blocks of `language` on another page would never be run, so they are refused."""
+def main(language: str, folder: Path) -> None:
+    """Write a file of blocks for each page that has any; where they would never be run, refuse them."""
     pages = read_pages()
     others = [path for path in DOCS.rglob("*.md") if path not in pages]
     if hidden := [path.name for path in others if blocks(path.read_text(encoding="utf-8"), language)]:
         sys.exit(f"{', '.join(hidden)}: {language} blocks that are not run; mark them console or text")
-    print("\n".join(block for text in pages.values() for block in blocks(text, language)), end="")
+    for path, text in pages.items():
+        if found := blocks(text, language):
+            (folder / f"{path.stem}.{language}").write_text("\n".join(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -19,9 +19,10 @@ def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> str:
-    script = REPOSITORY / ".ci" / "blocks.py"
-    return subprocess.run([sys.executable, script, language], check=True, capture_output=True, text=True).stdout
+def blocks(language: str, folder: Path) -> dict[str, str]:
+    """The blocks of each page that has any, as .ci/run runs them."""
+    subprocess.run([sys.executable, REPOSITORY / ".ci" / "blocks.py", language, folder], check=True)
+    return {path.stem: text_of(path) for path in folder.glob(f"*.{language}")}
 
 
 def anchors(page: Path) -> set[str]:
@@ -47,16 +48,21 @@ def test_the_first_page_is_short_and_shows_both_sides() -> None:
     assert first_page.quality() in readme
 
 
-def test_set_up_comes_first_and_every_command_is_one_line() -> None:
-    commands = [line for line in blocks("sh").splitlines() if line]
-    assert "coreinfer generate" in commands[0]
-    assert "pytest" in commands[1]
+def test_the_first_page_holds_the_set_up_and_every_command_is_one_line(tmp_path: Path) -> None:
+    pages = blocks("sh", tmp_path)
+    install, test = filter(None, pages["README"].splitlines())
+    assert "coreinfer generate" in install
+    assert "pytest" in test
+    commands = [line for text in pages.values() for line in text.splitlines() if line]
     assert len(commands) > 20
     assert not [line for line in commands if line.endswith("\\")]
 
 
-def test_the_python_blocks_are_one_script() -> None:
-    compile(blocks("python"), "examples", "exec")
+def test_the_python_blocks_of_a_page_are_one_script(tmp_path: Path) -> None:
+    pages = blocks("python", tmp_path)
+    assert len(pages) > 3
+    for page, text in pages.items():
+        compile(text, page, "exec")
 
 
 def test_every_public_name_has_a_place_in_the_api_pages() -> None:
