@@ -1,11 +1,14 @@
 """Small models the tests share."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.model.config import ModelConfig, Rope
@@ -47,6 +50,15 @@ LLAMA = replace(
     pad_id=None,
 )
 MODELS = {"opt": OPT, "opt-350m-style": OPT_350M_STYLE, "llama": LLAMA, "relu-llama": replace(LLAMA, activation="relu")}
+
+
+def half_slow(*axes: Iterable[object]) -> list[object]:
+    """Parameters: all combinations of the axes' values, every second one marked slow. Each value has a quick one."""
+    numbered = [list(enumerate(axis)) for axis in axes]
+    return [
+        pytest.param(*(value for _, value in one), marks=[pytest.mark.slow] if sum(i for i, _ in one) % 2 else [])
+        for one in product(*numbered)
+    ]
 
 
 @cache

@@ -19,7 +19,7 @@ from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import leaf_bytes
 from coreinfer_jax.sparsity.rules import RULES
-from tests.support import LLAMA, MODELS, random_model
+from tests.support import LLAMA, MODELS, half_slow, random_model
 
 RNG = np.random.default_rng(0)
 
@@ -109,8 +109,7 @@ def prefill_temporaries(params: ci.Params, tokens: int, observed: tuple[int, ...
     return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
 
-@pytest.mark.parametrize("rule", ["votes", "contribution"])
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize(("name", "rule"), half_slow(["opt", "llama"], ["votes", "contribution"]))
 def test_one_layer_is_summed_up_before_the_next(name: str, rule: str) -> None:
     """The compiler would else keep the activations of all layers to the end; a block of tokens is what each may add."""
     tokens, block, few, many = 512, 64, 2, 12

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from tests.support import MODELS, check_same_core, random_model
+from tests.support import MODELS, check_same_core, half_slow, random_model
 
 CORES = {
     "stability": ci.CoreConfig(),
@@ -28,19 +28,18 @@ def answer(params: ci.Params, tokens: list[int], past: ci.Conversation | None, c
     return np.concatenate([chunk.tokens[0] for chunk, _ in chunks]).tolist(), last, conversation
 
 
-@pytest.mark.parametrize("core", CORES.values(), ids=CORES.keys())
-@pytest.mark.parametrize("name", ["opt", "llama"])
-def test_every_turn_equals_a_fresh_start(name: str, core: object) -> None:
-    params = random_model(MODELS[name])
+@pytest.mark.parametrize(("name", "core"), half_slow(["opt", "llama"], CORES))
+def test_every_turn_equals_a_fresh_start(name: str, core: str) -> None:
+    params, chooser = random_model(MODELS[name]), CORES[core]
     tokens: list[int] = []
     past = None
     for turn in TURNS:
         tokens += turn
-        reply, last, past = answer(params, tokens, past, core)
-        fresh = ci.generate(params, [tokens], core, max_new_tokens=15)
+        reply, last, past = answer(params, tokens, past, chooser)
+        fresh = ci.generate(params, [tokens], chooser, max_new_tokens=15)
         assert reply == fresh.tokens[0].tolist()
-        assert (last.core is None) == (core is None)
-        if core is not None:
+        assert (last.core is None) == (chooser is None)
+        if chooser is not None:
             check_same_core(last.core, fresh.core)
         assert last.stats.prompt_tokens == (len(tokens),)
         tokens += reply

@@ -24,7 +24,7 @@ from coreinfer_jax.sparsity.votes import kept_neurons
 from coreinfer_jax.text.corpus import Beginnings, Corpus
 from coreinfer_jax.text.documents import Documents, read_documents
 from tests.stand_ins import shallow_model
-from tests.support import MODELS, random_model
+from tests.support import MODELS, half_slow, random_model
 from tests.test_compilation import traced
 from tests.test_generate import run_all
 
@@ -78,8 +78,7 @@ def decoded(params, rows, choose):
     return np.stack(kl), np.stack(agreement), np.stack(loss)
 
 
-@pytest.mark.parametrize("count_bos", [True, False])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "count_bos"), half_slow(MODELS, [True, False]))
 def test_one_pass_equals_decoding_token_by_token_on_narrowed_weights(model, count_bos):
     params = random_model(MODELS[model])
     rows = texts(params.config)
@@ -114,7 +113,7 @@ def test_paper_votes_are_those_that_generate_decodes_with():
     np.testing.assert_allclose(found.kl, kl, rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("model", ["opt", "llama"])
+@pytest.mark.parametrize("model", half_slow(["llama", "opt"]))
 def test_all_neurons_change_nothing_whatever_the_rule(model):
     params = random_model(MODELS[model])
     rows = texts(params.config)

@@ -10,7 +10,7 @@ import pytest
 import coreinfer_jax as ci
 from coreinfer_jax.model import extend, unembed
 from coreinfer_jax.model.cache import KVCache, bucket, init_cache
-from tests.support import LLAMA, MODELS, OPT, check_same_core, random_model
+from tests.support import LLAMA, MODELS, OPT, check_same_core, half_slow, random_model
 from tests.test_votes import reference_selection
 
 RNG = np.random.default_rng(0)
@@ -104,8 +104,7 @@ def test_rows_of_a_padded_batch_equal_their_single_runs(name: str, core: ci.Core
             check_same_core(batch.core.row(b), single.core)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dtype"), half_slow(MODELS, ["bfloat16", "float16"]))
 def test_16_bit_batches_decode_what_one_forward_gives(name: str, dtype: str) -> None:
     params = random_model(MODELS[name], dtype=dtype)
     for core in (None, ci.CoreConfig(beta=1.0), ci.CoreConfig(beta=1.0, per_row=False)):
