@@ -52,9 +52,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, and where it runs."""
     parser.add_argument(
         "--model",
-        metavar="DIR",
+        metavar="MODEL",
         default=DEFAULT,
-        help="converted or Hugging Face directory, embedded:llama or embedded:opt (default)",
+        help="converted or Hugging Face directory, FILE.gguf, package:NAME, embedded:llama or embedded:opt (default)",
     )
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default float32 on CPU, bfloat16 on GPU and TPU")
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the fastest there is")

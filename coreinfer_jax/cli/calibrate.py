@@ -11,7 +11,7 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.files import is_directory, to_path
 from coreinfer_jax.io.calibration_file import CALIBRATION, write_calibration
 from coreinfer_jax.io.embedded import PREFIX
-from coreinfer_jax.io.loading import open_model, stored_fingerprint
+from coreinfer_jax.io.loading import model_path, open_model, stored_fingerprint
 from coreinfer_jax.lab.evaluation.calibrating import Bound, calibrate
 from coreinfer_jax.sparsity.choosers import settings_of
 from coreinfer_jax.text.documents import read_documents
@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace) -> None:
         raise CoreInferError(
             f"{options.model}: is calibrated, and part of the package; convert it to a directory to calibrate that"
         )
-    directory = to_path(options.model)
+    directory = model_path(options.model)
     if is_directory(directory) and not os.access(directory, os.W_OK):
         raise CoreInferError(f"{directory}: cannot be written into; make it writable, the calibration goes there")
     documents = read_documents(to_path(options.data), options.text_column)

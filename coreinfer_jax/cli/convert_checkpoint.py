@@ -10,7 +10,9 @@ HELP = "convert a Hugging Face checkpoint"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("source", metavar="SRC", help="Hugging Face directory, or hub id if there is a network")
+    parser.add_argument(
+        "source", metavar="SRC", help="Hugging Face directory, GGUF file, package:NAME, or hub id if there is a network"
+    )
     parser.add_argument("destination", metavar="DST", help="new directory")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: the checkpoint's")
     parser.set_defaults(run=_run)

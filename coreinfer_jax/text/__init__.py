@@ -1,7 +1,17 @@
 """Text in and out: tokenizers, conversations, the text of a growing continuation, stop strings."""
 
+from coreinfer_jax.text.gguf_tokenizer import files_of_gguf
 from coreinfer_jax.text.streaming import REPLACEMENT, complete, continuation, settled
 from coreinfer_jax.text.tokenizer import Tokenizer, load_tokenizer
 from coreinfer_jax.text.tokenizer_files import TOKENIZER_FILES
 
-__all__ = ["REPLACEMENT", "TOKENIZER_FILES", "Tokenizer", "complete", "continuation", "load_tokenizer", "settled"]
+__all__ = [
+    "REPLACEMENT",
+    "TOKENIZER_FILES",
+    "Tokenizer",
+    "complete",
+    "continuation",
+    "files_of_gguf",
+    "load_tokenizer",
+    "settled",
+]

