@@ -53,7 +53,7 @@ MODELS = {"opt": OPT, "opt-350m-style": OPT_350M_STYLE, "llama": LLAMA, "relu-ll
 
 
 def half_slow(*axes: Iterable[object]) -> list[object]:
-    """Parameters: all combinations of the axes' values, every second one marked slow. Each value has a quick one."""
+    """Parameters: all combinations of two or more axes' values, every second one slow. Each value has a quick one."""
     numbered = [list(enumerate(axis)) for axis in axes]
     return [
         pytest.param(*(value for _, value in one), marks=[pytest.mark.slow] if sum(i for i, _ in one) % 2 else [])

@@ -113,7 +113,7 @@ def test_paper_votes_are_those_that_generate_decodes_with():
     np.testing.assert_allclose(found.kl, kl, rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("model", half_slow(["llama", "opt"]))
+@pytest.mark.parametrize("model", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def test_all_neurons_change_nothing_whatever_the_rule(model):
     params = random_model(MODELS[model])
     rows = texts(params.config)

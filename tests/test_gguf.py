@@ -218,6 +218,13 @@ def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
     assert "'unheard-of'" in refusal(lambda: ci.load(unknown))
 
 
+def test_metadata_of_another_type_ends_in_one_line(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.gguf", lambda writer: writer.add_array("llama.attention.key_length", [16, 16]))
+    assert "[16, 16]" in refusal(lambda: ci.load(file))
+    file = write(tmp_path / "b.gguf", lambda writer: writer.add_string("tokenizer.ggml.bos_token_id", "first"))
+    assert str(file) in refusal(lambda: ci.load(file))
+
+
 @pytest.mark.parametrize("damage", ["empty", "magic", "header", "half", "tail", "counts"])
 def test_damaged_files(damage: str, tmp_path: Path) -> None:
     file = write(tmp_path / "model.gguf")

@@ -63,7 +63,12 @@ def unpacked(file: Path) -> Path:
     directory = _cache() / f"{whole.stem[:80]}-{digest}"
     if directory.is_dir():
         return directory
-    files = _small_files(open_gguf(file), str(file))
+    try:
+        files = _small_files(open_gguf(file), str(file))
+    except CoreInferError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:  # metadata of other types than the format says
+        raise _damaged(file, error) from error
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -129,9 +134,11 @@ def _config_fields(gguf: Gguf, where: str) -> dict[str, Any]:
     if embedding is None or len(embedding.shape) != 2:
         raise CoreInferError(f"{where}: holds no token embedding; take a GGUF file of a whole language model")
     head = own.get("attention.key_length", own.get(names.fields["head_dim"]))
-    lengths = {own.get(key, head) for key in ("attention.value_length", names.fields["head_dim"])} - {head}
-    if lengths or own.get("expert_count"):
-        told = f"heads of {head} and {lengths.pop()}" if lengths else f"{prefix}expert_count={own['expert_count']}"
+    others = [own.get(key, head) for key in ("attention.value_length", names.fields["head_dim"])]
+    if others != [head, head] or own.get("expert_count"):
+        told = (
+            f"heads of {[head, *others]}" if others != [head, head] else f"{prefix}expert_count={own['expert_count']}"
+        )
         raise CoreInferError(f"{where}: not implemented: {told}")
     stated = {field: own[key] for field, key in names.fields.items() if key in own}
     ids = {name: gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _IDS.items()}
@@ -166,7 +173,8 @@ def _rope_scaling(gguf: Gguf, own: Mapping[str, Any], stated: Mapping[str, Any],
     """`rope_scaling` of config.json, of metadata `own` or of a tensor with the divisors of each frequency."""
     divisors = gguf.tensors.get("rope_freqs.weight")
     if divisors is not None:
-        H, theta = stated["head_dim"], float(stated.get("rope_theta", 10_000.0))
+        # There is a divisor for each pair of a head's entries.
+        H, theta = 2 * divisors.shape[0], float(stated.get("rope_theta", 10_000.0))
         for scaling in _LLAMA3:
             if np.allclose(_divisors(H, theta, scaling), divisors.read(), rtol=1e-4):
                 return {"rope_scaling": scaling}
@@ -192,9 +200,9 @@ def stored_tensors(file: Path, config: ModelConfig) -> StoredTensors:
     """
     family = family_of(config)
     assert family.gguf is not None, "only families that GGUF files are read of are unpacked"
-    gguf, found = open_gguf(file), {}
+    found = {}
     ours = {theirs: leaf for leaf, theirs in family.gguf.tensors.items()}
-    for name, tensor in gguf.tensors.items():
+    for name, tensor in _tensors(file, _readers(file)).items():
         number = re.match(r"blk\.(\d+)\.", name)
         leaf = ours.get(name if number is None else name.replace(number[0], "blk.{l}.", 1))
         if leaf is not None:
@@ -224,15 +232,27 @@ def open_gguf(file: Path) -> Gguf:
     Raises:
         CoreInferError: it cannot be read, a part is missing, it is damaged, or a type that cannot be dequantised.
     """
-    readers = [_reader(part) for part in _parts(file)]
+    readers = _readers(file)
     try:
         metadata = {name: field.contents() for name, field in readers[0].fields.items()}
-        tensors = {str(tensor.name): _stored(file, tensor) for reader in readers for tensor in reader.tensors}
-    except CoreInferError:
-        raise
     except Exception as error:  # damaged files make the reader raise all kinds
         raise _damaged(file, error) from error
-    return Gguf(metadata, tensors)
+    return Gguf(metadata, _tensors(file, readers))
+
+
+def _readers(file: Path) -> list[Any]:
+    """One for each part of the model."""
+    return [_reader(part) for part in _parts(file)]
+
+
+def _tensors(file: Path, readers: list[Any]) -> dict[str, StoredTensor]:
+    """The tensors of all parts; loading needs no more, and decoding the metadata's long lists takes time."""
+    try:
+        return {str(tensor.name): _stored(file, tensor) for reader in readers for tensor in reader.tensors}
+    except CoreInferError:
+        raise
+    except Exception as error:
+        raise _damaged(file, error) from error
 
 
 def _parts(file: Path) -> list[Path]:
