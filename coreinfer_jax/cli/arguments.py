@@ -303,6 +303,7 @@ def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokeni
         **read_sampling(model_path(options.model)),
         **{name: value for name, value in asked.items() if value is not None},
     }
+    # All names in `drawn` are options; a type checker cannot know that of a dict.
     return GenerateOptions(**drawn, eos_ids=(*config.eos_ids, *stops), key=options.seed)  # type: ignore[typeddict-item]
 
 
