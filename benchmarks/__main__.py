@@ -12,7 +12,6 @@ import jax
 from benchmarks import (
     continuations,
     decode,
-    embedded_calibration,
     first_run,
     group_switch,
     keep_ratio,
@@ -20,6 +19,7 @@ from benchmarks import (
     profile,
     quality,
     report,
+    shipped_calibrations,
     static_argument,
     sweeps,
 )
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_quality_options,
     )
     _add(commands, "calibrate-embedded", "write the embedded models' calibrations", _calibrate, _add_texts)
+    _add(commands, "calibrate-smollm2", "write SmolLM2's calibration", lambda _: [shipped_calibrations.write_smollm2()])
     _add(commands, "first-run", "what the embedded models write", lambda _: [first_run.measure()])
     suite = commands.add_parser("suite", help="all that docs/performance.md shows, for this machine's device")
     suite.set_defaults(run=lambda options: _suite())
@@ -134,7 +135,7 @@ def _append(measurement: Measurement, options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> list[dict[str, Any]]:
-    return [embedded_calibration.write(options.texts)]
+    return [shipped_calibrations.write(options.texts)]
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:

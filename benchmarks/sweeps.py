@@ -131,7 +131,7 @@ def _prefill_temporaries(params: Params, point: Point, setting: str) -> int | No
     config, rows = params.config, point.rows
     lengths = np.full(rows, point.prompt_tokens, np.int32)
     padded = np.zeros((rows, bucket(point.prompt_tokens)), np.int32)
-    chooser = chooser_for(_core(point, setting))
+    chooser = chooser_for(params, _core(point, setting))
     observed = chooser.observed_layers(config, None)
     observer = chooser.observer(chooser.counted(padded, lengths, 0, config), config.mlp_size)
     capacity = bucket(point.prompt_tokens + point.new_tokens)

@@ -150,7 +150,7 @@ def test_a_prompt_of_bos_alone_has_no_vote_to_leave_out(prompts):
 
 def test_the_last_position_can_be_used():
     assert ci.generate(opt(), [[5] * (P - 1)], None, max_new_tokens=1).lengths.tolist() == [1]
-    message = refusal(lambda: ci.generate(opt(), [[5] * P], max_new_tokens=1))
+    message = refusal(lambda: ci.generate(opt(), [[5] * P], ci.CoreConfig(), max_new_tokens=1))
     assert f"{P} prompt tokens + max_new_tokens=1 exceed the model's {P} positions" in message
 
 
@@ -178,7 +178,7 @@ def test_forward_and_compact(mistake, named):
 @pytest.mark.parametrize(
     "use",
     [
-        lambda params: ci.generate(params, [PROMPT]),
+        lambda params: ci.generate(params, [PROMPT], ci.CoreConfig()),
         lambda params: ci.stream(params, [PROMPT], None),
         lambda params: ci.compact(params, core()),
         lambda params: ci.forward(params, [PROMPT], core()),
@@ -278,8 +278,10 @@ def with_nan_embedding(params: Params, ids: list[int]) -> Params:
 
 def test_nan_logits_of_the_prefill():
     damaged = with_nan_embedding(llama(), [6])
-    assert "logits are NaN or infinite" in refusal(lambda: ci.generate(damaged, [PROMPT], max_new_tokens=1))
-    chunks = ci.stream(damaged, [PROMPT])
+    assert "logits are NaN or infinite" in refusal(
+        lambda: ci.generate(damaged, [PROMPT], ci.CoreConfig(), max_new_tokens=1)
+    )
+    chunks = ci.stream(damaged, [PROMPT], ci.CoreConfig())
     assert "logits are NaN or infinite" in refusal(lambda: next(chunks))
 
 
@@ -287,7 +289,9 @@ def test_infinite_logits():
     weight = llama().unembedding
     assert weight is not None
     damaged = llama().replace(unembedding=weight.at[3].set(jnp.inf))
-    assert "logits are NaN or infinite" in refusal(lambda: ci.generate(damaged, [PROMPT], max_new_tokens=1))
+    assert "logits are NaN or infinite" in refusal(
+        lambda: ci.generate(damaged, [PROMPT], ci.CoreConfig(), max_new_tokens=1)
+    )
 
 
 @pytest.mark.parametrize("method", [None, ci.CoreConfig()], ids=["dense", "stability"])
@@ -305,9 +309,9 @@ def test_nan_logits_of_the_decoding(method):
 def test_what_is_no_mistake(tokens):
     """The forms tokens, counts and keys may take beside lists and ints."""
     key = jax.random.key(3)
-    expected = ci.generate(opt(), [PROMPT], max_new_tokens=4, temperature=1.0, key=3).tokens
+    expected = ci.generate(opt(), [PROMPT], ci.CoreConfig(), max_new_tokens=4, temperature=1.0, key=3).tokens
     for new, same_key in ((np.int64(4), key), (4, jax.random.key_data(key)), (4, np.int64(3))):
-        made = ci.generate(opt(), tokens, max_new_tokens=new, temperature=1.0, key=same_key).tokens
+        made = ci.generate(opt(), tokens, ci.CoreConfig(), max_new_tokens=new, temperature=1.0, key=same_key).tokens
         np.testing.assert_array_equal(made, expected)
 
 

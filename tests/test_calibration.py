@@ -14,6 +14,7 @@ import coreinfer_jax as ci
 from coreinfer_jax.cli import main
 from coreinfer_jax.io.calibration_file import CALIBRATION
 from coreinfer_jax.lab.evaluation import Bound, Texts, calibrate
+from coreinfer_jax.lab.evaluation.material import own_answers
 from coreinfer_jax.model.weights import named_leaves, params_bytes
 from coreinfer_jax.sparsity.allocate import allocate
 from coreinfer_jax.sparsity.calibration import Calibration
@@ -31,6 +32,20 @@ class Numbers:
 
     def encode(self, text):
         return [int(word) for word in text.split()]
+
+
+class Lengths:
+    """A tokenizer whose ids are the lengths of words; a chat is opened by the id 90."""
+
+    def __init__(self, has_chat_template=False):
+        self.has_chat_template = has_chat_template
+
+    def encode(self, text):
+        return [3 + len(word) for word in text.split()]
+
+    def encode_chat(self, messages):
+        [message] = messages
+        return [90, *self.encode(message["content"])]
 
 
 def documents(count=12, size=20):
@@ -103,7 +118,7 @@ def test_without_compensation_nothing_stands_for_the_others():
 
 
 def calibrated(params, core=ci.CoreConfig()):
-    found = calibrate(params, Numbers(), documents(), texts=SMALL)
+    found = calibrate(params, Numbers(), documents(), None, SMALL)
     return replace(params, calibration=replace(found.calibration, core=core))
 
 
@@ -125,7 +140,7 @@ def test_a_calibration_counts_as_tokens_of_the_prompt(name):
 
 def test_a_prior_is_what_one_half_of_the_texts_sums_to():
     params = random_model(OPT)
-    found = calibrate(params, Numbers(), documents(), texts=SMALL)
+    found = calibrate(params, Numbers(), documents(), None, SMALL)
     order = np.random.default_rng(SMALL.seed).permutation(12)[:6]
     rows = [Numbers().encode(documents().texts[i]) for i in order]
     seen = [prompt_activations(params, row) for row in rows]
@@ -149,7 +164,14 @@ def test_what_is_not_named_is_as_calibrated():
     dense = replace(params, calibration=replace(params.calibration, core=None))
     out = ci.generate(dense, [PROMPTS[0]], max_new_tokens=3)
     assert out.stats.method == "dense"
-    assert ci.generate(params.weights, [PROMPTS[0]], max_new_tokens=1).stats.kept_neurons == (76, 34, 34)
+
+
+def test_a_model_that_nobody_has_measured_keeps_all_its_neurons():
+    params = random_model(OPT)
+    for core in ({}, {"core": "recommended"}):
+        assert ci.generate(params, [PROMPTS[0]], **core, max_new_tokens=1).stats.method == "dense"
+    asked = ci.generate(params, [PROMPTS[0]], ci.CoreConfig(), max_new_tokens=1)
+    assert asked.stats.kept_neurons == (76, 34, 34)
 
 
 def test_a_calibration_is_no_weight():
@@ -177,6 +199,54 @@ def test_a_bound_that_none_meets_means_all_neurons():
     found = calibrate(random_model(OPT), Numbers(), documents(), Bound(max_kl=1e-9), SMALL)
     assert found.calibration.core is None
     assert found.facts["met"] is False
+
+
+OWN = Texts(continuation=4, texts=10)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_model_answers_the_prompts_of_the_package_where_there_are_no_texts(chat, monkeypatch):
+    monkeypatch.setattr("coreinfer_jax.lab.evaluation.material.TEMPERATURE", 0)
+    params = random_model(replace(OPT, eos_ids=()))
+    material = own_answers(params, Lengths(chat), OWN)
+    folder = Path(ci.__file__).parent / "assets" / "prompts"
+    questions = (folder / "questions.txt").read_text(encoding="utf-8").splitlines()
+    openings = (folder / "openings.txt").read_text(encoding="utf-8").split("\n<|endoftext|>\n")[:-1]
+    opened = [90] if chat else []
+    prompts = {(*opened, *Lengths().encode(text)) for text in questions} | {
+        tuple(Lengths().encode(o)) for o in openings
+    }
+    [held_out] = material.held_out
+    assert [len(held_out.rows), len(material.tried.rows), len(material.known.rows)] == [10, 16, 80]
+    known = [tuple(row[:n]) for row, n in zip(material.known.rows, material.known.lengths, strict=True)]
+    assert {text[:-5] for text in known} < prompts
+    for excerpts in (material.tried, held_out):
+        for row, context in zip(excerpts.rows, excerpts.context, strict=True):
+            assert tuple(row[:context]) in prompts
+    for row, context in zip(held_out.rows[:3], held_out.context, strict=False):
+        answer = ci.generate(params, [row[:context]], None, max_new_tokens=5).tokens[0]
+        np.testing.assert_array_equal(row[context : context + 5], answer)
+    judged = {tuple(row[:context]) for row, context in zip(held_out.rows, held_out.context, strict=True)}
+    assert judged.isdisjoint(text[:-5] for text in known)
+
+
+def test_answers_that_are_too_short_are_refused():
+    ends_at_once = random_model(replace(OPT, eos_ids=tuple(range(101))))
+    with pytest.raises(ci.CoreInferError, match="0 of 80 answers have more than 4 tokens"):
+        own_answers(ends_at_once, Lengths(), OWN)
+
+
+def test_a_calibration_comes_with_the_package_for_a_model_that_does_not(tmp_path, monkeypatch):
+    own = ci.convert("embedded:llama", tmp_path / "own")
+    monkeypatch.setattr("coreinfer_jax.io.calibration_file.SHIPPED", tmp_path / "shipped")
+    (tmp_path / "shipped").mkdir()
+    bare, other = (ci.convert(f"embedded:{name}", tmp_path / f"bare-{name}") for name in ("llama", "opt"))
+    shutil.move(bare / CALIBRATION, tmp_path / "shipped" / "llama.safetensors")
+    (other / CALIBRATION).unlink()
+    found, expected = ci.load(bare)[0].calibration, ci.load(own)[0].calibration
+    np.testing.assert_array_equal(found.prior[0]["squares"], expected.prior[0]["squares"])
+    assert found.core == expected.core
+    assert ci.load(other)[0].calibration is None
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +295,22 @@ def test_the_command_calibrates_a_model_in_place(model, stories, capsys):
     told = f"keep {min(within):g} ({shares}, layer by layer), from {stories.name}, within max_kl 0.2"
     assert told in capsys.readouterr().out
     assert main([*arguments, "--max-kl", "1e-9"]) == 0
-    assert "no keep ratio meets the bound: all neurons" in capsys.readouterr().out
+    assert "No keep ratio stays within the bound, so the model goes on with all its neurons." in capsys.readouterr().out
     assert ci.generate(ci.load(model)[0], [prompt], max_new_tokens=2).stats.method == "dense"
+
+
+def test_a_model_without_a_calibration_is_said_not_to_be_narrowed(model, tmp_path, capsys):
+    directory = shutil.copytree(model, tmp_path / "mine")
+    (directory / CALIBRATION).unlink()
+    command = ["generate", "Once", "--model", str(directory), "--max-new-tokens", "2", "--json"]
+    said = "[dense (not calibrated: 'coreinfer calibrate' finds how many neurons it can spare): 100% of"
+    for options, method, noted in (([], "dense", True), (["--beta", "0.5"], "stability", False)):
+        assert main([*command, *options]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["stats"]["method"] == method
+        assert (said in printed.err) == noted
+    assert main(["info", str(directory)]) == 0
+    assert "none; all neurons are used" in capsys.readouterr().out
 
 
 MISTAKES = {
@@ -249,6 +333,11 @@ def test_mistakes_get_one_line_and_leave_what_is_there(arguments, said, model, s
     assert error.startswith("coreinfer: error: ")
     assert said in error
     assert (model / CALIBRATION).read_bytes() == before
+
+
+def test_prompt_lengths_are_of_texts_in_a_file(model, capsys):
+    assert main(["calibrate", "--model", str(model), "--prompt-tokens", "16"]) == 2
+    assert "--prompt-tokens: is of texts in a file; add --data FILE" in capsys.readouterr().err
 
 
 def test_an_embedded_model_is_not_written_into(stories, capsys):
@@ -332,7 +421,7 @@ def test_a_calibration_compiles_no_pass_anew():
 def test_a_bad_calibration_can_be_made_anew(model, tmp_path, stories, capsys):
     directory = rewritten(tmp_path, model, lambda arrays, metadata: metadata.update(model="0" * 16))
     assert main(["calibrate", "--model", str(directory), "--data", str(stories), *SIZES]) == 0
-    assert "keep 0.5 (" in capsys.readouterr().out
+    assert "\nkeep 0." in capsys.readouterr().out
     assert ci.load(directory)[0].calibration is not None
 
 

@@ -35,7 +35,7 @@ def typed(monkeypatch, capsys, shallow):
 
         monkeypatch.setattr("builtins.input", answer)
         capsys.readouterr()
-        status = main(["chat", "--model", str(model), "--max-new-tokens", "12", *options])
+        status = main(["chat", "--model", str(model), "--beta", "0.5", "--max-new-tokens", "12", *options])
         return status, *capsys.readouterr()
 
     return typed
@@ -161,7 +161,7 @@ def test_a_system_message_needs_a_template(typed, templated):
 
 
 def test_generate_applies_the_template(capsys, templated):
-    greedy = ["--max-new-tokens", "12", "--temperature", "0", "--json"]
+    greedy = ["--beta", "0.5", "--max-new-tokens", "12", "--temperature", "0", "--json"]
     assert main(["generate", "Hello", "--chat", "--model", str(templated), *greedy]) == 0
     text = json.loads(capsys.readouterr().out)["text"]
     assert text == reply_of(templated, "<user> Hello\n<assistant>")

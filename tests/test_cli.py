@@ -59,9 +59,12 @@ def model(tinystories: Path) -> tuple[ci.Params, list[int]]:
 
 
 def test_text_goes_to_stdout_and_one_line_of_facts_to_stderr(run, generate, model, tinystories):
-    status, out, err = run("generate", PROMPT, "--model", tinystories, "--max-new-tokens", 24, "--dtype", "float32")
+    half = ("--beta", 0.5)
+    status, out, err = run(
+        "generate", PROMPT, "--model", tinystories, "--max-new-tokens", 24, "--dtype", "float32", *half
+    )
     assert status == 0
-    assert out == PROMPT + generate()["text"] + "\n"
+    assert out == PROMPT + generate(*half)["text"] + "\n"
     neurons, tokens = model[0].config.mlp_size, len(model[1])
     told = rf"\[stability: 50% of {neurons} MLP neurons in 2 layers; {tokens} prompt \+ 24 new tokens; [^\n]*\]\n"
     assert re.fullmatch(told, err)
@@ -70,14 +73,15 @@ def test_text_goes_to_stdout_and_one_line_of_facts_to_stderr(run, generate, mode
 @pytest.mark.parametrize(
     ("options", "core"),
     [
-        ([], ci.CoreConfig()),
+        ([], None),
+        (["--method", "stability"], ci.CoreConfig()),
         (["--method", "dense"], None),
         (
             ["--rule", "votes", "--alpha", "0.3", "--beta", "0.7", "--budget", "mean"],
             ci.CoreConfig(beta=0.7, rule=ci.rules.Votes(alpha=0.3, budget="mean")),
         ),
     ],
-    ids=["default", "dense", "mean"],
+    ids=["default", "stability", "dense", "mean"],
 )
 def test_json_holds_what_generate_returns(generate, model, tinystories, options, core):
     params, prompt = model

@@ -63,7 +63,7 @@ def test_within_a_bucket_nothing_is_traced_again(name: str) -> None:
         run(params, 2, ci.CoreConfig(rule=ci.rules.Contribution(prior_tokens=9)), max_new_tokens=60)
         run(params, 33, max_new_tokens=5, temperature=1.3, top_k=7, key=5)
         run(params, 20, temperature=0.9, top_p=0.4, top_k=3, key=jax.random.key(9), eos_ids=(7,))
-        list(ci.stream(params, [[5, 6, 7]], max_new_tokens=17))
+        list(ci.stream(params, [[5, 6, 7]], ci.CoreConfig(), max_new_tokens=17))
     assert messages == []
 
 

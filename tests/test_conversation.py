@@ -83,13 +83,13 @@ def test_what_does_not_go_on_is_read_from_the_start(tokens: list[int], core: ci.
 
 def test_a_reply_broken_off_can_be_continued_from() -> None:
     params = random_model(MODELS["opt"])
-    broken = list(itertools.islice(ci.converse(params, TURNS[0], max_new_tokens=60), 2))
+    broken = list(itertools.islice(ci.converse(params, TURNS[0], None, ci.CoreConfig(), max_new_tokens=60), 2))
     said = np.concatenate([chunk.tokens[0] for chunk, _ in broken]).tolist()
     assert len(said) == 9
     tokens = [*TURNS[0], *said, 8]
     reply, last, _ = answer(params, tokens, broken[-1][1], ci.CoreConfig())
     assert last.stats.cached_tokens == (len(TURNS[0]),)
-    assert reply == ci.generate(params, [tokens], max_new_tokens=15).tokens[0].tolist()
+    assert reply == ci.generate(params, [tokens], ci.CoreConfig(), max_new_tokens=15).tokens[0].tolist()
 
 
 def test_mistakes_leave_the_conversation_alive() -> None:

@@ -98,6 +98,20 @@ def test_one_pass_equals_decoding_token_by_token_on_narrowed_weights(model, coun
     np.testing.assert_array_equal(found.agreement, agreement)
 
 
+def test_contexts_of_several_lengths_are_each_measured_as_alone():
+    params = random_model(MODELS["llama"])
+    contexts = np.array([5, CONTEXT, 8], np.int32)
+    rows = texts(params.config)
+    settings = [setting("energy", 0.4), Foreknown(setting("votes", 0.3)), setting("token-norm", 0.5)]
+    losses, measured = measure(params, rows, contexts, settings)
+    for i, context in enumerate(contexts.tolist()):
+        alone_losses, alone = measure(params, rows[i : i + 1, : context + REST + 1], context, settings)
+        np.testing.assert_allclose(losses[i], alone_losses[0], rtol=1e-4)
+        for one, other in zip(measured, alone, strict=True):
+            np.testing.assert_allclose(one.kl[i], other.kl[0], rtol=1e-3, atol=1e-5)
+            np.testing.assert_array_equal(one.agreement[i], other.agreement[0])
+
+
 def test_paper_votes_are_those_that_generate_decodes_with():
     params = random_model(MODELS["llama"])
     rows = texts(params.config)

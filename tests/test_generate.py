@@ -158,8 +158,8 @@ def test_keeping_all_neurons_equals_dense(name: str) -> None:
 )
 def test_stream_equals_generate(settings: dict[str, float]) -> None:
     params = random_model(LLAMA)
-    out = ci.generate(params, PROMPTS, max_new_tokens=30, **settings)
-    chunks = list(ci.stream(params, PROMPTS, max_new_tokens=30, **settings))
+    out = ci.generate(params, PROMPTS, ci.CoreConfig(), max_new_tokens=30, **settings)
+    chunks = list(ci.stream(params, PROMPTS, ci.CoreConfig(), max_new_tokens=30, **settings))
     np.testing.assert_array_equal(np.concatenate([chunk.tokens for chunk in chunks], axis=1), out.tokens)
     assert [chunk.tokens.shape[1] for chunk in chunks] == [1, 8, 8, 8, 5]
     assert chunks[-1].core == out.core
@@ -172,15 +172,15 @@ def test_the_first_token_does_not_wait_for_the_gather(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("coreinfer_jax.sparsity.choice.narrow", no_gather)
     params = random_model(OPT)
-    chunks = ci.stream(params, PROMPTS[:1], max_new_tokens=3)
+    chunks = ci.stream(params, PROMPTS[:1], ci.CoreConfig(), max_new_tokens=3)
     assert next(chunks).stats.compaction_seconds == 0
     with pytest.raises(AssertionError, match="gathered"):
         next(chunks)
-    assert ci.generate(params, PROMPTS[:1], max_new_tokens=1).stats.compaction_seconds == 0
+    assert ci.generate(params, PROMPTS[:1], ci.CoreConfig(), max_new_tokens=1).stats.compaction_seconds == 0
 
 
 def test_the_gather_is_timed_between_the_first_and_the_second_token() -> None:
-    first, *_, last = ci.stream(random_model(OPT), PROMPTS[:1], max_new_tokens=12)
+    first, *_, last = ci.stream(random_model(OPT), PROMPTS[:1], ci.CoreConfig(), max_new_tokens=12)
     assert first.stats.compaction_seconds == 0 < last.stats.compaction_seconds
     assert first.stats.kept_neurons == last.stats.kept_neurons
     assert first.stats.bytes_read_per_token == last.stats.bytes_read_per_token
@@ -188,10 +188,12 @@ def test_the_gather_is_timed_between_the_first_and_the_second_token() -> None:
 
 def test_more_tokens_than_a_dispatch_holds() -> None:
     params = random_model(LLAMA)
-    out = ci.generate(params, [[5, 6, 7]], max_new_tokens=150)
+    out = ci.generate(params, [[5, 6, 7]], ci.CoreConfig(), max_new_tokens=150)
     assert out.tokens[0, :20].tolist() == greedy_reference(params, [5, 6, 7], out.core, 20)
     assert out.stats.decode_steps == 149
-    streamed = [t for chunk in ci.stream(params, [[5, 6, 7]], max_new_tokens=150) for t in chunk.tokens[0]]
+    streamed = [
+        t for chunk in ci.stream(params, [[5, 6, 7]], ci.CoreConfig(), max_new_tokens=150) for t in chunk.tokens[0]
+    ]
     assert streamed == out.tokens[0].tolist()
 
 
@@ -199,9 +201,9 @@ def test_eos_ends_a_row_among_new_tokens_only() -> None:
     config = replace(OPT, pad_id=1)
     params = random_model(config)
     prompts = [[2, *PROMPTS[0]], [2, 2, 2]]
-    free = ci.generate(params, prompts, max_new_tokens=24)
+    free = ci.generate(params, prompts, ci.CoreConfig(), max_new_tokens=24)
     eos = int(free.tokens[0, 9])
-    out = ci.generate(params, prompts, max_new_tokens=24, eos_ids=(eos, 2))
+    out = ci.generate(params, prompts, ci.CoreConfig(), max_new_tokens=24, eos_ids=(eos, 2))
     ends = [min([row.tolist().index(i) + 1 for i in (eos, 2) if i in row], default=24) for row in free.tokens]
     assert out.lengths.tolist() == ends
     assert min(ends) < 24
@@ -213,8 +215,8 @@ def test_eos_ends_a_row_among_new_tokens_only() -> None:
 
 def test_generation_stops_when_every_row_is_done() -> None:
     params = random_model(OPT)
-    first = int(ci.generate(params, [[2, 7]], max_new_tokens=1).tokens[0, 0])
-    out = ci.generate(params, [[2, 7]], max_new_tokens=100, eos_ids=(first,))
+    first = int(ci.generate(params, [[2, 7]], ci.CoreConfig(), max_new_tokens=1).tokens[0, 0])
+    out = ci.generate(params, [[2, 7]], ci.CoreConfig(), max_new_tokens=100, eos_ids=(first,))
     assert out.lengths.tolist() == [1]
     assert out.stats.decode_steps == 0
     assert out.tokens.shape == (1, 100)
@@ -233,11 +235,11 @@ def test_draws_come_from_the_documented_keys() -> None:
 def test_int_seed_and_raw_key_equal_the_typed_key() -> None:
     params = random_model(LLAMA)
     drawn = [
-        ci.generate(params, [[5, 6]], max_new_tokens=8, temperature=1.0, key=key).tokens.tolist()
+        ci.generate(params, [[5, 6]], ci.CoreConfig(), max_new_tokens=8, temperature=1.0, key=key).tokens.tolist()
         for key in (7, jax.random.key(7), jax.random.PRNGKey(7), np.int64(7))
     ]
     assert drawn[0] == drawn[1] == drawn[2] == drawn[3]
-    other = ci.generate(params, [[5, 6]], max_new_tokens=8, temperature=1.0, key=8).tokens.tolist()
+    other = ci.generate(params, [[5, 6]], ci.CoreConfig(), max_new_tokens=8, temperature=1.0, key=8).tokens.tolist()
     assert other != drawn[0]
 
 
@@ -261,7 +263,7 @@ def test_narrowed_layers_are_a_fraction_of_depth() -> None:
 def test_a_prompt_can_fill_the_positions_exactly() -> None:
     params = random_model(OPT)
     prompt = np.random.default_rng(2).integers(3, 101, OPT.max_positions - 4).tolist()
-    out = ci.generate(params, [prompt], max_new_tokens=4)
+    out = ci.generate(params, [prompt], ci.CoreConfig(), max_new_tokens=4)
     assert out.tokens[0].tolist() == greedy_reference(params, prompt, out.core, 4)
 
 

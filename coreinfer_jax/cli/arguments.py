@@ -60,20 +60,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the fastest there is")
 
 
-def add_documents(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Which texts."""
+def add_documents(parser: argparse.ArgumentParser, required: bool = True, default: str = "") -> None:
+    """Which texts; `default` says what is read where none are named."""
+    otherwise = f"; default: {default}" if default else ""
     parser.add_argument(
         "--data",
         required=required,
         metavar="FILE",
-        help="text: one document per line or ended by <|endoftext|>; jsonl, csv",
+        help=f"text: one document per line or ended by <|endoftext|>; jsonl, csv{otherwise}",
     )
     parser.add_argument("--text-column", type=column, metavar="COL", help="name, or number from 0")
 
 
-def add_texts(parser: argparse.ArgumentParser) -> None:
+def add_texts(parser: argparse.ArgumentParser, default: Texts = Texts()) -> None:
     """How much of which texts."""
-    default = Texts()
     lengths = " ".join(map(str, default.prompt_tokens))
     parser.add_argument(
         "--prompt-tokens",
@@ -102,12 +102,16 @@ def texts(options: argparse.Namespace) -> Texts:
 
 
 def add_core(parser: argparse.ArgumentParser) -> None:
-    """How core neurons are chosen; without any of these options, as is recommended for the model."""
+    """How core neurons are chosen; without any of these options as calibrated, and not at all without a calibration."""
     default, votes, auto = CoreConfig(), Votes(), Auto()
-    parser.add_argument("--method", choices=("dense", *CHOOSERS), help=f"default {default.method}")
+    parser.add_argument(
+        "--method",
+        choices=("dense", *CHOOSERS),
+        help=f"default: as calibrated, dense without a calibration; {default.method} with any option below",
+    )
     parser.add_argument("--rule", choices=tuple(RULES), help="what ranks neurons (contribution; votes where groups do)")
     parser.add_argument("--alpha", type=float, help=f"votes: token-wise share, (0, 1] ({votes.alpha})")
-    parser.add_argument("--beta", type=float, help=f"share of neurons kept, (0, 1] ({default.beta}, or as calibrated)")
+    parser.add_argument("--beta", type=float, help=f"share of neurons kept, (0, 1] (as calibrated or {default.beta})")
     parser.add_argument(
         "--compensation",
         type=float,

@@ -3,28 +3,44 @@
 import argparse
 import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from coreinfer_jax.cli import arguments
 from coreinfer_jax.cli.eval_texts import table
 from coreinfer_jax.cli.info import setting_in_words
+from coreinfer_jax.engine.generation import generate
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.files import is_directory, to_path
 from coreinfer_jax.io.calibration_file import CALIBRATION, write_calibration
 from coreinfer_jax.io.embedded import PREFIX
 from coreinfer_jax.io.loading import model_path, open_model, stored_fingerprint
-from coreinfer_jax.lab.evaluation.calibrating import Bound, calibrate
+from coreinfer_jax.lab.evaluation.calibrating import BOUND, TEXTS, Bound, Calibrated, calibrate
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.choice import Chooser
 from coreinfer_jax.sparsity.choosers import settings_of
+from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import read_documents
 
-HELP = "find the cheapest setting for a model that meets a bound on your texts"
+HELP = "find how many neurons a model can spare, and set it to that"
+# What is timed: enough steps that starting them does not count, and a prompt of ordinary length.
+TIMED_TOKENS, ROUNDS = 33, 3
+TIMED_PROMPT = "Once upon a time there was a village by a river, and in it lived a baker who rose before the sun."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     arguments.add_model(parser)
-    arguments.add_documents(parser)
+    arguments.add_documents(parser, required=False, default="prompts of the package, answered by the model itself")
     parser.add_argument(
-        "--max-kl", type=float, metavar="NATS", help="per token, from the full model; its upper 95 %% end"
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help=f"per token, from the full model; its upper 95 %% end ({BOUND.max_kl}, if nothing else bounds)",
     )
     parser.add_argument(
         "--min-agreement",
@@ -32,29 +48,77 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of tokens with the full model's choice; its lower 95 %% end",
     )
-    arguments.add_texts(parser)
+    arguments.add_texts(parser, TEXTS)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    bound, texts = Bound(options.max_kl, options.min_agreement), arguments.texts(options)
-    if options.model.startswith(PREFIX):
-        raise CoreInferError(
-            f"{options.model}: is calibrated, and part of the package; convert it to a directory to calibrate that"
-        )
-    directory = model_path(options.model)
-    if is_directory(directory) and not os.access(directory, os.W_OK):
-        raise CoreInferError(f"{directory}: cannot be written into; make it writable, the calibration goes there")
-    documents = read_documents(to_path(options.data), options.text_column)
+    bounded = options.max_kl is not None or options.min_agreement is not None
+    bound, texts = Bound(options.max_kl, options.min_agreement) if bounded else BOUND, arguments.texts(options)
+    directory = _writable(options.model)
+    documents = None if options.data is None else read_documents(to_path(options.data), options.text_column)
+    if documents is None and texts.prompt_tokens != TEXTS.prompt_tokens:
+        raise CoreInferError("--prompt-tokens: is of texts in a file; add --data FILE, or leave it out")
     params, tokenizer = arguments.load_model(options, calibrated=False)
     found = calibrate(params, tokenizer, documents, bound, texts)
-    write_calibration(directory, stored_fingerprint(*open_model(directory)), found.calibration, found.facts)
+    facts = found.facts | {"ms_per_token": _speed(params, tokenizer, found)}
+    write_calibration(directory, stored_fingerprint(*open_model(directory)), found.calibration, facts)
     core = None if found.calibration.core is None else settings_of(found.calibration.core)
     if options.json:
-        print(json.dumps({"model": options.model, "core": core, "facts": found.facts, "settings": found.results}))
+        print(json.dumps({"model": options.model, "core": core, "facts": facts, "settings": found.results}))
         return
-    if found.results:
-        print(table(found.results))
-    chosen = setting_in_words(core, found.facts, params.config.mlp_size)
-    print(f"{'no keep ratio meets the bound: ' if core is None else ''}{chosen}; written to {directory / CALIBRATION}")
+    print(f"{table(found.results)}\n")
+    print(setting_in_words(core, facts, params.config.mlp_size))
+    print(_verdict(found, facts))
+    print(f"Written to {directory / CALIBRATION}")
+
+
+def _writable(model: str) -> Path:
+    """The directory of a model, where a calibration can be written into it."""
+    if model.startswith(PREFIX):
+        raise CoreInferError(
+            f"{model}: is calibrated, and part of the package; convert it to a directory to calibrate that"
+        )
+    directory = model_path(model)
+    if is_directory(directory) and not os.access(directory, os.W_OK):
+        raise CoreInferError(f"{directory}: cannot be written into; make it writable, the calibration goes there")
+    return directory
+
+
+def _speed(params: Params, tokenizer: Tokenizer, found: Calibrated) -> dict[str, float]:
+    """Milliseconds per new token with all neurons and with those that a calibration keeps, taken in turns."""
+    if found.calibration.core is None:
+        return {}
+    prompt = tokenizer.encode(TIMED_PROMPT)
+    calibrated = replace(params, calibration=found.calibration)
+    ways: dict[str, Chooser | None] = {"all": None, "core": found.calibration.core}
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(1 + ROUNDS):
+        for way, core in ways.items():
+            stats = generate(calibrated, [prompt], core, max_new_tokens=TIMED_TOKENS).stats
+            taken[way].append(1000 * stats.decode_seconds / stats.decode_steps)
+    # The first round compiles.
+    return {way: float(np.median(times[1:])) for way, times in taken.items()}
+
+
+def _verdict(found: Calibrated, facts: Mapping[str, Any]) -> str:
+    """What that costs and what it buys, in a plain sentence."""
+    if not found.chosen:
+        nearest = found.results[-1]
+        return (
+            f"No keep ratio stays within the bound, so the model goes on with all its neurons. At {nearest['keep']:g} "
+            f"it would lose {_loss([nearest])}."
+        )
+    all_neurons, core = facts["ms_per_token"]["all"], facts["ms_per_token"]["core"]
+    return (
+        f"It costs {_loss(found.chosen)}. A token takes {core:.1f} ms instead of {all_neurons:.1f} "
+        f"({all_neurons / core:.2f} times as fast)."
+    )
+
+
+def _loss(results: Sequence[Mapping[str, Any]]) -> str:
+    """The largest loss over all lengths of prompt."""
+    kl = max(result["kl"]["mean"] for result in results)
+    agreement = min(result["agreement"]["mean"] for result in results)
+    return f"{kl:.3f} nats per token against the full model, whose choice it shares for {agreement:.0%} of the tokens"

@@ -71,12 +71,15 @@ def setting_in_words(core: Mapping[str, Any] | None, facts: Mapping[str, Any], m
 
 def _calibration(summary: Summary) -> str:
     if summary.calibration is None:
-        return "none"
+        return "none; all neurons are used ('coreinfer calibrate' finds how many it can spare)"
     core, facts = summary.calibration
     found = f"{setting_in_words(core, facts, summary.config.mlp_size)}, from {facts.get('data', 'texts')}"
     bounds = {name: bound for name, bound in facts.get("bound", {}).items() if bound is not None}
     met = "within" if facts.get("met") else "as no keep ratio is within"
-    return found + (f", {met} {' and '.join(f'{name} {bound:g}' for name, bound in bounds.items())}" if bounds else "")
+    if bounds:
+        found += f", {met} {' and '.join(f'{name} {bound:g}' for name, bound in bounds.items())}"
+    speed = facts.get("ms_per_token")
+    return found + (f"; {speed['core']:.1f} ms per token instead of {speed['all']:.1f}" if speed else "")
 
 
 def _tokenizer(summary: Summary) -> str:

@@ -40,7 +40,7 @@ class Conversation:
         """Whether what was read is what `params` would have read of the first of `tokens`, to choose as `core` does."""
         same = params is self.params and core == self.core and groups is self.groups
         read = self.tokens
-        return same and chooser_for(core).adds_up and len(tokens) > len(read) and tokens[: len(read)] == read
+        return same and chooser_for(params, core).adds_up and len(tokens) > len(read) and tokens[: len(read)] == read
 
 
 def converse(
@@ -75,14 +75,14 @@ def converse(
         CoreInferError: as `generate`; a conversation that another turn has gone on from already.
     """
     check_dense(params)
-    core, groups, ids = resolved(params, core), options.get("groups"), _checked(tokens)
+    known, groups, ids = resolved(params, core), options.get("groups"), _checked(tokens)
     if conversation is not None and not isinstance(conversation, Conversation):
         raise CoreInferError(f"conversation={shown(conversation)}: give what the last turn ended with, or None")
-    past = conversation.past if conversation and conversation.goes_on(params, ids, core, groups) else None
+    past = conversation.past if conversation and conversation.goes_on(params, ids, known, groups) else None
     if past is not None:
         past.check_alive()
     request = make_request(params, [ids[past.read if past else 0 :]], core, options, past)
-    return ((chunk, Conversation(params, ids, core, groups, after)) for chunk, after in run(request, STREAM_CHUNK))
+    return ((chunk, Conversation(params, ids, known, groups, after)) for chunk, after in run(request, STREAM_CHUNK))
 
 
 def _checked(tokens: Sequence[int]) -> tuple[int, ...]:

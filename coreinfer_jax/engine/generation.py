@@ -13,7 +13,7 @@ from coreinfer_jax.engine.request import Past, Request, checked_request
 from coreinfer_jax.engine.results import Chunk, Generation
 from coreinfer_jax.engine.sampling import fill_id
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for, resolved
+from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for
 from coreinfer_jax.sparsity.narrow import check_dense
 
 MAX_NEW_TOKENS = 128
@@ -32,9 +32,9 @@ def generate(
         params: dense weights, from `load`.
         tokens: int [B, T], or a list of lists of unequal lengths; rows are padded here.
         core: a `CoreConfig` (or `Similarity`, `Fused`, `Auto`) chooses core neurons from the prompt; `CoreNeurons` are
-            used as they are; None is dense. "recommended" is what the model's calibration found, or `CoreConfig()`
-            where it has none. With `per_row=True` each row equals its own single run and a step reads B narrowed
-            MLPs; with `per_row=False` all rows together choose one set, which a step reads once.
+            used as they are; None is dense. "recommended" is what the model's calibration found, and dense where it has
+            none: nobody knows what that model can spare. With `per_row=True` each row equals its own single run and a
+            step reads B narrowed MLPs; with `per_row=False` all rows together choose one set, which a step reads once.
         **options: see `GenerateOptions`.
 
     Returns:
@@ -74,5 +74,5 @@ def make_request(
     prompts = pad_prompts(tokens, params.config)
     new = options.get("max_new_tokens", MAX_NEW_TOKENS)
     check_length((past.read if past else 0) + int(prompts.lengths.max()), new, params.config)
-    chooser = chooser_for(resolved(params, core))
+    chooser = chooser_for(params, core)
     return checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past)

@@ -15,7 +15,7 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import bucket
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for, resolved
+from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.sparsity.neurons import CoreNeurons
@@ -71,7 +71,7 @@ def score_continuations(
     check_dense(params)
     config = params.config
     prompts, rest = _padded("contexts", contexts, config), _padded("continuations", continuations, config)
-    chooser = chooser_for(resolved(params, core))
+    chooser = chooser_for(params, core)
     begun = begin(checked_request(params, prompts, chooser, groups, GREEDY, _positions_after(prompts, rest, config)))
     tokens = rest.tokens[:, : bucket(int(rest.lengths.max()), LEAST_CONTINUATION)]
     weights = begun.chosen.weights(params)

@@ -20,6 +20,8 @@ from coreinfer_jax.sparsity.choice import Chooser
 from coreinfer_jax.sparsity.choosers import chooser_of, settings_of
 
 CALIBRATION = "coreinfer-calibration.safetensors"
+# Those that come with the package, of models that do not.
+SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "calibrations"
 VERSION = "2"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 # What is summed up of each neuron, and of all tokens.
@@ -59,14 +61,20 @@ def write_calibration(directory: Path, fingerprint: str, calibration: Calibratio
 
 
 def read_calibration(directory: Path, config: ModelConfig, fingerprint: Callable[[], str]) -> Calibration | None:
-    """What lies in the directory of a model with this config and, asked for only then, this fingerprint; None for none.
+    """What lies in the directory of a model, or else comes with the package for it; None for none.
+
+    Args:
+        directory: of the model.
+        config: of the model.
+        fingerprint: gives that of the model, where it is needed.
 
     Raises:
         CoreInferError: it belongs to another model, is damaged, or of another version.
     """
     path = directory / CALIBRATION
     if not path.is_file():
-        return None
+        shipped = _shipped(config, fingerprint)
+        return None if shipped is None else _calibration(*_read(shipped), config)
     metadata, arrays = _read(path)
     found = fingerprint()
     if metadata["model"] != found:
@@ -82,14 +90,16 @@ def read_calibration(directory: Path, config: ModelConfig, fingerprint: Callable
         raise _damaged(path, error) from error
 
 
-def read_facts(directory: Path) -> tuple[dict[str, Any] | None, Mapping[str, Any]] | None:
-    """The setting found for the model in `directory`, flat, and how; None where there is no calibration.
+def read_facts(
+    directory: Path, config: ModelConfig, fingerprint: Callable[[], str]
+) -> tuple[dict[str, Any] | None, Mapping[str, Any]] | None:
+    """The setting found for a model, flat, and how; None where there is no calibration.
 
-    Raises:
-        CoreInferError: as `read_calibration`, but for another model's.
+    Arguments and errors are those of `read_calibration`, but another model's calibration is not refused.
     """
-    path = directory / CALIBRATION
-    if not path.is_file():
+    own = directory / CALIBRATION
+    path = own if own.is_file() else _shipped(config, fingerprint)
+    if path is None:
         return None
     metadata, _ = _read(path)
     try:
@@ -97,6 +107,16 @@ def read_facts(directory: Path) -> tuple[dict[str, Any] | None, Mapping[str, Any
         return None if core is None else settings_of(core), dict(json.loads(metadata["facts"]))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
+
+
+def _shipped(config: ModelConfig, fingerprint: Callable[[], str]) -> Path | None:
+    """The calibration that comes with the package for this model. Most models are told apart by their sizes."""
+    for path in sorted(SHIPPED.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            sizes = [file.get_slice(name).get_shape() for name in ("gains", "layers.0.total")]
+            if sizes == [[config.num_layers, PARTS], [config.mlp_size]] and file.metadata()["model"] == fingerprint():
+                return path
+    return None
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

@@ -4,8 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-from tqdm import tqdm
-
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.files import (
     check_directory,
@@ -21,6 +19,7 @@ from coreinfer_jax.io.loading import model_path, open_model, stored_fingerprint
 from coreinfer_jax.io.mapping import DTYPES, count_bytes, leaf_shapes, parse_dtype, read_as
 from coreinfer_jax.io.native import is_native, write_native
 from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.progress import progress
 from coreinfer_jax.text import TOKENIZER_FILES
 
 # Room for the manifest, headers and tokenizer beside the weights.
@@ -58,7 +57,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     remove_leftovers(target)
     _check_room(target, count_bytes(config, wanted))
     with new_directory(target) as partial:
-        names = tqdm(list(leaf_shapes(config)), desc="converting", unit="tensor", disable=None)
+        names = progress(list(leaf_shapes(config)), desc="converting", unit="tensor", leave=True)
         write_native(
             partial, config, wanted, ((name, read_as(tensors[name], name, wanted, str(path))) for name in names)
         )
@@ -70,8 +69,11 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
 
 def _copy_calibration(source: Path, target: Path, config: ModelConfig) -> None:
     """Give the model just written in `target` the calibration of the one in `source`, if there is any."""
-    calibration = read_calibration(source, config, lambda: stored_fingerprint(*open_model(source)))
-    known = read_facts(source)
+
+    def fingerprint() -> str:
+        return stored_fingerprint(*open_model(source))
+
+    calibration, known = read_calibration(source, config, fingerprint), read_facts(source, config, fingerprint)
     if calibration is not None and known is not None:
         write_calibration(target, stored_fingerprint(*open_model(target)), calibration, known[1])
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from coreinfer_jax.device import check_memory
 from coreinfer_jax.errors import CoreInferError
@@ -24,6 +23,7 @@ from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint_of, thinned
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import Params, named_leaves, params_bytes, with_leaves
+from coreinfer_jax.progress import progress
 from coreinfer_jax.text import Tokenizer, load_tokenizer
 
 
@@ -56,7 +56,7 @@ def load_uncalibrated(path: Path, dtype: object) -> tuple[Params, Tokenizer | No
     config, tensors = open_model(path)
     shapes = abstract_params(config, jnp.dtype(wanted))
     check_memory(params_bytes(shapes), f"{path}, as {wanted}", "take a 16-bit dtype or a smaller model")
-    names = tqdm([name for name, _ in named_leaves(shapes)], desc="loading", unit="tensor", disable=None, leave=False)
+    names = progress([name for name, _ in named_leaves(shapes)], desc="loading", unit="tensor")
     arrays = {name: jax.device_put(read_as(tensors[name], name, wanted, str(path))) for name in names}
     return with_leaves(shapes, arrays.__getitem__), load_tokenizer(path)
 

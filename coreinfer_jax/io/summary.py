@@ -66,7 +66,7 @@ def summarise(model: str | os.PathLike[str], beta: float) -> Summary:
     check_fraction("beta", beta)
     path = model_path(model)
     config, tensors = open_model(path)
-    kept = kept_neurons(beta, config.mlp_size)
+    kept, fingerprint = kept_neurons(beta, config.mlp_size), stored_fingerprint(config, tensors)
     widest = jnp.dtype(max((_dtype(tensor) for tensor in tensors.values()), key=lambda dtype: dtype.itemsize))
     return Summary(
         config=config,
@@ -78,8 +78,8 @@ def summarise(model: str | os.PathLike[str], beta: float) -> Summary:
         core_bytes_per_token=weight_bytes_per_step(abstract_params(replace(config, mlp_size=kept), widest), rows=1),
         cache_bytes_per_position=2 * config.num_layers * config.num_kv_heads * config.head_size * widest.itemsize,
         tokenizer=load_tokenizer(path),
-        fingerprint=stored_fingerprint(config, tensors),
-        calibration=read_facts(path),
+        fingerprint=fingerprint,
+        calibration=read_facts(path, config, lambda: fingerprint),
     )
 
 

@@ -6,24 +6,28 @@ from typing import TypeVar
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm import tqdm
 
 from coreinfer_jax.model import Observe, extend
 from coreinfer_jax.model.cache import KVCache, init_cache
 from coreinfer_jax.model.weights import Params
+from coreinfer_jax.progress import progress
 
 Kept = TypeVar("Kept")
 
 
 def batches(texts: int, rows: int, name: str) -> Iterator[tuple[np.ndarray, int]]:
-    """The numbers of `texts` texts, at most `rows` (B) in a batch, and how many of each batch are real.
+    """What `planned` says, with a bar of this name."""
+    yield from progress(planned(texts, rows), desc=name, unit="batch")
+
+
+def planned(texts: int, rows: int) -> list[tuple[np.ndarray, int]]:
+    """The numbers of `texts` texts, at most `rows` in a batch, and how many of each batch are real.
 
     The last batch is filled up with its first text: one shape, so that one program serves them all.
     """
-    B = max(1, min(texts, rows))
-    for first in tqdm(range(0, texts, B), desc=name, unit="batch", disable=None, leave=False):
-        batch = np.arange(first, min(first + B, texts))
-        yield np.concatenate([batch, np.full(B - len(batch), first)]), len(batch)
+    B = -(-texts // -(-texts // max(1, rows)))  # batches are about as full as each other
+    parts = [np.arange(first, min(first + B, texts)) for first in range(0, texts, B)]
+    return [(np.concatenate([part, np.full(B - len(part), part[0])]), len(part)) for part in parts]
 
 
 def read_whole(

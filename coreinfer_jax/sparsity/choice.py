@@ -138,7 +138,13 @@ def _refuse_groups(groups: object, what: str) -> None:
 
 @dataclass(frozen=True)
 class AllNeurons(Choosing):
-    """The full model."""
+    """The full model.
+
+    Attributes:
+        reason: why, in words.
+    """
+
+    reason: str = ASKED
 
     def check(self, params: Params, groups: Groups | None, rows: int) -> None:
         """Refuse groups."""
@@ -146,7 +152,7 @@ class AllNeurons(Choosing):
 
     def choose(self, seen: Seen) -> Chosen:
         """All neurons."""
-        return Chosen(None, None, seen.params.weights, (Choice("dense"),))
+        return Chosen(None, None, seen.params.weights, (Choice("dense", self.reason),))
 
 
 @dataclass(frozen=True)

@@ -8,35 +8,44 @@ from coreinfer_jax.checks import check_name
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.calibration import PRIOR_RULE, calibration_of
-from coreinfer_jax.sparsity.choice import AllNeurons, Chooser, Choosing, GivenNeurons
+from coreinfer_jax.sparsity.choice import ASKED, AllNeurons, Chooser, Choosing, GivenNeurons
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 from coreinfer_jax.sparsity.rules import Rule, Votes, rule_named
 from coreinfer_jax.sparsity.similarity import Auto, Fused, Similarity
 from coreinfer_jax.sparsity.stability import CoreConfig
 
-# What `generate` takes; "recommended" is what a model's calibration found, or `CoreConfig()` where there is none.
+# What `generate` takes; "recommended" is what a model's calibration found; all neurons where there is none.
 Core = Chooser | CoreNeurons | None
 Recommended = Literal["recommended"]
+
+# Why a model that could be narrowed is not.
+UNMEASURED = "not calibrated: 'coreinfer calibrate' finds how many neurons it can spare"
+CALIBRATED = "as calibrated"
 
 CHOOSERS: dict[str, type[Chooser]] = {kind.method: kind for kind in (CoreConfig, Similarity, Fused, Auto)}
 
 
-def chooser_for(core: Core) -> Choosing:
-    """The way of choosing that a caller's `core` means."""
-    if core is None:
-        return AllNeurons()
-    return GivenNeurons(core) if isinstance(core, CoreNeurons) else core
+def chooser_for(params: Params, core: Core | Recommended) -> Choosing:
+    """The way of choosing that a caller's `core` means for `params`.
+
+    Raises:
+        CoreInferError: as `resolved`.
+    """
+    known = resolved(params, core)
+    if known is None:
+        return AllNeurons(ASKED if core is None else UNMEASURED if params.calibration is None else CALIBRATED)
+    return GivenNeurons(known) if isinstance(known, CoreNeurons) else known
 
 
 def resolved(params: Params, core: Core | Recommended) -> Core:
-    """`core`, or what is recommended for `params`.
+    """`core`, or what is recommended for `params`: of a model that nobody has measured, no neuron is left out.
 
     Raises:
         CoreInferError: something else.
     """
     if isinstance(core, str) and core == "recommended":
         known = calibration_of(params)
-        return CoreConfig() if known is None else known.core
+        return None if known is None else known.core
     if core is not None and not isinstance(core, Chooser | CoreNeurons):
         raise CoreInferError(
             f"core={shown(core)}: give a CoreConfig (or Similarity, Fused, Auto), CoreNeurons, None for all neurons, "

@@ -1,11 +1,12 @@
 """Tokens of documents: texts of equal length to measure on, beginnings of any length to learn from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.progress import progress
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import Documents
 
@@ -38,6 +39,14 @@ class Beginnings:
     rows: np.ndarray
     lengths: np.ndarray
 
+    @classmethod
+    def of(cls, texts: Sequence[Sequence[int]]) -> "Beginnings":
+        """These texts."""
+        lengths = np.array([len(text) for text in texts], np.int32)
+        rows = np.zeros((len(texts), lengths.max()), np.int32)
+        rows[np.arange(rows.shape[1])[None, :] < lengths[:, None]] = np.concatenate(texts)
+        return cls(rows, lengths)
+
 
 class Corpus:
     """Documents in an order drawn by a seed, each tokenised when it is first wanted."""
@@ -63,7 +72,7 @@ class Corpus:
         order = self._half(half)
         rows: list[list[int]] = []
         looked_at = 0
-        with tqdm(total=count, desc="choosing texts", unit="text", disable=None, leave=False) as bar:
+        with progress([], total=count, desc="choosing texts", unit="text") as bar:
             for number in order:
                 if len(rows) == count:
                     break
@@ -91,7 +100,7 @@ class Corpus:
         """
         rows: list[list[int]] = []
         taken = 0
-        with tqdm(total=total, desc="choosing texts", unit="token", disable=None, leave=False) as bar:
+        with progress([], total=total, desc="choosing texts", unit="token") as bar:
             for number in self._half(half):
                 if taken >= total:
                     break
@@ -104,10 +113,7 @@ class Corpus:
                 f"{self.name}: {len(rows)} of {len(self._half(half))} documents{self._part(half)} have any tokens, and "
                 f"at least {LEAST_TEXTS} are needed; give more texts"
             )
-        lengths = np.array([len(row) for row in rows], np.int32)
-        padded = np.zeros((len(rows), lengths.max()), np.int32)
-        padded[np.arange(padded.shape[1])[None, :] < lengths[:, None]] = np.concatenate(rows)
-        return Beginnings(padded, lengths)
+        return Beginnings.of(rows)
 
     def _half(self, half: int | None) -> list[int]:
         middle = len(self._order) // 2

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm import tqdm
 
 from coreinfer_jax.checks import check_finite
 from coreinfer_jax.errors import CoreInferError, shown
@@ -18,6 +17,7 @@ from coreinfer_jax.lab.clustering.build import TOKENS_PER_DOCUMENT
 from coreinfer_jax.lab.clustering.counting import plan_batches
 from coreinfer_jax.lab.reading import read_whole
 from coreinfer_jax.model.weights import Layer, Params
+from coreinfer_jax.progress import progress
 from coreinfer_jax.sparsity.votes import Voting, all_finite, count_votes, kept_neurons, make_voting
 from coreinfer_jax.text.documents import Documents
 
@@ -177,7 +177,7 @@ def spearman(values: Sequence[float] | np.ndarray, scores: Sequence[float]) -> f
 def _encoded(inputs: Inputs, texts: Sequence[str], name: str) -> list[list[int]]:
     """The first tokens of every text, never none."""
     size = min(TOKENS_PER_DOCUMENT, inputs.config.max_positions)
-    rows = [inputs.tokenizer.encode(text)[:size] for text in tqdm(texts, desc=name, unit="text", disable=None)]
+    rows = [inputs.tokenizer.encode(text)[:size] for text in progress(texts, desc=name, unit="text", leave=True)]
     empty = next((text for text, row in zip(texts, rows, strict=True) if not row), None)
     if empty is not None:
         raise CoreInferError(f"text {empty[:40]!r} has no tokens; remove it")
@@ -189,7 +189,7 @@ def core_vectors(inputs: Inputs, rows: Sequence[Sequence[int]], name: str) -> np
     F = inputs.config.mlp_size
     found = np.zeros((len(rows), inputs.config.num_layers, -(-F // 8)), np.uint8)
     order = np.argsort([len(row) for row in rows], kind="stable")
-    for batch in tqdm(plan_batches([rows[i] for i in order]), desc=name, unit="batch", disable=None):
+    for batch in progress(plan_batches([rows[i] for i in order]), desc=name, unit="batch", leave=True):
         tokens = batch.tokens[:, : _width(int(batch.lengths.max()))]
         counted = np.arange(tokens.shape[1])[None, :] < batch.lengths[:, None]
         voting = make_voting(counted, F, inputs.alpha, "per_token")

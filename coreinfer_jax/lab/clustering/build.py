@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.files import begun, is_directory, new_directory, refuse_existing, to_path
@@ -34,6 +33,7 @@ from coreinfer_jax.lab.clustering.grouping import (
 from coreinfer_jax.lab.clustering.storage import voting_settings, write_clusters
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import Params
+from coreinfer_jax.progress import progress
 from coreinfer_jax.sparsity.groups import Clusters, TextVectors
 from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.text import Tokenizer
@@ -156,7 +156,7 @@ def _check_settings(documents: Documents, k: int | None, seed: int, max_tokens: 
 
 def _tokenised(documents: Documents, tokenizer: Tokenizer, size: int) -> list[tuple[list[int], bool]]:
     """The first `size` tokens of every document, and whether there were more."""
-    encoded = [tokenizer.encode(text) for text in tqdm(documents.texts, desc="tokenising", unit="text", disable=None)]
+    encoded = [tokenizer.encode(text) for text in progress(documents.texts, desc="tokenising", unit="text", leave=True)]
     empty = next((i for i, row in enumerate(encoded) if not row), None)
     if empty is not None:
         raise CoreInferError(f"{documents.name}: document {empty} has no tokens; remove it")

@@ -12,7 +12,6 @@ import numpy as np
 from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
 from coreinfer_jax.checks import check_finite
 from coreinfer_jax.errors import CoreInferError, shown_name
@@ -20,6 +19,7 @@ from coreinfer_jax.files import new_file
 from coreinfer_jax.lab.reading import read_whole
 from coreinfer_jax.model.cache import bucket
 from coreinfer_jax.model.weights import Layer, Params
+from coreinfer_jax.progress import progress
 from coreinfer_jax.sparsity.choice import counted_tokens
 from coreinfer_jax.sparsity.groups import TextVectors
 from coreinfer_jax.sparsity.votes import Tally, Voting, all_finite, count_votes, kept_neurons, most_voted
@@ -107,7 +107,7 @@ def count_corpus(
     Raises:
         CoreInferError: activations that are NaN or infinite, a kept file that is damaged.
     """
-    for i, batch in enumerate(tqdm(batches, desc="counting votes", unit="batch", disable=None)):
+    for i, batch in enumerate(progress(batches, desc="counting votes", unit="batch", leave=True)):
         path = directory / f"votes-{i:06d}.safetensors"
         if not path.exists():
             counted = _count(params, batch, vectors, layer)

@@ -6,9 +6,9 @@ from math import floor
 from numbers import Real
 
 import numpy as np
-from tqdm import tqdm
 
 from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.progress import progress
 
 # The paper groups by the 25th of 32 layers.
 DEPTH = 25 / 32
@@ -107,7 +107,7 @@ def group_by_kmeans(vectors: np.ndarray, k: int | None, seed: int) -> Grouping:
     points = vectors.astype(np.float64)
     if k is not None:
         return _renumbered(vectors, _kmeans(points, k, seed)[0], ())
-    numbers = tqdm(range(1, min(MOST_GROUPS, different) + 1), desc="k-means", unit="number of groups", disable=None)
+    numbers = progress(range(1, min(MOST_GROUPS, different) + 1), desc="k-means", unit="number of groups", leave=True)
     tried = [_kmeans(points, groups, seed) for groups in numbers]
     within = [distance for _, distance in tried]
     return _renumbered(vectors, tried[elbow(within)][0], tuple(within))

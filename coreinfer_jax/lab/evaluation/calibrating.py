@@ -6,22 +6,21 @@ from numbers import Real
 from typing import Any
 
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.lab.evaluation.comparison import Texts, check_settings, compare, prior_texts
+from coreinfer_jax.lab.evaluation.comparison import Texts, check_settings, compare_on
+from coreinfer_jax.lab.evaluation.material import from_documents, own_answers
 from coreinfer_jax.lab.evaluation.measure import collect
 from coreinfer_jax.lab.evaluation.sensitivity import layer_gains
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import allocate
 from coreinfer_jax.sparsity.calibration import Calibration
+from coreinfer_jax.sparsity.choosers import settings_of
 from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.text import Tokenizer
-from coreinfer_jax.text.corpus import Corpus
 from coreinfer_jax.text.documents import Documents
 
 # Keep ratios to choose from, the cheapest first.
 KEEPS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-# Texts on which each layer is narrowed alone.
-LAYER_TEXTS = 16
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,15 @@ class Bound:
         min_agreement: share of tokens with the full model's most probable one; None for any.
 
     Raises:
-        CoreInferError: a bound outside its range.
+        CoreInferError: a bound outside its range, or none.
     """
 
     max_kl: float | None = None
     min_agreement: float | None = None
 
     def __post_init__(self) -> None:
+        if self.max_kl is None and self.min_agreement is None:
+            raise CoreInferError("Bound(): bounds nothing; give max_kl or min_agreement")
         if self.max_kl is not None and not (isinstance(self.max_kl, Real) and self.max_kl > 0):
             raise CoreInferError(f"max_kl={shown(self.max_kl)}: give nats per token, above 0")
         agreement = self.min_agreement
@@ -50,6 +51,11 @@ class Bound:
         """Whether one setting's result, of `evaluate`, lies within."""
         near = self.max_kl is None or result["kl"]["ci95"][1] <= self.max_kl
         return near and (self.min_agreement is None or result["agreement"]["ci95"][0] >= self.min_agreement)
+
+
+# A tenth of a nat makes the text about a tenth more surprising to the full model, as its perplexity counts.
+BOUND = Bound(max_kl=0.1)
+TEXTS = Texts(continuation=32, texts=48)
 
 
 @dataclass(frozen=True)
@@ -66,25 +72,32 @@ class Calibrated:
     facts: dict[str, Any]
     results: list[dict[str, Any]]
 
+    @property
+    def chosen(self) -> list[dict[str, Any]]:
+        """The results of the keep ratio that was taken, one for each length of prompt."""
+        core = self.calibration.core
+        return (
+            [] if core is None else [result for result in self.results if result["keep"] == settings_of(core)["beta"]]
+        )
+
 
 def calibrate(
     params: Params,
     tokenizer: Tokenizer,
-    documents: Documents,
-    bound: Bound = Bound(),
-    texts: Texts = Texts(),
+    documents: Documents | None = None,
+    bound: Bound | None = BOUND,
+    texts: Texts = TEXTS,
 ) -> Calibrated:
     """Learn what a model's neurons do on texts, which layers need most of them, and how many are needed.
 
-    One half of the documents gives the prior and the gains of layers. On the other half every keep ratio from 0.05 to
-    0.95 is evaluated as decoding would use it, and the smallest that meets the bound after prompts of each length is
-    taken.
+    One half of the texts gives the prior and the gains of layers. On the other half every keep ratio from 0.05 to 0.95
+    is evaluated as decoding would use it, and the smallest that meets the bound after prompts of each length is taken.
 
     Args:
         params: dense weights.
         tokenizer: of the model.
-        documents: texts like those to come.
-        bound: what a setting may cost; without one `CoreConfig()` is taken.
+        documents: texts like those to come; None for prompts of the package, each with the model's own answer.
+        bound: what a setting may cost; None takes `CoreConfig()`, whatever that costs.
         texts: which of them, and how much.
 
     Returns:
@@ -98,23 +111,28 @@ def calibrate(
     default = CoreConfig()
     settings = [replace(default, beta=keep) for keep in KEEPS]
     check_settings(params, settings, texts)
-    corpus = Corpus(documents, tokenizer, texts.seed)
-    tried, held_out = corpus.select(texts.tokens, LAYER_TEXTS, half=0), corpus.select(texts.tokens, texts.texts, half=1)
-    known = prior_texts(corpus, params.config, half=0)
-    prior = collect(params, known, [default.ranking])
-    gains = layer_gains(params, tried.rows, max(texts.prompt_tokens), prior)
+    if documents is None:
+        material = own_answers(params, tokenizer, texts)
+    else:
+        material = from_documents(documents, tokenizer, texts, params.config)
+    prior = collect(params, material.known, [default.ranking])
+    gains = layer_gains(params, material.tried.rows, material.tried.context, prior)
     [sums] = prior.values()
     found = Calibration(sums, gains, default)
-    bounded, calibrated = bound != Bound(), replace(params, calibration=found)
-    results = compare(calibrated, held_out, settings, texts, prior) if bounded else []
-    core = _cheapest(results, bound) if bounded else default
+    core: CoreConfig | None = default
+    results: list[dict[str, Any]] = []
+    if bound is not None:
+        calibrated = replace(params, calibration=found)
+        judged = [compare_on(calibrated, own, settings, texts.seed, prior) for own in material.held_out]
+        results = [result for one in judged for result in one]
+        core = _cheapest(results, bound)
     facts = {
-        "data": documents.name,
-        "prior_texts": len(known.rows),
-        "prior_tokens": int(known.lengths.sum()),
-        "layer_texts": len(tried.rows),
-        "texts": asdict(texts) | {"texts": len(held_out.rows)},
-        "bound": asdict(bound),
+        "data": material.name,
+        "prior_texts": len(material.known.rows),
+        "prior_tokens": int(material.known.lengths.sum()),
+        "layer_texts": len(material.tried.rows),
+        "texts": asdict(texts) | {"texts": len(material.held_out[0].rows)},
+        "bound": {} if bound is None else asdict(bound),
         "met": core is not None,
         "kept_neurons": None if core is None else allocate(core, params.config, gains),
     }

@@ -58,6 +58,21 @@ class Texts:
         return max(self.prompt_tokens) + self.continuation + 1
 
 
+@dataclass(frozen=True)
+class Excerpts:
+    """Texts to compare settings on.
+
+    Attributes:
+        rows: int32 [n, W], as `measure` takes them.
+        context: tokens before the continuation, of all or int32 [n] of each.
+        too_short: texts that were passed over because they have fewer tokens.
+    """
+
+    rows: np.ndarray
+    context: int | np.ndarray
+    too_short: int
+
+
 def evaluate(
     params: Params,
     tokenizer: Tokenizer,
@@ -100,31 +115,40 @@ def compare(
     params: Params, selection: Selection, settings: Sequence[Setting], texts: Texts, prior: Prior | None
 ) -> list[dict[str, Any]]:
     """`evaluate` on chosen texts, of `Texts.tokens` each."""
+    excerpts = excerpts_of(selection, texts)
+    return [result for own in excerpts for result in compare_on(params, own, settings, texts.seed, prior)]
+
+
+def excerpts_of(selection: Selection, texts: Texts) -> list[Excerpts]:
+    """Chosen texts, of `Texts.tokens` each, with a context of each length before the same continuation."""
     longest = max(texts.prompt_tokens)
-    results = []
-    for length in texts.prompt_tokens:
-        # The context ends where the longest does, so that all lengths are scored on the same tokens.
-        rows = _switched(selection.rows, longest) if texts.switched else selection.rows
-        own = rows[:, longest - length :]
-        full, measured = measure(params, own, length, settings, prior=prior, name=f"{length} tokens")
-        dense = {
-            "dense_perplexity": perplexity(full, texts.seed),
-            "dense_perplexity_by_position": perplexity_by_position(full),
+    rows = _switched(selection.rows, longest) if texts.switched else selection.rows
+    return [Excerpts(rows[:, longest - length :], length, selection.too_short) for length in texts.prompt_tokens]
+
+
+def compare_on(
+    params: Params, excerpts: Excerpts, settings: Sequence[Setting], seed: int, prior: Prior | None
+) -> list[dict[str, Any]]:
+    """What each setting costs on `excerpts`, with intervals of this seed; see `evaluate`."""
+    rows, length = excerpts.rows, round(float(np.mean(excerpts.context)))
+    full, measured = measure(params, rows, excerpts.context, settings, prior=prior, name=f"{length} tokens")
+    dense = {
+        "dense_perplexity": perplexity(full, seed),
+        "dense_perplexity_by_position": perplexity_by_position(full),
+    }
+    return [
+        {
+            "prompt_tokens": length,
+            "alpha": alpha_of(setting),
+            "texts": len(rows),
+            "too_short": excerpts.too_short,
+            **described(setting),
+            "bytes_per_token": bytes_per_token(params, setting),
+            **summary(one, seed),
+            **dense,
         }
-        results += [
-            {
-                "prompt_tokens": length,
-                "alpha": alpha_of(setting),
-                "texts": len(rows),
-                "too_short": selection.too_short,
-                **described(setting),
-                "bytes_per_token": bytes_per_token(params, setting),
-                **summary(one, texts.seed),
-                **dense,
-            }
-            for setting, one in zip(settings, measured, strict=True)
-        ]
-    return results
+        for setting, one in zip(settings, measured, strict=True)
+    ]
 
 
 def bytes_per_token(params: Params, setting: Setting) -> int:

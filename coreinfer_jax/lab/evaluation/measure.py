@@ -32,10 +32,11 @@ from coreinfer_jax.lab.evaluation.settings import (
     kept_by,
     without_prior,
 )
-from coreinfer_jax.lab.reading import batches
+from coreinfer_jax.lab.reading import batches, planned
 from coreinfer_jax.model.cache import bucket
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Linear, Params
+from coreinfer_jax.progress import progress
 from coreinfer_jax.sparsity.ranking import scored
 from coreinfer_jax.sparsity.rules import Rule, Sums, mean_activations, places
 from coreinfer_jax.sparsity.stability import CoreConfig
@@ -62,7 +63,7 @@ class Measured:
 def measure(
     params: Params,
     rows: np.ndarray,
-    context: int,
+    context: int | np.ndarray,
     settings: Sequence[Setting],
     *,
     prior: Prior | None = None,
@@ -72,9 +73,10 @@ def measure(
 
     Args:
         params: dense weights; by their calibration settings may be allocated.
-        rows: texts int32 [n, context + T + 1]; the last token is only foretold. The first token after the context comes
-            from the full model in any case and is not scored.
-        context: tokens that the full model reads.
+        rows: texts int32 [n, W], of each its context and T + 1 more tokens; the last one is only foretold. The first
+            token after the context comes from the full model in any case and is not scored. W is that of the longest
+            context; behind shorter ones may stand anything.
+        context: tokens that the full model reads, of all texts or int32 [n] of each.
         settings: to compare.
         prior: sums over a corpus, for rules with `prior_tokens`.
         name: of the progress bar.
@@ -88,24 +90,34 @@ def measure(
     kept = [kept_by(setting, params) for setting in settings]
     params = params.weights
     observed = {_observed(core): core for core in cores}
-    full, parts = [], []
-    for chosen, real in _batches(rows, rows.shape[1] - 1 - context, params.config, name):
-        tokens = rows[chosen]
-        reading = _read(params, tokens[:, :-1], context, observed.values())
-        check_finite(reading.finite)
-        rest, following = jnp.asarray(tokens[:, context:-1]), jnp.asarray(tokens[:, context + 1 :])
-        ranked = _ranker(params, reading, list(observed), prior)
-        differences = [
-            _difference(params, reading, rest, following, setting, own, ranked)
-            for setting, own in zip(settings, kept, strict=True)
-        ]
-        full.append(np.asarray(losses(reading.logits, following))[:real])
-        parts.append([Measured(*(np.asarray(x)[:real] for x in (d.kl, d.agreement, d.loss))) for d in differences])
+    contexts = np.broadcast_to(np.asarray(context, np.int32), len(rows))
+    T = rows.shape[1] - 1 - int(contexts.max())
+    full: list[np.ndarray] = []
+    parts: list[list[Measured]] = []
+    plan = planned(len(rows), _rows_per_batch(rows, T, params.config))
+    with progress([], total=len(plan) * len(settings), desc=name, unit="setting") as bar:
+        for chosen, real in plan:
+            reading = _read(params, rows[chosen, :-1], contexts[chosen], T, observed.values())
+            check_finite(reading.finite)
+            rest, following = _continuation(rows[chosen], contexts[chosen], T)
+            ranked = _ranker(params, reading, list(observed), prior)
+            full.append(np.asarray(losses(reading.logits, following))[:real])
+            parts.append([])
+            for setting, neurons in zip(settings, kept, strict=True):
+                found = _difference(params, reading, rest, following, setting, neurons, ranked)
+                parts[-1].append(Measured(*(np.asarray(x)[:real] for x in (found.kl, found.agreement, found.loss))))
+                bar.update()
     joined = [
         Measured(*(np.concatenate([getattr(one, field) for one in own]) for field in ("kl", "agreement", "loss")))
         for own in zip(*parts, strict=True)
     ]
     return np.concatenate(full), joined
+
+
+def _continuation(rows: np.ndarray, contexts: np.ndarray, T: int) -> tuple[Array, Array]:
+    """The tokens that follow the contexts [B] of `rows` [B, W], and the token after each: int32 [B, T] both."""
+    found = np.take_along_axis(rows, contexts[:, None] + np.arange(T + 1)[None, :], axis=1)
+    return jnp.asarray(found[:, :-1]), jnp.asarray(found[:, 1:])
 
 
 def _check_prior(rules: Iterable[Rule], prior: Prior) -> None:
@@ -131,10 +143,9 @@ def collect(params: Params, texts: Beginnings, rules: Iterable[Rule] = tuple(RAN
     return dict(zip(rules, zip(*total, strict=True), strict=True))
 
 
-def _batches(rows: np.ndarray, scored: int, config: ModelConfig, name: str) -> Iterator[tuple[np.ndarray, int]]:
-    """`batches` of texts as large as their activations and the logits of `scored` tokens each allow."""
-    most = min(BATCH_LOGITS // (scored * config.vocab_size), BATCH_TOKENS // rows.shape[1])
-    return batches(len(rows), most, name)
+def _rows_per_batch(rows: np.ndarray, scored: int, config: ModelConfig) -> int:
+    """How many texts a batch may have for their activations and the logits of `scored` tokens each."""
+    return min(BATCH_LOGITS // (scored * config.vocab_size), BATCH_TOKENS // rows.shape[1])
 
 
 def _by_width(texts: Beginnings, config: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -142,7 +153,8 @@ def _by_width(texts: Beginnings, config: ModelConfig) -> Iterator[tuple[np.ndarr
     widths = np.array([min(bucket(int(length)), texts.rows.shape[1]) for length in texts.lengths])
     for width in sorted(set(widths.tolist())):
         rows, lengths = texts.rows[widths == width, :width], texts.lengths[widths == width]
-        for chosen, real in _batches(rows, 1, config, f"reading the corpus, texts of up to {width} tokens"):
+        name = f"reading the corpus, texts of up to {width} tokens"
+        for chosen, real in batches(len(rows), _rows_per_batch(rows, 1, config), name):
             # Rows that fill a batch up do not count.
             ends = np.where(np.arange(len(chosen)) < real, lengths[chosen], 0)
             yield rows[chosen], np.arange(width)[None, :] < ends[:, None]
@@ -152,18 +164,16 @@ def _observed(core: CoreConfig) -> Observed:
     return without_prior(core.ranking), core.count_bos
 
 
-def _read(params: Params, tokens: np.ndarray, context: int, cores: Iterable[CoreConfig]) -> Reading:
-    """The full model over `tokens` [B, T], with what each of `cores` observes of the context and of the rest."""
-    B, config = len(tokens), params.config
-    parts = (tokens[:, :context], 0), (tokens[:, context:], context)
-    observers = [
-        tuple(
-            core.observer(core.counted(part, np.full(B, part.shape[1]), cached, config), config.mlp_size)
-            for part, cached in parts
-        )
-        for core in cores
-    ]
-    return read(params, jnp.asarray(tokens), observers, context=context)
+def _read(params: Params, tokens: np.ndarray, contexts: np.ndarray, T: int, cores: Iterable[CoreConfig]) -> Reading:
+    """The full model over `tokens` [B, W], with what each of `cores` observes of the contexts and of what follows."""
+    config = params.config
+    places = np.arange(tokens.shape[1])[None, :]
+    observers = []
+    for core in cores:
+        context = core.counted(tokens, contexts, 0, config)
+        rest = core.counted(tokens, contexts + T, 0, config) & (places >= contexts[:, None])
+        observers.append((core.observer(context, config.mlp_size), core.observer(rest, config.mlp_size)))
+    return read(params, jnp.asarray(tokens), jnp.asarray(contexts), observers, scored=T)
 
 
 def _ranker(

@@ -27,12 +27,14 @@ class Reading:
 
     Attributes:
         logits: float32 [B, T, V], of the T positions of the continuation.
+        contexts: int32 [B], tokens of each row before its continuation.
         cache: keys and values of the context, and beyond it the full model's, which a later pass overwrites.
         sums: per layer and observer, over the context and over the continuation.
         finite: bool [], whether all logits were finite.
     """
 
     logits: Array
+    contexts: Array
     cache: KVCache
     sums: list[list[tuple[Sums, Sums]]]
     finite: Array
@@ -53,25 +55,28 @@ class Differences:
     loss: Array
 
 
-@partial(jax.jit, static_argnames="context")
-def read(params: Params, tokens: Array, observers: list[tuple[Observer, Observer]], *, context: int) -> Reading:
-    """The full model over tokens int32 [B, context + T].
+@partial(jax.jit, static_argnames="scored")
+def read(
+    params: Params, tokens: Array, contexts: Array, observers: list[tuple[Observer, Observer]], *, scored: int
+) -> Reading:
+    """The full model over tokens int32 [B, W].
 
     Args:
         params: dense weights.
-        tokens: without padding.
-        observers: what to sum up of the context, and of the continuation.
-        context: tokens of it.
+        tokens: of each row its context, its continuation, and anything behind that.
+        contexts: int32 [B], tokens of the contexts.
+        observers: what to sum up of the contexts, and of the continuations.
+        scored: tokens of a continuation (T).
     """
 
     def observe(l: int, layer: Layer, activations: Array) -> list[tuple[Sums, Sums]]:
-        before, after = activations[:, :context], activations[:, context:]
-        return [(first(l, layer, before), rest(l, layer, after)) for first, rest in observers]
+        return [(before(l, layer, activations), after(l, layer, activations)) for before, after in observers]
 
     cache = init_cache(params.config, *tokens.shape, params.dtype)
     hidden, cache, sums = extend(params, tokens, cache, jnp.zeros(len(tokens), jnp.int32), observe)
-    logits = unembed(params, hidden[:, context:])
-    return Reading(logits, cache, list(sums), jnp.isfinite(logits).all())
+    places = contexts[:, None] + jnp.arange(scored)[None, :]
+    logits = unembed(params, jnp.take_along_axis(hidden, places[:, :, None], axis=1))
+    return Reading(logits, contexts, cache, list(sums), jnp.isfinite(logits).all())
 
 
 @jax.jit
@@ -146,10 +151,7 @@ def with_best_of_each_token(
 
 
 def _differences(params: Params, reading: Reading, rest: Array, following: Array, edit: Edit) -> Differences:
-    B, T = rest.shape
-    context = reading.cache.keys[0].shape[2] - T
-    start = jnp.full(B, context, jnp.int32)
-    hidden, _, _ = extend(params, rest, reading.cache, start, observe_nothing, edit)
+    hidden, _, _ = extend(params, rest, reading.cache, reading.contexts, observe_nothing, edit)
     logits = unembed(params, hidden)
     full, narrowed = jax.nn.log_softmax(reading.logits), jax.nn.log_softmax(logits)
     return Differences(

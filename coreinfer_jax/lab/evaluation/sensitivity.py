@@ -14,13 +14,13 @@ SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)
 LEAST_KL = 1e-9
 
 
-def layer_gains(params: Params, rows: np.ndarray, context: int, prior: Prior) -> np.ndarray:
+def layer_gains(params: Params, rows: np.ndarray, context: int | np.ndarray, prior: Prior) -> np.ndarray:
     """What each further part of a layer's neurons takes away from the KL divergence when that layer alone is narrowed.
 
     Args:
         params: dense weights.
-        rows: texts int32 [n, context + T + 1], as `measure` takes them.
-        context: tokens that the full model reads.
+        rows: texts int32 [n, W], as `measure` takes them.
+        context: tokens that the full model reads, of all texts or of each.
         prior: sums over a corpus by the default rule.
 
     Returns:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.files import SETTINGS, copy_existing, is_directory, new_directory, read_json, to_path
@@ -18,6 +17,7 @@ from coreinfer_jax.lab.training.trainable import TRAINABLE
 from coreinfer_jax.lab.training.windows import Text, read_text, tokenise, vocabulary_texts
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import Params
+from coreinfer_jax.progress import progress
 from coreinfer_jax.text import TOKENIZER_FILES, load_tokenizer
 
 TOKENS, CHECKPOINT = "tokens.safetensors", "checkpoint.safetensors"
@@ -119,7 +119,7 @@ def _write_tokens(run: Path, sources: Sequence[Text], recipe: Recipe) -> None:
     tokenizer = load_tokenizer(run)
     assert tokenizer is not None, "the tokenizer was written just now"
     tokens = {}
-    for source in tqdm(sources, desc="tokenising", unit="file", disable=None):
+    for source in progress(sources, desc="tokenising", unit="file", leave=True):
         tokens[f"{source.name}/train"] = tokenise(source.documents, tokenizer, bos, eos, recipe.vocab_size)
         tokens[f"{source.name}/held_out"] = tokenise(
             [text for _, text in source.held_out], tokenizer, bos, eos, recipe.vocab_size

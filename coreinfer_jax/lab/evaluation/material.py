@@ -1,0 +1,129 @@
+"""What a calibration reads: documents that the user gives, or prompts of the package and what the model makes of them.
+
+A model's own answers are what decoding reads, in the form in which the model was trained to give them. Plain texts are
+neither: on SmolLM2, a chat model, a calibration from an encyclopedia did little for its answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from coreinfer_jax.engine.generation import generate
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.lab.evaluation.comparison import Excerpts, Texts, excerpts_of, prior_texts
+from coreinfer_jax.lab.reading import batches
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.text import Tokenizer
+from coreinfer_jax.text.corpus import LEAST_TEXTS, Beginnings, Corpus
+from coreinfer_jax.text.documents import Documents, read_utf8, split_at_separators
+
+PROMPTS = Path(__file__).resolve().parents[2] / "assets" / "prompts"
+QUESTIONS, OPENINGS = "questions.txt", "openings.txt"
+OWN = "the model's own answers"
+# Texts on which each layer is narrowed alone.
+LAYER_TEXTS = 16
+# Rows that are generated at a time. Drawn, not greedy: the most probable words of a plain model soon repeat themselves.
+ROWS, TEMPERATURE = 16, 0.7
+
+
+@dataclass(frozen=True)
+class Material:
+    """The texts of a calibration; those to try and those to judge by are different ones.
+
+    Attributes:
+        name: where they come from, for people.
+        known: what the prior is summed up over.
+        tried: on which each layer is narrowed alone.
+        held_out: on which keep ratios are judged, for each length of prompt.
+    """
+
+    name: str
+    known: Beginnings
+    tried: Excerpts
+    held_out: tuple[Excerpts, ...]
+
+
+def from_documents(documents: Documents, tokenizer: Tokenizer, texts: Texts, config: ModelConfig) -> Material:
+    """Half of the documents to learn from, the other half to judge by.
+
+    Raises:
+        CoreInferError: texts that are too few or too short.
+    """
+    corpus = Corpus(documents, tokenizer, texts.seed)
+    tried, held_out = corpus.select(texts.tokens, LAYER_TEXTS, half=0), corpus.select(texts.tokens, texts.texts, half=1)
+    longest = Excerpts(tried.rows, max(texts.prompt_tokens), tried.too_short)
+    return Material(documents.name, prior_texts(corpus, config, half=0), longest, tuple(excerpts_of(held_out, texts)))
+
+
+def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
+    """What the full model answers to the prompts of the package, in its chat template where it has one.
+
+    Args:
+        params: dense weights.
+        tokenizer: of the model.
+        texts: how many are judged by, how many tokens of each answer, and the seed; its prompt lengths do not count.
+
+    Raises:
+        CoreInferError: a model without room for the prompts and answers, or one whose answers are too short.
+    """
+    prompts = _prompts(tokenizer)
+    order = np.random.default_rng(texts.seed).permutation(len(prompts))
+    answered = _answered(params, [prompts[i] for i in order], texts)
+    middle = len(answered) // 2
+    return Material(
+        OWN,
+        Beginnings.of([[*prompt, *answer] for prompt, answer in answered[:middle]]),
+        _excerpts(answered[:middle], LAYER_TEXTS, texts.continuation),
+        (_excerpts(answered[middle:], texts.texts, texts.continuation),),
+    )
+
+
+def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    questions = read_utf8(PROMPTS / QUESTIONS)[0].splitlines()
+    openings = split_at_separators(read_utf8(PROMPTS / OPENINGS)[0])
+    if not tokenizer.has_chat_template:
+        return [tokenizer.encode(text) for text in (*questions, *openings)]
+    asked = [tokenizer.encode_chat([{"role": "user", "content": question}]) for question in questions]
+    return [*asked, *(tokenizer.encode(opening) for opening in openings)]
+
+
+Answered = tuple[list[int], list[int]]
+
+
+def _answered(params: Params, prompts: Sequence[list[int]], texts: Texts) -> list[Answered]:
+    """Each prompt with the full model's answer, at most one token more than are judged."""
+    config, new = params.config, texts.continuation + 1
+    # Those of like length together: one program serves nearly all of them.
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: dict[int, list[int]] = {}
+    for chosen, real in batches(len(prompts), ROWS, "the model answers"):
+        numbers = [by_length[i] for i in chosen]
+        out = generate(
+            params,
+            [prompts[i] for i in numbers],
+            None,
+            max_new_tokens=new,
+            temperature=TEMPERATURE,
+            key=texts.seed + int(chosen[0]),
+            eos_ids=config.eos_ids,
+        )
+        rows = zip(numbers, out.tokens, out.lengths, strict=True)
+        answers |= {i: row[:length].tolist() for i, row, length in list(rows)[:real]}
+    return [(prompt, answers[i]) for i, prompt in enumerate(prompts)]
+
+
+def _excerpts(answered: Sequence[Answered], most: int, continuation: int) -> Excerpts:
+    """The first `most` prompts whose answers have enough tokens."""
+    long = [one for one in answered if len(one[1]) > continuation]
+    if len(long) < LEAST_TEXTS:
+        raise CoreInferError(
+            f"{len(long)} of {len(answered)} answers have more than {continuation} tokens, and at least {LEAST_TEXTS} "
+            "are needed; take a smaller --continuation, or --data FILE"
+        )
+    chosen = long[:most]
+    rows = Beginnings.of([[*prompt, *answer] for prompt, answer in chosen]).rows
+    contexts = np.array([len(prompt) for prompt, _ in chosen], np.int32)
+    return Excerpts(rows, contexts, len(answered) - len(long))

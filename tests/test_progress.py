@@ -1,0 +1,38 @@
+"""What long work says of its progress, in a terminal and in a log."""
+
+import io
+import sys
+
+import pytest
+
+from coreinfer_jax import progress as shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_a_line_for_each_state_it_is_due(monkeypatch, capsys):
+    monkeypatch.setattr(shown, "SECONDS", 0)
+    assert list(shown.progress("abc", desc="reading", unit="text")) == ["a", "b", "c"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" (text), ")[0] for line in lines][-3:] == [f"reading: {i} of 3" for i in (1, 2, 3)]
+    assert all("\r" not in line and line.endswith(" left") for line in lines)
+
+
+def test_short_work_says_nothing_in_a_log(capsys):
+    with shown.progress([], total=2, desc="choosing", unit="text") as bar:
+        bar.update()
+        bar.update()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("leave", [False, True])
+def test_a_terminal_has_a_bar_in_place(monkeypatch, leave):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for _ in shown.progress(range(3), desc="reading", unit="text", leave=leave):
+        pass
+    assert "\rreading:" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\n") == leave
