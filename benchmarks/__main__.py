@@ -12,6 +12,7 @@ import jax
 from benchmarks import (
     continuations,
     decode,
+    first_answer,
     first_run,
     group_switch,
     keep_ratio,
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add(commands, "calibrate-embedded", "write the embedded models' calibrations", _calibrate, _add_texts)
     _add(commands, "calibrate-smollm2", "write SmolLM2's calibration", lambda _: [shipped_calibrations.write_smollm2()])
+    _add(commands, "first-answer", "what SmolLM2 answers, and how fast", lambda _: [first_answer.measure()])
     _add(commands, "first-run", "what the embedded models write", lambda _: [first_run.measure()])
     suite = commands.add_parser("suite", help="all that docs/performance.md shows, for this machine's device")
     suite.set_defaults(run=lambda options: _suite())

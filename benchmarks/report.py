@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts, core_neurons, first_page, gpu_aims, model_card, performance, quality_page
+from benchmarks import charts, core_neurons, first_answer, first_page, gpu_aims, model_card, performance, quality_page
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.tables import made_on, shown_range
 from coreinfer_jax.errors import CoreInferError
@@ -29,7 +29,7 @@ def update() -> None:
 def current() -> dict[Path, str]:
     """The files with generated sections, as they should read."""
     documents: dict[Path, Mapping[str, Callable[[], str]]] = {
-        README: {"speed": first_page.speed, "quality": first_page.quality},
+        README: {"first answer": first_answer.table, "speed": first_page.speed, "quality": first_page.quality},
         DOCS / "embedded-models.md": _of_newest({"first-run": _first_run}),
         DOCS / "guides" / "groups.md": _of_newest({"group-switch": _group_switch, "prediction": _prediction}),
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
