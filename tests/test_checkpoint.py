@@ -642,4 +642,4 @@ def test_bin_weights_are_not_fetched_without_torch(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: pytest.fail("downloaded"))
     monkeypatch.setattr("coreinfer_jax.io.hub.find_spec", lambda name: None)
     with pytest.raises(ci.CoreInferError, match="pip install"):
-        ci.convert("some/opt", tmp_path / "native")
+        ci.convert("some/opt-in-bin", tmp_path / "native")

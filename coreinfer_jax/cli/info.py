@@ -15,7 +15,10 @@ HELP = "say what a checkpoint is and what a token costs"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument(
-        "model", metavar="DIR", help="converted or Hugging Face directory, embedded:opt, embedded:llama"
+        "model",
+        metavar="MODEL",
+        help="converted or Hugging Face directory, hub id (org/name, org/name:FILE.gguf), FILE.gguf, package:NAME, "
+        "embedded:opt, embedded:llama",
     )
     parser.add_argument(
         "--beta", type=float, default=CoreConfig().beta, help="keep ratio to count bytes for, (0, 1] (%(default)s)"

@@ -25,7 +25,7 @@ from coreinfer_jax.text import files_of_gguf
 # In an unpacked directory, the way to the file itself.
 WEIGHTS = "model.gguf"
 PACKAGE = "package:"
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(?!00000)(\d{5})\.gguf")
 # What of an architecture's metadata is known beside its fields: told twice, or checked by itself.
 _CHECKED = ("vocab_size", "attention.key_length", "attention.value_length", "expert_count")
 _SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
@@ -54,7 +54,7 @@ def unpacked(file: Path) -> Path:
         CoreInferError: no GGUF file, a part of one missing, or one that is damaged; an architecture, a tokenizer or
             settings that are not implemented.
     """
-    whole = file.resolve()
+    whole = _whole(file)
     try:
         facts = whole.stat()
     except OSError as error:
@@ -84,6 +84,16 @@ def unpacked(file: Path) -> Path:
         if not directory.is_dir():  # otherwise another process was faster
             raise
     return directory
+
+
+def _whole(file: Path) -> Path:
+    """`file` with links resolved, unless that leads to another kind of name.
+
+    In the hub's cache a link has the name of the file, and lies beside the other parts; what it leads to is called by
+    its digest.
+    """
+    resolved = file.resolve()
+    return resolved if resolved.suffix == ".gguf" else file.absolute()
 
 
 def gguf_of_package(model: str) -> Path | None:
@@ -255,12 +265,20 @@ def _tensors(file: Path, readers: list[Any]) -> dict[str, StoredTensor]:
         raise _damaged(file, error) from error
 
 
+def part_names(name: str) -> list[str]:
+    """The names of all parts of a model, in order, by that of one of them; a model that is whole is its only part."""
+    split = _SHARD.fullmatch(name)
+    if split is None:
+        return [name]
+    return [f"{split[1]}-{i:05d}-of-{split[3]}.gguf" for i in range(1, int(split[3]) + 1)]
+
+
 def _parts(file: Path) -> list[Path]:
     """All files of a model, in order."""
-    split = _SHARD.fullmatch(file.resolve().name)
-    if split is None:
+    whole = _whole(file)
+    parts = [whole.with_name(name) for name in part_names(whole.name)]
+    if len(parts) == 1:
         return [file]
-    parts = [file.resolve().with_name(f"{split[1]}-{i:05d}-of-{split[3]}.gguf") for i in range(1, int(split[3]) + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise CoreInferError(f"{file}: missing {', '.join(missing[:3])}, other parts of the model; download them")
     return parts
