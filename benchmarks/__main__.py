@@ -14,6 +14,7 @@ from benchmarks import (
     decode,
     embedded_calibration,
     first_run,
+    gguf_evidence,
     group_switch,
     keep_ratio,
     prediction,
@@ -83,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
         _add_quality_options,
     )
     _add(commands, "calibrate-embedded", "write the embedded models' calibrations", _calibrate, _add_texts)
+    _add(
+        commands,
+        "gguf",
+        "a published GGUF file against other readers",
+        lambda o: [gguf_evidence.measure(o.data)],
+        _add_data,
+    )
     _add(commands, "first-run", "what the embedded models write", lambda _: [first_run.measure()])
     suite = commands.add_parser("suite", help="all that docs/performance.md shows, for this machine's device")
     suite.set_defaults(run=lambda options: _suite())
@@ -135,6 +143,10 @@ def _append(measurement: Measurement, options: argparse.Namespace) -> None:
 
 def _calibrate(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [embedded_calibration.write(options.texts)]
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=TEXTS.parent, help="folder of the folders text and tasks")
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:

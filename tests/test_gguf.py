@@ -31,6 +31,7 @@ LINES = [
     " ",
     "x" * 50,
     "<|im_start|>user\nHi<|im_end|>",
+    "  0 and   7:\n\n5,  ½ \r\n 12",
 ]
 
 
@@ -106,7 +107,9 @@ def test_logits_equal_those_of_transformers_own_reader(tmp_path: Path) -> None:
     tokens = np.random.default_rng(1).integers(0, V, (2, 20))
     with torch.no_grad():
         expected = theirs.eval()(torch.from_numpy(tokens)).logits.numpy()
+        drawn = theirs.generate(torch.from_numpy(tokens), max_new_tokens=40, do_sample=False, eos_token_id=V)
     np.testing.assert_allclose(ci.forward(params, tokens), expected, atol=1e-4)
+    np.testing.assert_array_equal(ci.generate(params, tokens, core=None, max_new_tokens=40).tokens, drawn[:, 20:])
 
 
 def quantised(kind: GGMLQuantizationType, rows: int, columns: int) -> np.ndarray:
@@ -408,3 +411,34 @@ def test_unpacking_is_done_once_and_again_for_another_content(cache: Path, tmp_p
     assert (first / "config.json").stat().st_mtime_ns == before
     write(file, lambda writer: writer.add_eos_token_id(3))
     assert unpacked(file) != first
+
+
+# The benchmark that compares a published file with other readers, here on a small one.
+
+
+@pytest.mark.torch
+def test_the_benchmark_compares_with_transformers(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from benchmarks import gguf_evidence
+
+    tokens = [chr(33 + i) for i in range(V)]
+
+    def facts(writer: GGUFWriter) -> None:
+        byte_pairs(writer, "smollm", ["Q R"], [*tokens[: V - 2], "QR", "<|im_end|>"])
+        writer.add_token_types([3 if i == V - 1 else 1 for i in range(V)])
+        writer.add_bos_token_id(V - 1)
+        writer.add_eos_token_id(V - 1)
+        writer.add_chat_template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+
+    file = write(tmp_path / "model.gguf", facts)
+    monkeypatch.setattr(gguf_evidence, "gguf_of_package", lambda package: file)
+    monkeypatch.setattr(gguf_evidence, "version", lambda package: "0")
+    monkeypatch.setattr(gguf_evidence, "PROMPTS", ("ABCQRS", "QRQR"))
+    monkeypatch.setattr(gguf_evidence, "lines", lambda data: list(gguf_evidence.made_lines(50)))
+    monkeypatch.setattr(gguf_evidence, "NEW_TOKENS", 20)
+    result = gguf_evidence.measure(data)
+    assert result["weights"] == {"tensors": 3 + 9 * L, "equal": 3 + 9 * L}
+    assert result["greedy"] == {"tokens": 20, "equal": 20}
+    assert result["logits"]["difference"] < 1e-4
+    assert result["ids"]["equal"]["published"] == 50
+    assert result["ids"]["conversation_equal"]
