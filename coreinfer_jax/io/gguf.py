@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.files import new_directory
+from coreinfer_jax.io.gguf_header import HeaderTensor, read_header
 from coreinfer_jax.io.tensors import StoredTensor, StoredTensors
 from coreinfer_jax.model.config import ModelConfig, Rope
 from coreinfer_jax.model.families import FAMILIES, family_of
@@ -64,10 +66,11 @@ def unpacked(file: Path) -> Path:
     if directory.is_dir():
         return directory
     try:
-        files = _small_files(open_gguf(file), str(file))
+        with np.errstate(all="ignore"):  # numbers that give none are refused where the files are read
+            files = _small_files(open_gguf(file), str(file))
     except CoreInferError:
         raise
-    except (KeyError, TypeError, ValueError) as error:  # metadata of other types than the format says
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # metadata of other types than usual
         raise _damaged(file, error) from error
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +215,7 @@ def stored_tensors(file: Path, config: ModelConfig) -> StoredTensors:
     assert family.gguf is not None, "only families that GGUF files are read of are unpacked"
     found = {}
     ours = {theirs: leaf for leaf, theirs in family.gguf.tensors.items()}
-    for name, tensor in _tensors(file, _readers(file)).items():
+    for name, tensor in open_gguf(file).tensors.items():
         number = re.match(r"blk\.(\d+)\.", name)
         leaf = ours.get(name if number is None else name.replace(number[0], "blk.{l}.", 1))
         if leaf is not None:
@@ -242,27 +245,13 @@ def open_gguf(file: Path) -> Gguf:
     Raises:
         CoreInferError: it cannot be read, a part is missing, it is damaged, or a type that cannot be dequantised.
     """
-    readers = _readers(file)
-    try:
-        metadata = {name: field.contents() for name, field in readers[0].fields.items()}
-    except Exception as error:  # damaged files make the reader raise all kinds
-        raise _damaged(file, error) from error
-    return Gguf(metadata, _tensors(file, readers))
-
-
-def _readers(file: Path) -> list[Any]:
-    """One for each part of the model."""
-    return [_reader(part) for part in _parts(file)]
-
-
-def _tensors(file: Path, readers: list[Any]) -> dict[str, StoredTensor]:
-    """The tensors of all parts; loading needs no more, and decoding the metadata's long lists takes time."""
-    try:
-        return {str(tensor.name): _stored(file, tensor) for reader in readers for tensor in reader.tensors}
-    except CoreInferError:
-        raise
-    except Exception as error:
-        raise _damaged(file, error) from error
+    headers = [_header(part) for part in _parts(file)]
+    tensors: dict[str, StoredTensor] = {}
+    for _, found in headers:
+        if twice := sorted(set(tensors) & set(found)):
+            raise CoreInferError(f"{file}: {shown_name(twice[0])} is in two parts; download them again")
+        tensors |= {name: _stored(file, name, tensor) for name, tensor in found.items()}
+    return Gguf(headers[0][0], tensors)
 
 
 def part_names(name: str) -> list[str]:
@@ -284,14 +273,12 @@ def _parts(file: Path) -> list[Path]:
     return parts
 
 
-def _reader(file: Path) -> Any:
-    from gguf import GGUFReader
-
-    if not os.access(file, os.R_OK):
-        raise CoreInferError(f"{file}: permission denied, or not there; make it readable")
+def _header(file: Path) -> tuple[dict[str, Any], dict[str, HeaderTensor]]:
     try:
-        return GGUFReader(file)
-    except Exception as error:
+        return read_header(file)
+    except OSError as error:
+        raise CoreInferError(f"{file}: {error.strerror or error}; name a GGUF file that can be read") from error
+    except ValueError as error:
         raise _damaged(file, error) from error
 
 
@@ -301,26 +288,36 @@ def _damaged(file: Path, error: Exception) -> CoreInferError:
     return CoreInferError(f"{file}: not a readable GGUF file ({why}); it may be truncated, download it again")
 
 
-def _stored(file: Path, tensor: Any) -> StoredTensor:
+def _stored(file: Path, name: str, tensor: HeaderTensor) -> StoredTensor:
     from gguf.quants import dequantize
 
-    kind, shape = tensor.tensor_type, tuple(int(size) for size in reversed(tensor.shape))
+    kind, shape, data = tensor.kind, tensor.shape, tensor.data
     if kind.name in _PLAIN:
         dtype = np.dtype(_PLAIN[kind.name])
-        return StoredTensor(shape, dtype.name, lambda: np.array(tensor.data).view(dtype).reshape(shape))
-    try:
-        with np.errstate(all="ignore"):
-            dequantize(tensor.data[:1], kind)
-    except NotImplementedError as error:
-        name = shown_name(str(tensor.name))
-        raise CoreInferError(f"{file}: {name} is {kind.name}, which gguf does not read; take another file") from error
+        return StoredTensor(shape, dtype.name, lambda: np.array(data).view(dtype))
+    if not _is_read(kind):
+        told = shown_name(name)
+        raise CoreInferError(f"{file}: {told} is {kind.name}, which gguf does not read; take another file")
 
     def read() -> np.ndarray:
         with np.errstate(all="ignore"):  # what is not finite is refused where it is read
-            wide: np.ndarray = dequantize(tensor.data, kind)
+            wide: np.ndarray = dequantize(data, kind)
             return wide.reshape(shape)
 
     return StoredTensor(shape, "float32", read)
+
+
+@cache
+def _is_read(kind: Any) -> bool:
+    """Whether gguf dequantises a type, which it only says when asked to."""
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 _PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
