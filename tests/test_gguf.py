@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
+from coreinfer_jax.io.calibration_file import CALIBRATION
 from coreinfer_jax.io.gguf import open_gguf, unpacked
 from coreinfer_jax.io.loading import open_model
 from coreinfer_jax.text import load_tokenizer
@@ -559,6 +560,47 @@ def test_unpacking_is_done_once_and_again_for_another_content(cache: Path, tmp_p
     assert (first / "config.json").stat().st_mtime_ns == before
     write(file, lambda writer: writer.add_eos_token_id(3))
     assert unpacked(file) != first
+
+
+def test_folders_of_files_that_are_gone_or_changed_are_removed(cache: Path, tmp_path: Path) -> None:
+    files = {name: write(tmp_path / f"{name}.gguf") for name in ("gone", "changed", "calibrated", "there")}
+    folders = {name: unpacked(file) for name, file in files.items()}
+    (folders["calibrated"] / CALIBRATION).write_bytes(b"of some work")
+    files["gone"].unlink()
+    files["calibrated"].unlink()
+    write(files["changed"], lambda writer: writer.add_eos_token_id(3))
+    other = cache / "coreinfer_jax" / "gguf" / "not-ours"
+    other.mkdir()
+    assert {folder.name for folder in other.parent.iterdir()} == {other.name, *(f.name for f in folders.values())}
+    new = unpacked(files["changed"])
+    left = {folders["calibrated"].name, folders["there"].name, other.name, new.name}
+    assert {folder.name for folder in other.parent.iterdir()} == left
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").symlink_to("b.gguf")
+    (tmp_path / "b.gguf").symlink_to("a.gguf")
+    assert f"{tmp_path / 'a.gguf'}: " in refusal(lambda: ci.load(tmp_path / "a.gguf"))
+
+
+def test_info_tells_types_and_bytes_as_they_are_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "model.gguf", weights=quantised_tensors, theta=500_000.0)
+    assert main(["info", str(file), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["dtype"] == "Q8_0, F32"
+    assert facts["read_dtype"] == "float32"
+    per_value = 34 / 32  # a block of 32 has a scale of two bytes
+    assert facts["bytes_per_part"] == {
+        "embeddings": 2 * V * D * per_value,
+        "attention": L * 2 * (N + G) * H * D * per_value,
+        "mlp": L * 3 * F * D * per_value,
+        "norms": 4 * (2 * L + 1) * D,
+    }
+    assert facts["bytes_per_token"] == 4 * (V * D + D + L * (2 * (N + G) * H * D + 3 * F * D + 2 * D) + D)
+    assert main(["info", str(file)]) == 0
+    assert "less), as float32\n" in capsys.readouterr().out
+    assert main(["info", str(write(tmp_path / "plain.gguf")), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "F32"
 
 
 # The benchmark that compares a published file with other readers, here on a small one.

@@ -55,7 +55,8 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("bytes", ", ".join(f"{part} {_size(size)}" for part, size in summary.bytes_per_part.items())),
         (
             "read per token",
-            f"{dense} dense; {core} with {summary.kept_neurons} core neurons per layer on average ({saved:.2f}x less)",
+            f"{dense} dense; {core} with {summary.kept_neurons} core neurons per layer on average ({saved:.2f}x less)"
+            + ("" if summary.read_dtype in summary.dtype else f", as {summary.read_dtype}"),
         ),
         ("KV cache", f"{_size(summary.cache_bytes_per_position)} per position, read besides"),
         ("tokenizer", _tokenizer(summary)),

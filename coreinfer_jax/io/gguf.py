@@ -5,8 +5,9 @@ import importlib.metadata as metadata_of_packages
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.files import new_directory
+from coreinfer_jax.io.calibration_file import CALIBRATION
 from coreinfer_jax.io.gguf_header import HeaderTensor, read_header
 from coreinfer_jax.io.tensors import StoredTensor, StoredTensors
 from coreinfer_jax.model.config import ModelConfig, Rope
@@ -58,11 +60,9 @@ def unpacked(file: Path) -> Path:
     """
     whole = _whole(file)
     try:
-        facts = whole.stat()
+        directory = _folder(whole)
     except OSError as error:
         raise CoreInferError(f"{file}: {error.strerror}; name a GGUF file that is there") from error
-    digest = hashlib.sha256(f"{whole}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:12]
-    directory = _cache() / f"{whole.stem[:80]}-{digest}"
     if directory.is_dir():
         return directory
     try:
@@ -74,6 +74,7 @@ def unpacked(file: Path) -> Path:
         raise _damaged(file, error) from error
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(directory.parent)
     except OSError as error:
         raise CoreInferError(
             f"{directory.parent}: {error.strerror}; let XDG_CACHE_HOME be a writable folder"
@@ -89,13 +90,36 @@ def unpacked(file: Path) -> Path:
     return directory
 
 
+def _folder(whole: Path) -> Path:
+    """Where a file is unpacked: another place for another content."""
+    facts = whole.stat()
+    digest = hashlib.sha256(f"{whole}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:12]
+    return _cache() / f"{whole.stem[:80]}-{digest}"
+
+
+def _remove_stale(cache: Path) -> None:
+    """Remove the folders of files that are gone or have changed since; but not a calibration, which took work."""
+    for folder in cache.iterdir():
+        link = folder / WEIGHTS
+        if link.is_symlink() and not (folder / CALIBRATION).exists() and not _is_of(link.readlink(), folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_of(whole: Path, folder: Path) -> bool:
+    """Whether a file is what was unpacked into `folder`."""
+    try:
+        return _folder(whole).name == folder.name
+    except OSError:
+        return False
+
+
 def _whole(file: Path) -> Path:
     """`file` with links resolved, unless that leads to another kind of name.
 
     In the hub's cache a link has the name of the file, and lies beside the other parts; what it leads to is called by
     its digest.
     """
-    resolved = file.resolve()
+    resolved = Path(os.path.realpath(file))  # Path.resolve raises for links in a circle
     return resolved if resolved.suffix == ".gguf" else file.absolute()
 
 
@@ -236,7 +260,7 @@ def _laid_out(tensor: StoredTensor, leaf: str, names: GgufNames, config: ModelCo
         pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
-    return StoredTensor(tensor.shape, tensor.dtype, read)
+    return replace(tensor, read=read)
 
 
 def open_gguf(file: Path) -> Gguf:
@@ -294,7 +318,7 @@ def _stored(file: Path, name: str, tensor: HeaderTensor) -> StoredTensor:
     kind, shape, data = tensor.kind, tensor.shape, tensor.data
     if kind.name in _PLAIN:
         dtype = np.dtype(_PLAIN[kind.name])
-        return StoredTensor(shape, dtype.name, lambda: np.array(data).view(dtype))
+        return StoredTensor(shape, dtype.name, lambda: np.array(data).view(dtype), (kind.name, data.nbytes))
     if not _is_read(kind):
         told = shown_name(name)
         raise CoreInferError(f"{file}: {told} is {kind.name}, which gguf does not read; take another file")
@@ -304,7 +328,7 @@ def _stored(file: Path, name: str, tensor: HeaderTensor) -> StoredTensor:
             wide: np.ndarray = dequantize(data, kind)
             return wide.reshape(shape)
 
-    return StoredTensor(shape, "float32", read)
+    return StoredTensor(shape, "float32", read, (kind.name, data.nbytes))
 
 
 @cache

@@ -20,11 +20,20 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its facts, and how to read it into memory of its own."""
+    """A tensor in a file: its facts, and how to read it into memory of its own.
+
+    Attributes:
+        shape: of its values.
+        dtype: of what `read` gives.
+        read: its values.
+        stored: the type and the number of bytes it has in its file, where that is more or less than its values in
+            `dtype`.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
+    stored: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
