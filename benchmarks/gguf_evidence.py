@@ -17,6 +17,7 @@ import numpy as np
 
 import coreinfer_jax as ci
 from benchmarks.environment import environment
+from benchmarks.tables import made_on, markdown
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io.gguf import Gguf, gguf_of_package, open_gguf
 from coreinfer_jax.io.mapping import source_names
@@ -238,3 +239,20 @@ def _logits(params: ci.Params, model: Any, prompts: Sequence[list[int]]) -> dict
 
 def _largest(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
     return max(float(np.abs(one - other).max()) for one, other in zip(some, others, strict=True))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """What `measure` found, for a page."""
+    ids, weights, greedy, logits = (result[name] for name in ("ids", "weights", "greedy", "logits"))
+    exact = logits["from_float64"]
+    largest = f"{logits['positions']} positions, up to {logits['largest']:.0f}"
+    rows = [
+        [result["file"], "compared with", "found"],
+        ["weights", "transformers", f"equal bit for bit: {weights['equal']} of {weights['tensors']} tensors"],
+        ["greedy tokens", "transformers", f"equal: {greedy['equal']} of {greedy['tokens']}"],
+        [f"logits ({largest})", "transformers", f"largest difference {logits['difference']:.1e}"],
+        ["", "transformers in float64", f"{exact['ours']:.1e}; its own in float32 {exact['transformers']:.1e}"],
+        ["token ids", "the published tokenizer's rules", f"equal: {ids['equal']['published']} of {ids['texts']} texts"],
+        ["", "transformers", f"equal: {ids['equal']['transformers']} of {ids['texts']} texts"],
+    ]
+    return "\n".join([markdown(rows), "", made_on(result)])
