@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import coreinfer_jax as ci
-from coreinfer_jax.io import native
+from coreinfer_jax.io import mapping, native
 from coreinfer_jax.io.hub import looks_like_hub_id, needed_files
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import FAMILIES
@@ -204,6 +204,20 @@ def test_casts_equal_numpys(tmp_path, hub, dtype):
         assert_leaves(ci.load(directory, dtype.name)[0], weights(OPT), dtype)
     rounded = {name: array.astype(dtype) for name, array in weights(OPT).items()}
     assert_leaves(ci.load(converted, "float32")[0], rounded)
+
+
+@pytest.mark.parametrize("stored", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("chunk", [1, 33, 500])
+def test_large_tensors_are_read_by_rows(tmp_path, monkeypatch, stored, chunk):
+    monkeypatch.setattr(mapping, "CHUNK", chunk)
+    tensors = {name: array.astype(stored) for name, array in hub_tensors(OPT).items()}
+    rounded = {name: array.astype(stored) for name, array in weights(OPT).items()}
+    hub = write_hub(tmp_path / "hub", OPT, tensors)
+    for dtype in (FLOAT32, FLOAT16, BFLOAT16):
+        assert_leaves(ci.load(hub, dtype.name)[0], rounded, dtype)
+    tensors["model.decoder.layers.1.fc1.weight"][95, 31] = np.nan
+    message = refusal(write_hub(tmp_path / "damaged", OPT, tensors))
+    assert "layers.1.mlp.up.weight holds NaN or infinity" in message
 
 
 @pytest.mark.parametrize("stored", [np.dtype(np.float64), FLOAT16, BFLOAT16], ids=str)

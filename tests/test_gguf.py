@@ -18,9 +18,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
+from coreinfer_jax.io import mapping
 from coreinfer_jax.io.calibration_file import CALIBRATION
 from coreinfer_jax.io.gguf import open_gguf, unpacked
 from coreinfer_jax.io.loading import open_model
+from coreinfer_jax.model.weights import named_leaves
 from coreinfer_jax.text import load_tokenizer
 from tests.robustness.mutate import damage_gguf
 from tests.test_bad_input import refusal
@@ -209,6 +211,17 @@ def test_plain_types_keep_theirs(dtype: type, tmp_path: Path) -> None:
     stored = open_gguf(write(tmp_path / "model.gguf", weights=weights)).tensors["m"]
     assert stored.dtype == np.dtype(dtype).name
     np.testing.assert_array_equal(stored.read(), array)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1000])
+def test_large_tensors_are_read_by_rows(chunk: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf", weights=quantised_tensors, theta=500_000.0)
+    whole = ci.load(file, "bfloat16")[0]
+    monkeypatch.setattr(mapping, "CHUNK", chunk)
+    for (name, leaf), (_, expected) in zip(
+        named_leaves(ci.load(file, "bfloat16")[0]), named_leaves(whole), strict=True
+    ):
+        np.testing.assert_array_equal(leaf, expected, err_msg=name)
 
 
 def test_queries_and_keys_are_ordered_as_in_checkpoints(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def _laid_out(tensor: StoredTensor, leaf: str, names: GgufNames, config: ModelCo
         pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
-    return replace(tensor, read=read)
+    return replace(tensor, read=read, read_rows=None)
 
 
 def open_gguf(file: Path) -> Gguf:
@@ -313,22 +313,31 @@ def _damaged(file: Path, error: Exception) -> CoreInferError:
 
 
 def _stored(file: Path, name: str, tensor: HeaderTensor) -> StoredTensor:
-    from gguf.quants import dequantize
-
-    kind, shape, data = tensor.kind, tensor.shape, tensor.data
-    if kind.name in _PLAIN:
-        dtype = np.dtype(_PLAIN[kind.name])
-        return StoredTensor(shape, dtype.name, lambda: np.array(data).view(dtype), (kind.name, data.nbytes))
-    if not _is_read(kind):
+    kind, data = tensor.kind, tensor.data
+    plain = _PLAIN.get(kind.name)
+    if plain is None and not _is_read(kind):
         told = shown_name(name)
         raise CoreInferError(f"{file}: {told} is {kind.name}, which gguf does not read; take another file")
 
-    def read() -> np.ndarray:
-        with np.errstate(all="ignore"):  # what is not finite is refused where it is read
-            wide: np.ndarray = dequantize(data, kind)
-            return wide.reshape(shape)
+    def read_rows(begin: int, end: int) -> np.ndarray:
+        rows = data[begin:end]
+        return _dequantised(rows, kind) if plain is None else np.array(rows).view(plain)
 
-    return StoredTensor(shape, "float32", read, (kind.name, data.nbytes))
+    def read() -> np.ndarray:
+        return _dequantised(data, kind) if plain is None else np.array(data).view(plain)
+
+    # The bytes of a tensor with one axis are not cut: its entries are single values.
+    several = len(tensor.shape) > 1
+    dtype = np.dtype(np.float32 if plain is None else plain).name
+    return StoredTensor(tensor.shape, dtype, read, (kind.name, data.nbytes), read_rows if several else None)
+
+
+def _dequantised(data: np.ndarray, kind: Any) -> np.ndarray:
+    from gguf.quants import dequantize
+
+    with np.errstate(all="ignore"):  # what is not finite is refused where it is read
+        wide: np.ndarray = dequantize(data, kind)
+    return wide
 
 
 @cache
