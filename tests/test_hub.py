@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
@@ -18,6 +20,7 @@ from coreinfer_jax.io.calibration_file import CALIBRATION
 from coreinfer_jax.io.hub import fetch, looks_like_hub_id, needed_files, needed_parts
 from coreinfer_jax.io.loading import model_path
 from tests.test_bad_input import refusal
+from tests.test_checkpoint import listing
 from tests.test_gguf import byte_pairs, tensors, write
 
 PROMPT = [[5, 6, 7]]
@@ -173,14 +176,14 @@ def online(monkeypatch: pytest.MonkeyPatch, cache: Path, available: Path) -> lis
     """The hub holds the files of a folder under any name; what is downloaded of them, a list for each call."""
     calls: list[list[str]] = []
 
-    def list_files(api: object, repository: str) -> list[str]:
-        return sorted(str(file.relative_to(available)) for file in available.rglob("*") if file.is_file())
+    def info(api: object, repository: str) -> SimpleNamespace:
+        return listing(sorted(str(file.relative_to(available)) for file in available.rglob("*") if file.is_file()))
 
     def download(repository: str, allow_patterns: list[str]) -> str:
         calls.append(allow_patterns)
         return str(publish(cache, repository, available))
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return calls
 
@@ -206,13 +209,22 @@ def test_a_process_asks_the_hub_once(shallow, cache: Path, monkeypatch: pytest.M
 
 
 def test_a_failing_hub_leaves_what_was_downloaded_before(shallow, cache: Path, monkeypatch) -> None:
-    def fail(api: object, repository: str) -> list[str]:
+    def fail(api: object, repository: str) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     publish(cache, "some/opt", shallow["opt"])
     assert ci.load("some/opt")[0].config.family == "opt"
     assert "(no route to host)" in refusal(lambda: ci.load("some/other"))
+
+
+def test_a_repository_that_is_not_there_or_gated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(api: object, repository: str) -> None:
+        response = SimpleNamespace(headers={}, request=None, status_code=401)
+        raise GatedRepoError("401 Client Error.\n\nRepository Not Found", response=response)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    assert "run 'hf auth login'" in refusal(lambda: ci.load("some/secret"))
 
 
 @pytest.mark.parametrize("name", ["some--thing/opt", "some/..opt", "x" * 100 + "/opt", "some/opt.git"])

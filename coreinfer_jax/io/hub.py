@@ -74,7 +74,7 @@ def fetch(name: str) -> Path:
     assert match is not None, "only names of the hub's form are fetched"
     repository, file = match.groups()
     try:
-        available = HfApi().list_repo_files(repository)
+        available = [sibling.rfilename for sibling in HfApi().model_info(repository).siblings or []]
     except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
         cached = _cached(repository, file)
         if cached is None:
@@ -107,12 +107,17 @@ def _cached(repository: str, file: str | None) -> Path | None:
 
 
 def _unreachable(name: str, error: Exception) -> CoreInferError:
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
     if isinstance(error, OfflineModeIsEnabled):
         return CoreInferError(
             f"{name}: not on this disk, not in the hub's cache, and HF_HUB_OFFLINE forbids to download it; "
             "unset that, or give a local directory or file"
+        )
+    if isinstance(error, RepositoryNotFoundError):  # which a gated one is as well
+        return CoreInferError(
+            f"{name}: not on this disk, and the hub has no such repository or does not show it to you; check the name, "
+            "or ask for access and run 'hf auth login'"
         )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CoreInferError(
