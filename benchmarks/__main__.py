@@ -14,6 +14,7 @@ from benchmarks import (
     decode,
     first_answer,
     first_run,
+    gguf_evidence,
     group_switch,
     keep_ratio,
     prediction,
@@ -86,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "calibrate-embedded", "write the embedded models' calibrations", _calibrate, _add_texts)
     _add(commands, "calibrate-smollm2", "write SmolLM2's calibration", lambda _: [shipped_calibrations.write_smollm2()])
     _add(commands, "first-answer", "what SmolLM2 answers, and how fast", lambda _: [first_answer.measure()])
+    _add(
+        commands,
+        "gguf",
+        "a published GGUF file against other readers",
+        lambda o: [gguf_evidence.measure(o.data)],
+        _add_data,
+    )
     _add(commands, "first-run", "what the embedded models write", lambda _: [first_run.measure()])
     suite = commands.add_parser("suite", help="all that docs/performance.md shows, for this machine's device")
     suite.set_defaults(run=lambda options: _suite())
@@ -138,6 +146,10 @@ def _append(measurement: Measurement, options: argparse.Namespace) -> None:
 
 def _calibrate(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [shipped_calibrations.write(options.texts)]
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=TEXTS.parent, help="folder of the folders text and tasks")
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:

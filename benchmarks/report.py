@@ -7,7 +7,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts, core_neurons, first_answer, first_page, gpu_aims, model_card, performance, quality_page
+from benchmarks import (
+    charts,
+    core_neurons,
+    first_answer,
+    first_page,
+    gguf_evidence,
+    gpu_aims,
+    model_card,
+    performance,
+    quality_page,
+)
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.tables import made_on, shown_range
 from coreinfer_jax.errors import CoreInferError
@@ -31,6 +41,7 @@ def current() -> dict[Path, str]:
     documents: dict[Path, Mapping[str, Callable[[], str]]] = {
         README: {"first answer": first_answer.table, "speed": first_page.speed, "quality": first_page.quality},
         DOCS / "embedded-models.md": _of_newest({"first-run": _first_run}),
+        DOCS / "guides" / "convert.md": _of_newest({"gguf": gguf_evidence.table}),
         DOCS / "guides" / "groups.md": _of_newest({"group-switch": _group_switch, "prediction": _prediction}),
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
         core_neurons.PAGE: core_neurons.tables(),

@@ -44,7 +44,7 @@ def is_directory(path: Path) -> bool:
 def check_directory(path: Path) -> None:
     """Refuse a path that is no directory, or one whose files cannot be looked up."""
     if not is_directory(path):
-        raise CoreInferError(f"{path}: no such directory; name one with a checkpoint, and convert a hub id first")
+        raise CoreInferError(f"{path}: no such directory; name one with a checkpoint, or a hub id (org/name)")
     if not os.access(path, os.R_OK | os.X_OK):
         raise CoreInferError(f"{path}: permission denied; make the directory readable")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import jax
@@ -19,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import coreinfer_jax as ci
-from coreinfer_jax.io import native
+from coreinfer_jax.io import mapping, native
 from coreinfer_jax.io.hub import looks_like_hub_id, needed_files
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import FAMILIES
@@ -204,6 +205,20 @@ def test_casts_equal_numpys(tmp_path, hub, dtype):
         assert_leaves(ci.load(directory, dtype.name)[0], weights(OPT), dtype)
     rounded = {name: array.astype(dtype) for name, array in weights(OPT).items()}
     assert_leaves(ci.load(converted, "float32")[0], rounded)
+
+
+@pytest.mark.parametrize("stored", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("chunk", [1, 33, 500])
+def test_large_tensors_are_read_by_rows(tmp_path, monkeypatch, stored, chunk):
+    monkeypatch.setattr(mapping, "CHUNK", chunk)
+    tensors = {name: array.astype(stored) for name, array in hub_tensors(OPT).items()}
+    rounded = {name: array.astype(stored) for name, array in weights(OPT).items()}
+    hub = write_hub(tmp_path / "hub", OPT, tensors)
+    for dtype in (FLOAT32, FLOAT16, BFLOAT16):
+        assert_leaves(ci.load(hub, dtype.name)[0], rounded, dtype)
+    tensors["model.decoder.layers.1.fc1.weight"][95, 31] = np.nan
+    message = refusal(write_hub(tmp_path / "damaged", OPT, tensors))
+    assert "layers.1.mlp.up.weight holds NaN or infinity" in message
 
 
 @pytest.mark.parametrize("stored", [np.dtype(np.float64), FLOAT16, BFLOAT16], ids=str)
@@ -600,6 +615,11 @@ def test_only_needed_files_are_fetched(available, weights):
     assert needed_files([*TEXTS, *NOISE, *available]) == sorted([*TEXTS, *weights])
 
 
+def listing(files: list[str]) -> SimpleNamespace:
+    """What the hub's client says of a repository with these files."""
+    return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+
 def test_a_repository_without_weights():
     with pytest.raises(ci.CoreInferError, match="neither safetensors nor PyTorch"):
         needed_files([*TEXTS, *NOISE])
@@ -614,13 +634,13 @@ def test_a_repository_without_weights():
     ids=["unreachable", "no weights"],
 )
 def test_hub_failures_are_one_clear_error(tmp_path, monkeypatch, files, expected):
-    def list_files(api: object, repository: str) -> list[str]:
+    def info(api: object, repository: str) -> SimpleNamespace:
         if isinstance(files, Exception):
             raise files
-        return files
+        return listing(files)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
     with pytest.raises(ci.CoreInferError, match=expected) as caught:
         ci.convert("no-such-org/no-such-model", tmp_path / "native")
     assert "\n" not in str(caught.value)
@@ -628,18 +648,16 @@ def test_hub_failures_are_one_clear_error(tmp_path, monkeypatch, files, expected
 
 
 def test_a_fetched_repository_is_converted(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "list_repo_files", lambda api, name: ["config.json", "model.safetensors"]
-    )
+    files = ["config.json", "model.safetensors"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, name: listing(files))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(hub))
     assert_leaves(ci.load(ci.convert("some/opt", tmp_path / "native"), "float32")[0], weights(OPT))
 
 
 def test_bin_weights_are_not_fetched_without_torch(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "list_repo_files", lambda api, name: ["config.json", "pytorch_model.bin"]
-    )
+    files = ["config.json", "pytorch_model.bin"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, name: listing(files))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: pytest.fail("downloaded"))
     monkeypatch.setattr("coreinfer_jax.io.hub.find_spec", lambda name: None)
     with pytest.raises(ci.CoreInferError, match="pip install"):
-        ci.convert("some/opt", tmp_path / "native")
+        ci.convert("some/opt-in-bin", tmp_path / "native")

@@ -1,12 +1,16 @@
-"""Conversion holds a tensor at a time: shown on a 4 GB checkpoint, as the system counts memory."""
+"""Conversion holds a tensor at a time: shown on large checkpoints, as the system counts memory."""
 
 import json
+import os
 import subprocess
 import sys
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES
 
 from coreinfer_jax.io.config_json import model_config
 from coreinfer_jax.io.mapping import leaf_shapes
@@ -47,6 +51,48 @@ def write_zeros(directory: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+# LLaMA-3.1-8B's embedding, which takes 2.1 GB in float32, tied, and one small layer.
+V, D, F, L, N, G, H = 128_256, 4096, 1024, 1, 8, 2, 128
+
+
+def write_gguf_of_zeros(file: Path, kind: GGMLQuantizationType) -> int:
+    """A GGUF file of one type, sparse as well: the values of the largest tensor."""
+    block = {
+        "attn_norm": (D,),
+        "attn_q": (N * H, D),
+        "attn_k": (G * H, D),
+        "attn_v": (G * H, D),
+        "attn_output": (D, N * H),
+        "ffn_norm": (D,),
+        "ffn_gate": (F, D),
+        "ffn_up": (F, D),
+        "ffn_down": (D, F),
+    }
+    shapes = {"token_embd.weight": (V, D), "output_norm.weight": (D,)}
+    shapes |= {f"blk.{l}.{name}.weight": shape for l in range(L) for name, shape in block.items()}
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(8192)
+    writer.add_embedding_length(D)
+    writer.add_block_count(L)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(N)
+    writer.add_head_count_kv(G)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(H)
+    values, size = GGML_QUANT_SIZES[kind]
+    end = 0
+    for name, shape in shapes.items():
+        stored = (*shape[:-1], shape[-1] // values * size)
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), prod(stored), raw_dtype=kind)
+        end += prod(stored) + -prod(stored) % 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    os.truncate(file, file.stat().st_size + end + 32)
+    return max(prod(shape) for shape in shapes.values())
+
+
 def peak_anonymous_memory(command: list[str]) -> int:
     """Largest RssAnon in bytes while `command` runs; it must succeed."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -75,3 +121,15 @@ def test_anonymous_memory_stays_under_twice_the_largest_tensor_plus_1_gib(tmp_pa
     print(f"peak RssAnon {peak / MIB:.0f} MiB, largest tensor {largest / MIB:.0f} MiB")
     assert peak < 2 * largest + GIB
     assert sum(file.stat().st_size for file in destination.glob("*.safetensors")) > 4e9
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q4_K, GGMLQuantizationType.F32], ids=lambda kind: kind.name)
+def test_so_does_that_of_gguf_files_to_a_narrower_type(kind: GGMLQuantizationType, tmp_path: Path) -> None:
+    largest = 2 * write_gguf_of_zeros(tmp_path / "model.gguf", kind)
+    destination = tmp_path / "converted"
+    command = [sys.executable, "-m", "convert", str(tmp_path / "model.gguf"), str(destination), "--dtype", "bfloat16"]
+    peak = peak_anonymous_memory(command)
+    print(f"peak RssAnon {peak / MIB:.0f} MiB, largest tensor {largest / MIB:.0f} MiB")
+    assert peak < 2 * largest + GIB
+    assert sum(file.stat().st_size for file in destination.glob("*.safetensors")) > 1e9

@@ -11,7 +11,9 @@ HELP = "convert a Hugging Face checkpoint"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument(
-        "source", metavar="SRC", help="Hugging Face directory, GGUF file, package:NAME, or hub id if there is a network"
+        "source",
+        metavar="SRC",
+        help="Hugging Face directory, hub id (org/name, org/name:FILE.gguf), FILE.gguf, package:NAME",
     )
     parser.add_argument("destination", metavar="DST", help="new directory")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: the checkpoint's")

@@ -15,7 +15,10 @@ HELP = "say what a checkpoint is and what a token costs"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument(
-        "model", metavar="DIR", help="converted or Hugging Face directory, embedded:opt, embedded:llama"
+        "model",
+        metavar="MODEL",
+        help="converted or Hugging Face directory, hub id (org/name, org/name:FILE.gguf), FILE.gguf, package:NAME, "
+        "embedded:opt, embedded:llama",
     )
     parser.add_argument(
         "--beta", type=float, default=CoreConfig().beta, help="keep ratio to count bytes for, (0, 1] (%(default)s)"
@@ -52,7 +55,8 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("bytes", ", ".join(f"{part} {_size(size)}" for part, size in summary.bytes_per_part.items())),
         (
             "read per token",
-            f"{dense} dense; {core} with {summary.kept_neurons} core neurons per layer on average ({saved:.2f}x less)",
+            f"{dense} dense; {core} with {summary.kept_neurons} core neurons per layer on average ({saved:.2f}x less)"
+            + ("" if summary.read_dtype in summary.dtype else f", as {summary.read_dtype}"),
         ),
         ("KV cache", f"{_size(summary.cache_bytes_per_position)} per position, read besides"),
         ("tokenizer", _tokenizer(summary)),

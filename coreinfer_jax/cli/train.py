@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 files, documents ended by lines <|endoftext|>")
     parser.add_argument("--family", choices=tuple(TRAINABLE), default=next(iter(TRAINABLE)), help="default %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
-    parser.add_argument("--init-from", metavar="MODEL", help="train this model further: a directory or embedded:NAME")
+    parser.add_argument("--init-from", metavar="MODEL", help="train this model further: what --model takes elsewhere")
     default = Recipe(family=next(iter(TRAINABLE)))
     for name, meaning in _MEANING.items():
         value = getattr(default, name)

@@ -14,7 +14,6 @@ from coreinfer_jax.files import (
     to_path,
 )
 from coreinfer_jax.io.calibration_file import read_calibration, read_facts, write_calibration
-from coreinfer_jax.io.hub import fetch, looks_like_hub_id
 from coreinfer_jax.io.loading import model_path, open_model, stored_fingerprint
 from coreinfer_jax.io.mapping import DTYPES, count_bytes, leaf_shapes, parse_dtype, read_as
 from coreinfer_jax.io.native import is_native, write_native
@@ -33,8 +32,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     not read. Only `.bin` files of PyTorch before 1.6, which cannot be mapped, are held one file at a time.
 
     Args:
-        source: a Hugging Face directory, a GGUF file or `package:NAME` as for `load`, `embedded:opt` or
-            `embedded:llama`, or a hub id such as `facebook/opt-125m`, fetched into the hub's cache.
+        source: as for `load`, but nothing that is converted already.
         destination: a directory that does not exist yet.
         dtype: `float32`, `bfloat16` or `float16`; None keeps that of the checkpoint's token embedding.
 
@@ -47,7 +45,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     target = to_path(destination)
     wanted = None if dtype is None else parse_dtype(dtype)
     refuse_existing(target)
-    path = fetch(str(source)) if looks_like_hub_id(str(source)) else model_path(source)
+    path = model_path(source)
     check_directory(path)
     if is_native(path):
         raise CoreInferError(f"{path}: converted already; copy the directory, or convert its source again")

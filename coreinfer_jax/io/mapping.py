@@ -16,6 +16,8 @@ from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import named_leaves
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+# Values looked at, or cast, at once.
+CHUNK = 1 << 24
 
 
 def parse_dtype(dtype: object) -> np.dtype:
@@ -145,12 +147,23 @@ def source_names(config: ModelConfig) -> dict[str, str]:
 
 
 def read_as(tensor: StoredTensor, name: str, dtype: np.dtype, where: str) -> np.ndarray:
-    """A stored tensor in `dtype`.
+    """A stored tensor in `dtype`. A large one is read and cast by rows, so that it is not held in both types.
 
     Raises:
         CoreInferError: it holds NaN or infinity, or values beyond the range of `dtype`.
     """
-    array = tensor.read()
+    if tensor.read_rows is None or prod(tensor.shape) <= CHUNK:
+        return _cast(tensor.read(), name, dtype, where)
+    array = np.empty(tensor.shape, dtype)
+    rows = max(1, CHUNK // prod(tensor.shape[1:]))
+    for begin in range(0, tensor.shape[0], rows):
+        end = min(begin + rows, tensor.shape[0])
+        array[begin:end] = _cast(tensor.read_rows(begin, end), name, dtype, where)
+    return array
+
+
+def _cast(array: np.ndarray, name: str, dtype: np.dtype, where: str) -> np.ndarray:
+    """`array` in `dtype`; raises as `read_as`."""
     if not all_finite(array):
         raise CoreInferError(f"{where}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
     if array.dtype == dtype:
@@ -165,8 +178,7 @@ def read_as(tensor: StoredTensor, name: str, dtype: np.dtype, where: str) -> np.
 def all_finite(array: np.ndarray) -> bool:
     """Whether no entry is NaN or infinite, a slice at a time so that no large temporary arises."""
     flat = array.reshape(-1)
-    step = 1 << 24
-    return all(_finite(flat[i : i + step]) for i in range(0, flat.size, step))
+    return all(_finite(flat[i : i + CHUNK]) for i in range(0, flat.size, CHUNK))
 
 
 def _finite(values: np.ndarray) -> bool:

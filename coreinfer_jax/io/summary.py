@@ -1,6 +1,7 @@
 """What a checkpoint is, without loading it: `coreinfer info`."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -29,10 +30,13 @@ class Summary:
     Attributes:
         config: the model.
         parameters: number of weights, a tied output projection counted once.
-        dtype: of the stored weights; several are joined by commas.
+        dtype: of the stored weights, as GGUF files name types where it is one; several are joined by commas, the one
+            with most bytes first.
         bytes_per_part: stored bytes of embeddings, attention, mlp and norms.
         kept_neurons: K at the keep ratio asked for.
-        bytes_per_token: weight bytes a decode step reads for one row, dense, in `dtype` (the widest of several).
+        read_dtype: of the weights in memory that the next three are about: the widest of several; quantised weights
+            are float32 there.
+        bytes_per_token: weight bytes a decode step reads for one row, dense, in `read_dtype`.
         core_bytes_per_token: the same with every MLP narrowed to K neurons.
         cache_bytes_per_position: keys and values of one position, which a step reads besides.
         tokenizer: the tokenizer, None where there is none.
@@ -45,6 +49,7 @@ class Summary:
     dtype: str
     bytes_per_part: dict[str, int]
     kept_neurons: int
+    read_dtype: str
     bytes_per_token: int
     core_bytes_per_token: int
     cache_bytes_per_position: int
@@ -71,9 +76,10 @@ def summarise(model: str | os.PathLike[str], beta: float) -> Summary:
     return Summary(
         config=config,
         parameters=sum(prod(tensor.shape) for tensor in tensors.values()),
-        dtype=", ".join(sorted({tensor.dtype for tensor in tensors.values()})),
+        dtype=", ".join(_stored_types(tensors)),
         bytes_per_part=_bytes_per_part(tensors),
         kept_neurons=kept,
+        read_dtype=widest.name,
         bytes_per_token=weight_bytes_per_step(abstract_params(config, widest), rows=1),
         core_bytes_per_token=weight_bytes_per_step(abstract_params(replace(config, mlp_size=kept), widest), rows=1),
         cache_bytes_per_position=2 * config.num_layers * config.num_kv_heads * config.head_size * widest.itemsize,
@@ -87,10 +93,23 @@ def _dtype(tensor: StoredTensor) -> jnp.dtype:
     return jnp.dtype(DTYPES.get(tensor.dtype, DTYPES["float32"]))
 
 
+def _stored(tensor: StoredTensor) -> tuple[str, int]:
+    """The type and bytes of a tensor in its file."""
+    return tensor.stored or (tensor.dtype, prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize)
+
+
+def _stored_types(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        name, size = _stored(tensor)
+        sizes[name] += size
+    return [name for name, _ in sizes.most_common()]
+
+
 def _bytes_per_part(tensors: dict[str, StoredTensor]) -> dict[str, int]:
     parts = dict.fromkeys(PARTS, 0)
     for name, tensor in tensors.items():
-        parts[_part(name)] += prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize
+        parts[_part(name)] += _stored(tensor)[1]
     return parts
 
 

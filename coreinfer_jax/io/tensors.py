@@ -20,11 +20,23 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its facts, and how to read it into memory of its own."""
+    """A tensor in a file: its facts, and how to read it into memory of its own.
+
+    Attributes:
+        shape: of its values.
+        dtype: of what `read` gives.
+        read: its values.
+        stored: the type and the number of bytes it has in its file, where that is more or less than its values in
+            `dtype`.
+        read_rows: what `read` gives, of its first axis only from one number to before another, where that can be read
+            by itself.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
+    stored: tuple[str, int] | None = None
+    read_rows: Callable[[int, int], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,8 @@ def open_safetensors(files: list[Path]) -> StoredTensors:
                 part = opened.get_slice(name)
                 _check_dtype(file, name, part.get_dtype())
                 shape = tuple(part.get_shape())
-                tensors[name] = StoredTensor(shape, _DTYPES[part.get_dtype()], _reader(file, name))
+                read, read_rows = _reader(file, name), _rows_reader(file, name) if shape else None
+                tensors[name] = StoredTensor(shape, _DTYPES[part.get_dtype()], read, read_rows=read_rows)
             # Tensors that share memory are stored once; the metadata maps the other names to the stored one.
             aliases |= opened.metadata() or {}
     return StoredTensors(tensors, {name: target for name, target in aliases.items() if target in tensors})
@@ -95,6 +108,15 @@ def _reader(file: Path, name: str) -> Callable[[], np.ndarray]:
             return array
 
     return read
+
+
+def _rows_reader(file: Path, name: str) -> Callable[[int, int], np.ndarray]:
+    def read_rows(begin: int, end: int) -> np.ndarray:
+        with _opened(file) as opened:
+            rows: np.ndarray = opened.get_slice(name)[begin:end]
+            return rows
+
+    return read_rows
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Damaged checkpoints by the thousand: each one loads, or is refused in one line; none hangs, crashes or eats memory.
 
-    python -m tests.robustness.fuzz [--seed 0] [--cases 10000] [--kind config|safetensors|manifest|tokenizer]
+    python -m tests.robustness.fuzz [--seed 0] [--cases 10000] [--kind config|safetensors|manifest|tokenizer|gguf]
 
 A failure is printed with its seed, kind and number; add `--kind KIND --case NUMBER` to replay it alone, with the
 traceback. Data is looked for in COREINFER_DATA, by default ../shared/data beside the repository. Exit status 1 tells of
@@ -24,7 +24,7 @@ from pathlib import Path
 from random import Random
 
 from tests.conftest import DATA
-from tests.robustness.mutate import damage_bytes, damage_json, damage_safetensors, damage_text
+from tests.robustness.mutate import damage_bytes, damage_gguf, damage_json, damage_safetensors, damage_text
 
 SECONDS_PER_CASE = 10
 SECONDS_TO_START = 120
@@ -50,6 +50,7 @@ DAMAGES: dict[str, dict[str, tuple[Damage, ...]]] = {
         "vocab.json": JSON_DAMAGE,
         "merges.txt": (damage_bytes, damage_text),
     },
+    "gguf": {"model.gguf": (damage_gguf,)},
 }
 KINDS = tuple(DAMAGES)
 
@@ -73,6 +74,18 @@ def write_bases(folder: Path) -> None:
     for directory in (folder / "config").iterdir():
         convert(directory, folder / "manifest" / directory.name)
     write_tokenizers(folder / "tokenizer")
+    write_ggufs(folder / "gguf")
+
+
+def write_ggufs(folder: Path) -> None:
+    from tests.test_gguf import byte_pairs, pieces, quantised_tensors, write
+
+    for name in ("plain", "pairs", "pieces", "quantised"):
+        (folder / name).mkdir(parents=True)
+    write(folder / "plain" / "model.gguf")
+    write(folder / "pairs" / "model.gguf", lambda writer: byte_pairs(writer, "gpt-2"))
+    write(folder / "pieces" / "model.gguf", pieces)
+    write(folder / "quantised" / "model.gguf", weights=quantised_tensors, theta=500_000.0)
 
 
 def write_models(folder: Path) -> None:
@@ -171,6 +184,13 @@ def attempt(kind: str, folder: Path) -> None:
         tokenizer = load_tokenizer(folder)
         for text in TEXTS if tokenizer is not None else ():
             assert isinstance(tokenizer.decode(tokenizer.encode(text)), str)
+        return
+    if kind == "gguf":
+        os.environ["XDG_CACHE_HOME"] = str(folder)
+        params, tokenizer = ci.load(folder / "model.gguf", "float32")
+        hash(params.config)
+        for text in TEXTS if tokenizer is not None else ():
+            tokenizer.encode(text)
         return
     params, _ = ci.load(folder, "float32")
     hash(params.config)

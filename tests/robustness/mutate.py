@@ -1,4 +1,4 @@
-"""Ways to damage a file: bytes, JSON values, safetensors headers. All of them follow from a `random.Random`."""
+"""Ways to damage a file: bytes, JSON, headers of safetensors and GGUF. All of them follow from a `random.Random`."""
 
 import json
 from collections.abc import Callable
@@ -193,3 +193,29 @@ def _with_header(random: Random, header: bytes, data: bytes) -> bytes:
         header += b" " * (-len(header) % 8)
     length = len(header) + (random.choice((-1, 1, 8)) if random.random() < 0.05 else 0)
     return max(length, 0).to_bytes(8, "little") + header + data
+
+
+def damage_gguf(random: Random, content: bytes) -> bytes:
+    """A GGUF file with a number of its header replaced by an odd one, a name by another, a bit flipped, or an end."""
+    header = content.rfind(b".weight") + 100  # behind the last tensor's name come its shape, type and place
+    kind = random.choice(("count", "number", "number", "number", "name", "bytes", "bytes", "end"))
+    if kind == "count":
+        return _overwritten(content, random.choice((4, 8, 16)), _odd_number(random, random.choice((4, 8))))
+    if kind == "number":
+        size = random.choice((4, 8))
+        return _overwritten(content, random.randrange(header), _odd_number(random, size))
+    if kind == "name":
+        old, new = random.sample((b"blk.0.", b"blk.1.", b"llama.", b"attn_", b"ffn_u", b"ffn_g", b"general."), 2)
+        return content.replace(old, new[: len(old)].ljust(len(old), b"x"), random.choice((1, 2, -1)))
+    if kind == "end":
+        return content[: random.randrange(len(content))]
+    return damage_bytes(random, content[:header]) + content[header:]
+
+
+def _odd_number(random: Random, size: int) -> bytes:
+    odd = (0, 1, 2, 3, 4, 8, 9, 10, 31, 255, 2**16, 2**22, 2**24, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1)
+    return random.choice([number for number in odd if number < 256**size]).to_bytes(size, "little")
+
+
+def _overwritten(content: bytes, place: int, new: bytes) -> bytes:
+    return content[:place] + new + content[place + len(new) :]
