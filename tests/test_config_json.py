@@ -1,13 +1,14 @@
 """config.json of every published spelling and size -> `ModelConfig`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers
 
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.io.config_json import model_config, read_model_config
+from coreinfer_jax.io.config_json import hugging_face_fields, model_config, read_model_config
 from coreinfer_jax.model.config import Rope
 
 OPT = {
@@ -26,7 +27,9 @@ LLAMA = {
     "intermediate_size": 11008,
     "num_attention_heads": 32,
 }
-FAMILIES = {"opt": OPT, "llama": LLAMA}
+SIZES = {name: value for name, value in LLAMA.items() if name != "model_type"}
+MISTRAL = {"model_type": "mistral", "num_key_value_heads": 8, **SIZES}
+FAMILIES = {"opt": OPT, "llama": LLAMA, "mistral": MISTRAL}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -179,7 +182,12 @@ def test_no_scaling_is_spelled_null_or_not_at_all():
         (
             "llama",
             {"max_positions": 2048, "tied": False, "activation": "silu", "norm_eps": 1e-6, "rope": Rope(10_000.0)}
-            | {"attention_bias": False, "mlp_bias": False, "num_kv_heads": 32, "head_size": 128},
+            | {"attention_bias": False, "mlp_bias": False, "num_kv_heads": 32, "head_size": 128, "windows": ()},
+        ),
+        (
+            "mistral",
+            {"max_positions": 131072, "tied": False, "activation": "silu", "norm_eps": 1e-6, "rope": Rope(10_000.0)}
+            | {"head_size": 128, "windows": (4096,) * 32},
         ),
     ],
 )
@@ -192,7 +200,7 @@ def test_defaults(family, expected):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_null_counts_as_absent(family):
     optional = ("max_position_embeddings", "num_key_value_heads", "head_dim", "word_embed_proj_dim", "eos_token_id")
-    assert model_config(FAMILIES[family] | dict.fromkeys(optional)) == model_config(FAMILIES[family])
+    assert model_config(dict.fromkeys(optional) | FAMILIES[family]) == model_config(FAMILIES[family])
 
 
 @pytest.mark.parametrize(
@@ -225,7 +233,7 @@ NOT_IMPLEMENTED = [
     ("opt", "add_cross_attention", True),
     ("opt", "architectures", ["OPTForSequenceClassification"]),
     ("llama", "quantization_config", {"quant_method": "gptq"}),
-    ("llama", "hidden_act", "gelu"),
+    ("llama", "hidden_act", "gelu_fast"),
     ("llama", "partial_rotary_factor", 0.5),
     ("llama", "sliding_window", 4096),
     ("llama", "rope_scaling", {"type": "dynamic", "factor": 2.0}),
@@ -244,6 +252,10 @@ NOT_IMPLEMENTED = [
     ("llama", "embedding_multiplier", 12.0),
     ("llama", "no_rope_layers", [1, 1, 1, 0]),
     ("llama", "num_local_experts", 8),
+    ("mistral", "attention_bias", True),
+    ("mistral", "layer_types", 32 * ["full_attention"]),
+    ("mistral", "num_hidden_layers", 10_001),
+    ("mistral", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
     ("opt", "scale_embeddings", True),
     ("opt", "head_dim", 32),
     ("opt", "my_note", "trained at home"),
@@ -283,7 +295,8 @@ def test_what_transformers_takes_for_granted_may_be_stated(family):
     """All fields of transformers' own configuration at their defaults; sizes and ids are the family's here."""
     usual = transformers.AutoConfig.for_model(family).to_dict()
     stated = usual | FAMILIES[family] | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    stated |= dict.fromkeys(("head_dim", "num_key_value_heads", "word_embed_proj_dim"))
+    derived = ("head_dim", "num_key_value_heads", "word_embed_proj_dim")
+    stated |= {name: FAMILIES[family].get(name) for name in derived}
     assert model_config(stated) == model_config(FAMILIES[family])
 
 
@@ -327,6 +340,20 @@ PUBLISHED = {
     | {"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None}
     | {"rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True}
     | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "transformers_version": "4.42.3"},
+    "mistral-7b-v0.1": MISTRAL
+    | {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu"}
+    | {"initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05}
+    | {"rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    | {"transformers_version": "4.34.0.dev0", "use_cache": True},
+    "mistral-7b-v0.3": MISTRAL
+    | {"architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+    | {"hidden_act": "silu", "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768}
+    | {"rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False}
+    | {"torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 32768},
+}
+READ = {
+    "mistral-7b-v0.1": {"windows": (4096,) * 32, "num_kv_heads": 8, "mlp_size": 14336, "rope": Rope(1e4)},
+    "mistral-7b-v0.3": {"windows": (), "num_kv_heads": 8, "head_size": 128, "vocab_size": 32768, "rope": Rope(1e6)},
 }
 
 
@@ -334,6 +361,14 @@ PUBLISHED = {
 def test_published_files_load(name):
     config = model_config(PUBLISHED[name])
     assert config.max_positions == PUBLISHED[name].get("max_position_embeddings", 2048)
+    expected = READ.get(name, {})
+    assert {fact: getattr(config, fact) for fact in expected} == expected
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_written_for_published_models_reads_back(name):
+    config = replace(model_config(PUBLISHED[name]), bos_id=None, eos_ids=(), pad_id=None)
+    assert model_config(json.loads(json.dumps(hugging_face_fields(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -348,7 +383,7 @@ def test_two_rotary_spellings_may_agree(fields, rope):
     assert model_config(LLAMA | new | fields).rope == rope
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mistral", None, 3, ["opt"]])
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", None, 3, ["opt"]])
 def test_other_families_are_refused(model_type):
     assert repr(model_type) in refusal(OPT | {"model_type": model_type})
 

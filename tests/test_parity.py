@@ -1,15 +1,11 @@
 """Logits and greedy tokens against transformers' own PyTorch models, on tiny random checkpoints of every variant."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.config_fields import Fields
-from coreinfer_jax.model.families import FAMILIES, llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -59,12 +55,26 @@ LLAMA_VARIANTS = {
     "mlp-bias": {"mlp_bias": True},
     "head-dim": {"head_dim": 16, "num_key_value_heads": 2},
     "relu": {"hidden_act": "relu"},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu-tanh": {"hidden_act": "gelu_pytorch_tanh"},
     "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "rope-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "rope-llama3": {"rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 2},
 }
-VARIANTS = [pytest.param("OPT", changes, id=f"opt-{name}") for name, changes in OPT_VARIANTS.items()] + [
-    pytest.param("Llama", changes, id=f"llama-{name}") for name, changes in LLAMA_VARIANTS.items()
+MISTRAL_VARIANTS = {
+    "window": {"num_key_value_heads": 2, "sliding_window": 8},
+    "no-window": {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 16},
+}
+# By transformers' prefix of the family's classes.
+FAMILIES = {
+    "OPT": OPT_VARIANTS,
+    "Llama": LLAMA_VARIANTS,
+    "Mistral": MISTRAL_VARIANTS,
+}
+VARIANTS = [
+    pytest.param(family, changes, id=f"{family}-{name}".lower())
+    for family, variants in FAMILIES.items()
+    for name, changes in variants.items()
 ]
 
 
@@ -96,38 +106,6 @@ def test_logits_and_greedy_tokens_equal_transformers(family: str, changes: dict[
     np.testing.assert_allclose(np.asarray(ci.forward(params, tokens)), expected, rtol=0, atol=TOLERANCE)
     ours = ci.generate(params, tokens, core=None, max_new_tokens=20)
     assert_same_until_a_tie(model, ours.tokens, greedy, prompt=tokens.shape[1])
-
-
-def read_qwen2(fields: Fields) -> ModelConfig:
-    return replace(llama.read_config(fields), family="qwen2", attention_bias=True)
-
-
-# LLaMA but for three biases: the smallest family of its own.
-QWEN2 = replace(
-    llama.FAMILY,
-    name="qwen2",
-    architectures=("Qwen2ForCausalLM",),
-    fields=replace(
-        llama.FIELDS,
-        fixed=llama.FIELDS.fixed | {"use_sliding_window": False, "layer_types": 2 * ["full_attention"]},
-        checked=(*llama.FIELDS.checked, "max_window_layers"),
-    ),
-    read_config=read_qwen2,
-    tensors={leaf: name for leaf, name in llama.TENSORS.items() if not leaf.endswith("out.bias")},
-)
-
-
-def test_a_family_is_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One entry of the registry is all that a new family takes to load, convert and compute."""
-    monkeypatch.setitem(FAMILIES, "qwen2", QWEN2)
-    model = random_reference("Qwen2", {"num_key_value_heads": 2}, tmp_path / "hub")
-    params, _ = ci.load(ci.convert(tmp_path / "hub", tmp_path / "native"))
-    assert params.layers[0].attention.query.bias is not None
-    assert params.layers[0].attention.out.bias is None
-    tokens = np.random.default_rng(1).integers(3, 99, (2, 40))
-    with torch.no_grad():
-        expected = model(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(np.asarray(ci.forward(params, tokens)), expected, rtol=0, atol=TOLERANCE)
 
 
 def assert_same_until_a_tie(model, ours: np.ndarray, theirs: np.ndarray, prompt: int) -> None:

@@ -1,7 +1,12 @@
 """What a model is: frozen and hashable."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def later(default: Any) -> Any:
+    """A field that the first release lacked. Its default is what that release computed, and is not stored."""
+    return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class ModelConfig:
         num_kv_heads: G, key/value heads; N for multi-head, 1 for multi-query attention.
         head_size: H, the width of an attention head.
         max_positions: longest sequence (prompt and new tokens together).
-        activation: applied to the gate (LLaMA) or to the up projection (OPT).
+        activation: applied to the gate (LLaMA) or to the up projection (OPT); `gelu` is exact, `gelu_tanh` its
+            approximation.
         norm_eps: epsilon inside LayerNorm (OPT) or RMSNorm (LLaMA).
         norm_first: normalise before each block; False (OPT-350m) normalises after the residual sum.
         final_norm: whether a last norm precedes the output projection.
@@ -52,6 +58,8 @@ class ModelConfig:
         bos_id: id of the beginning-of-sequence token, if any.
         eos_ids: ids after which text is complete; `generate` stops there only when asked to.
         pad_id: padding id, if any.
+        windows: per layer, how many tokens a query sees, itself among them; None for all before it. Empty where every
+            layer sees all.
     """
 
     family: str
@@ -64,7 +72,7 @@ class ModelConfig:
     num_kv_heads: int
     head_size: int
     max_positions: int
-    activation: Literal["relu", "silu"]
+    activation: Literal["relu", "silu", "gelu", "gelu_tanh"]
     norm_eps: float
     norm_first: bool = True
     final_norm: bool = True
@@ -75,3 +83,4 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    windows: tuple[int | None, ...] = later(())

@@ -59,9 +59,10 @@ def extend(
     """
     family = family_of(params.config)
     positions = start[:, None] + jax.lax.iota(start.dtype, tokens.shape[1])[None, :]
-    x, context = family.embed(params, tokens, positions)
+    x, contexts = family.embed(params, tokens, positions)
     written, observed = [], []
-    for l, (layer, past) in enumerate(zip(params.layers, zip(cache.keys, cache.values, strict=True), strict=True)):
+    pasts = zip(cache.keys, cache.values, strict=True)
+    for l, (layer, past, context) in enumerate(zip(params.layers, pasts, contexts, strict=True)):
         own_edit = partial(edit, l, layer)
         x, extended, activations = family.block(x, layer, past, positions, context, own_edit, params.config)
         written.append(extended)

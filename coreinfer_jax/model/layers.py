@@ -1,5 +1,9 @@
 """Primitives that model families share. Axis letters are listed in `coreinfer_jax.model.weights`."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,19 @@ from jax import Array, lax
 from coreinfer_jax.model.backends import write
 from coreinfer_jax.model.config import ModelConfig, Rope
 from coreinfer_jax.model.weights import Attention, Mlp, Norm
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What one layer is told of the tokens that it reads, beside their hidden states.
+
+    Attributes:
+        rotation: cosines and sines of their positions, as `rotation` gives them; None where nothing is rotated.
+        window: how many tokens a query sees, itself among them; None for all before it.
+    """
+
+    rotation: tuple[Array, Array] | None = None
+    window: int | None = None
 
 
 def layer_norm(x: Array, norm: Norm, eps: float) -> Array:
@@ -63,7 +80,7 @@ def attention(
     layer: Attention,
     past: tuple[Array, Array],
     positions: Array,
-    cos_sin: tuple[Array, Array] | None,
+    context: LayerContext,
     config: ModelConfig,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Self-attention of x [B, T, D] at `positions` [B, T], written into and read from the cache.
@@ -73,7 +90,7 @@ def attention(
         layer: the projections.
         past: one layer's cached keys and values, each [B, G, S, H].
         positions: position of every token.
-        cos_sin: rotation of queries and keys; None for models with learned positions.
+        context: the rotation of queries and keys, and how far the layer sees.
         config: head counts.
 
     Returns:
@@ -83,24 +100,27 @@ def attention(
     query = layer.query(x).reshape(B, T, config.num_heads, config.head_size)
     key = layer.key(x).reshape(B, T, config.num_kv_heads, config.head_size)
     value = layer.value(x).reshape(B, T, config.num_kv_heads, config.head_size)
-    if cos_sin is not None:
-        query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+    if context.rotation is not None:
+        query, key = rotate(query, context.rotation), rotate(key, context.rotation)
     keys, values = write(past[0], key, positions), write(past[1], value, positions)
-    return layer.out(attend(query, keys, values, positions)), (keys, values)
+    return layer.out(attend(query, keys, values, positions, context.window)), (keys, values)
 
 
-def attend(query: Array, keys: Array, values: Array, positions: Array) -> Array:
+def attend(query: Array, keys: Array, values: Array, positions: Array, window: int | None) -> Array:
     """Causal attention of query [B, T, N, H] at `positions` [B, T] over keys and values [B, G, S, H]: [B, T, N H].
 
     Query head n reads key/value head n // (N / G). Scores and softmax are float32. Slot s is visible to a query at
-    position p when s <= p, so at least one slot always is and no row of the softmax is empty.
+    position p when p - window < s <= p, so at least one slot always is and no row of the softmax is empty.
     """
     B, T, N, H = query.shape
     G, S = keys.shape[1], keys.shape[2]
     # One batch axis B G and rows T N/G: XLA's CPU code has no bfloat16 product with two batch axes.
     grouped = query.reshape(B, T, G, N // G, H).swapaxes(1, 2).reshape(B * G, T * (N // G), H)
     scores = _batched(grouped, keys.reshape(B * G, S, H), contract=(2, 2)) * (H**-0.5)
-    visible = jnp.arange(S)[None, None, :] <= positions[:, :, None]
+    slots = jnp.arange(S)[None, None, :]
+    visible = slots <= positions[:, :, None]
+    if window is not None:
+        visible &= slots > positions[:, :, None] - window
     masked = jnp.where(visible[:, None, :, None, :], scores.reshape(B, G, T, N // G, S), -jnp.inf)
     weights = jax.nn.softmax(masked, axis=-1).astype(values.dtype).reshape(B * G, T * (N // G), S)
     mixed = _batched(weights, values.reshape(B * G, S, H), contract=(2, 1))
@@ -113,12 +133,20 @@ def _batched(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
 def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> tuple[Array, Array]:
     """Activations a [B, T, F], the input of the down projection, and what the activation function gave.
 
     Both are act(up x) without a gate; with one they are act(gate x) * up x and act(gate x).
     """
-    act = jax.nn.relu if config.activation == "relu" else jax.nn.silu
+    act = ACTIVATIONS[config.activation]
     up = mlp.up(x)
     gated = act(up if mlp.gate is None else mlp.gate(x))
     return (gated if mlp.gate is None else gated * up), gated

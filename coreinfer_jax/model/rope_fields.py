@@ -70,11 +70,11 @@ def _scaling(settings: Fields) -> list[object]:
     return [kind, *(settings[name] for name in _NUMBERS[kind]), settings.get(_ORIGINAL) if kind == "llama3" else None]
 
 
-def read_rope(fields: Fields) -> Rope:
+def read_rope(fields: Fields, default_theta: float) -> Rope:
     """The rotary positions that fields without problems state."""
     given = [_stated(fields[name]) for name in ROPE_FIELDS if fields.get(name)]
     bases = [base for base in (fields.get("rope_theta"), *(one.get("rope_theta") for one in given)) if base]
-    theta = float(bases[0] if bases else 10_000.0)
+    theta = float(bases[0] if bases else default_theta)
     settings = given[0] if given else {}
     kind = _kind(settings)
     if kind == "default":
