@@ -29,7 +29,9 @@ LLAMA = {
 }
 SIZES = {name: value for name, value in LLAMA.items() if name != "model_type"}
 MISTRAL = {"model_type": "mistral", "num_key_value_heads": 8, **SIZES}
-FAMILIES = {"opt": OPT, "llama": LLAMA, "mistral": MISTRAL}
+QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 8, **SIZES}
+QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, **SIZES}
+FAMILIES = {"opt": OPT, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -189,6 +191,8 @@ def test_no_scaling_is_spelled_null_or_not_at_all():
             {"max_positions": 131072, "tied": False, "activation": "silu", "norm_eps": 1e-6, "rope": Rope(10_000.0)}
             | {"head_size": 128, "windows": (4096,) * 32},
         ),
+        ("qwen2", {"max_positions": 32768, "tied": False, "attention_bias": True, "windows": (), "head_size": 128}),
+        ("qwen3", {"max_positions": 32768, "tied": False, "attention_bias": False, "windows": (), "head_size": 128}),
     ],
 )
 def test_defaults(family, expected):
@@ -256,6 +260,13 @@ NOT_IMPLEMENTED = [
     ("mistral", "layer_types", 32 * ["full_attention"]),
     ("mistral", "num_hidden_layers", 10_001),
     ("mistral", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+    ("qwen2", "max_window_layers", -1),
+    ("qwen2", "layer_types", 32 * ["chunked_attention"]),
+    ("qwen2", "layer_types", 31 * ["full_attention"]),
+    ("qwen2", "rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+    ("qwen3", "layer_types", 32 * ["sliding_attention"]),
+    ("qwen3", "layer_types", "full_attention"),
+    ("qwen3", "num_experts", 128),
     ("opt", "scale_embeddings", True),
     ("opt", "head_dim", 32),
     ("opt", "my_note", "trained at home"),
@@ -340,6 +351,20 @@ PUBLISHED = {
     | {"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None}
     | {"rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True}
     | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "transformers_version": "4.42.3"},
+    "qwen2.5-7b": QWEN2
+    | {"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "hidden_act": "silu"}
+    | {"eos_token_id": 151643, "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944}
+    | {"max_position_embeddings": 131072, "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28}
+    | {"num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072}
+    | {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True}
+    | {"use_mrope": False, "use_sliding_window": False, "vocab_size": 152064},
+    "qwen3-8b": QWEN3
+    | {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "head_dim": 128}
+    | {"bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 4096}
+    | {"initializer_range": 0.02, "intermediate_size": 12288, "max_position_embeddings": 40960}
+    | {"max_window_layers": 36, "num_hidden_layers": 36, "rms_norm_eps": 1e-06, "rope_scaling": None}
+    | {"rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    | {"transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936},
     "mistral-7b-v0.1": MISTRAL
     | {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu"}
     | {"initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05}
@@ -352,6 +377,8 @@ PUBLISHED = {
     | {"torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 32768},
 }
 READ = {
+    "qwen2.5-7b": {"windows": (), "num_heads": 28, "head_size": 128, "attention_bias": True, "rope": Rope(1e6)},
+    "qwen3-8b": {"windows": (), "num_kv_heads": 8, "head_size": 128, "attention_bias": False, "rope": Rope(1e6)},
     "mistral-7b-v0.1": {"windows": (4096,) * 32, "num_kv_heads": 8, "mlp_size": 14336, "rope": Rope(1e4)},
     "mistral-7b-v0.3": {"windows": (), "num_kv_heads": 8, "head_size": 128, "vocab_size": 32768, "rope": Rope(1e6)},
 }

@@ -65,16 +65,34 @@ MISTRAL_VARIANTS = {
     "window": {"num_key_value_heads": 2, "sliding_window": 8},
     "no-window": {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 16},
 }
+QWEN2_VARIANTS = {
+    "windows": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+}
+QWEN3_VARIANTS = {
+    "windows": {"num_key_value_heads": 2, "head_dim": 16, "use_sliding_window": True, "sliding_window": 8}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
+    "attention-bias": {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+}
 # By transformers' prefix of the family's classes.
 FAMILIES = {
     "OPT": OPT_VARIANTS,
     "Llama": LLAMA_VARIANTS,
     "Mistral": MISTRAL_VARIANTS,
+    "Qwen2": QWEN2_VARIANTS,
+    "Qwen3": QWEN3_VARIANTS,
 }
+# Of families whose parts are those of others, the first variant has them all; what else they vary is slow.
+QUICK = ("OPT", "Llama")
 VARIANTS = [
-    pytest.param(family, changes, id=f"{family}-{name}".lower())
+    pytest.param(
+        family,
+        changes,
+        id=f"{family}-{name}".lower(),
+        marks=[] if family in QUICK or i == 0 else [pytest.mark.slow],
+    )
     for family, variants in FAMILIES.items()
-    for name, changes in variants.items()
+    for i, (name, changes) in enumerate(variants.items())
 ]
 
 

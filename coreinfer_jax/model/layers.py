@@ -38,10 +38,10 @@ def layer_norm(x: Array, norm: Norm, eps: float) -> Array:
 
 
 def rms_norm(x: Array, norm: Norm, eps: float) -> Array:
-    """RMSNorm over the last axis of x [B, T, D]: normalised in float32, scaled in x's dtype as LLaMA does."""
+    """RMSNorm over the last axis of x [B, T, ..., D]: normalised in float32, scaled in x's dtype as LLaMA does."""
     wide = x.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * norm.scale[None, None, :]
+    return normed.astype(x.dtype) * norm.scale[(None,) * (x.ndim - 1)]
 
 
 def rope_frequencies(head_size: int, rope: Rope) -> np.ndarray:
@@ -100,6 +100,10 @@ def attention(
     query = layer.query(x).reshape(B, T, config.num_heads, config.head_size)
     key = layer.key(x).reshape(B, T, config.num_kv_heads, config.head_size)
     value = layer.value(x).reshape(B, T, config.num_kv_heads, config.head_size)
+    if layer.query_norm is not None:
+        query = rms_norm(query, layer.query_norm, config.norm_eps)
+    if layer.key_norm is not None:
+        key = rms_norm(key, layer.key_norm, config.norm_eps)
     if context.rotation is not None:
         query, key = rotate(query, context.rotation), rotate(key, context.rotation)
     keys, values = write(past[0], key, positions), write(past[1], value, positions)

@@ -23,6 +23,12 @@ TENSORS = {
     "unembedding": "lm_head.weight",  # [V, D], absent when tied
 }
 
+# Of every head's queries and keys, [H].
+HEAD_NORMS = {
+    "layers.{l}.attention.query_norm.scale": "layers.{l}.self_attn.q_norm.weight",
+    "layers.{l}.attention.key_norm.scale": "layers.{l}.self_attn.k_norm.weight",
+}
+
 # Exports by old releases carry RoPE's frequencies as buffers; they follow from the config.
 IGNORED_TENSORS = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)",)
 
@@ -49,6 +55,10 @@ GGUF_TENSORS = {
     "layers.{l}.mlp.down.weight": "blk.{l}.ffn_down.weight",
     "final_norm.scale": "output_norm.weight",
     "unembedding": "output.weight",
+}
+GGUF_HEAD_NORMS = {
+    "layers.{l}.attention.query_norm.scale": "blk.{l}.attn_q_norm.weight",
+    "layers.{l}.attention.key_norm.scale": "blk.{l}.attn_k_norm.weight",
 }
 GGUF_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
 

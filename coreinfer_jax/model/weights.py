@@ -122,12 +122,14 @@ class Norm:
 
 @struct.dataclass
 class Attention:
-    """Projections: query [N H, D], key [G H, D], value [G H, D], out [D, N H]."""
+    """Projections: query [N H, D], key [G H, D], value [G H, D], out [D, N H]; norms of heads' queries and keys [H]."""
 
     query: Linear
     key: Linear
     value: Linear
     out: Linear
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
 
 
 @struct.dataclass

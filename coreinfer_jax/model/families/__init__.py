@@ -2,10 +2,19 @@
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.families import llama, mistral, opt
+from coreinfer_jax.model.families import llama, mistral, opt, qwen2, qwen3
 from coreinfer_jax.model.family import Family
 
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (opt, llama, mistral)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        opt.FAMILY,
+        llama.FAMILY,
+        mistral.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+    )
+}
 
 
 def family_of(config: ModelConfig) -> Family:
