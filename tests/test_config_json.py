@@ -31,7 +31,10 @@ SIZES = {name: value for name, value in LLAMA.items() if name != "model_type"}
 MISTRAL = {"model_type": "mistral", "num_key_value_heads": 8, **SIZES}
 QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 8, **SIZES}
 QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, **SIZES}
+GEMMA2 = {"model_type": "gemma2", "num_key_value_heads": 8, "head_dim": 256, **SIZES}
+GEMMA3 = {"model_type": "gemma3_text", "num_key_value_heads": 8, "head_dim": 256, **SIZES}
 FAMILIES = {"opt": OPT, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
+FAMILIES |= {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -192,6 +195,17 @@ def test_no_scaling_is_spelled_null_or_not_at_all():
             | {"head_size": 128, "windows": (4096,) * 32},
         ),
         ("qwen2", {"max_positions": 32768, "tied": False, "attention_bias": True, "windows": (), "head_size": 128}),
+        (
+            "gemma2",
+            {"max_positions": 8192, "tied": True, "activation": "gelu_tanh", "rope": Rope(10_000.0), "score_cap": 50.0}
+            | {"logit_cap": 30.0, "query_scalar": 256, "windows": 16 * (4096, None), "local_rope": None},
+        ),
+        (
+            "gemma3_text",
+            {"max_positions": 131072, "tied": True, "activation": "gelu_tanh", "rope": Rope(1e6), "score_cap": None}
+            | {"logit_cap": None, "query_scalar": 256, "local_rope": Rope(10_000.0)}
+            | {"windows": 5 * (*5 * (4096,), None) + (4096, 4096)},
+        ),
         ("qwen3", {"max_positions": 32768, "tied": False, "attention_bias": False, "windows": (), "head_size": 128}),
     ],
 )
@@ -267,6 +281,18 @@ NOT_IMPLEMENTED = [
     ("qwen3", "layer_types", 32 * ["sliding_attention"]),
     ("qwen3", "layer_types", "full_attention"),
     ("qwen3", "num_experts", 128),
+    ("gemma2", "use_bidirectional_attention", True),
+    ("gemma2", "hidden_activation", "gelu_fast"),
+    ("gemma2", "hidden_act", "gelu"),
+    ("gemma2", "sliding_window", None),
+    ("gemma2", "sliding_window_size", 4095),
+    ("gemma2", "sliding_window_pattern", 2),
+    ("gemma3_text", "attn_logit_softcapping", 50.0),
+    ("gemma3_text", "_sliding_window_pattern", 2),
+    ("gemma3_text", "rope_parameters", {"rope_type": "default", "rope_theta": 1e6}),
+    ("gemma3_text", "rope_parameters", {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}),
+    ("gemma3_text", "rope_parameters", {"full_attention": {"rope_type": "yarn", "factor": 2.0}}),
+    ("gemma3_text", "rope_parameters", 1e6),
     ("opt", "scale_embeddings", True),
     ("opt", "head_dim", 32),
     ("opt", "my_note", "trained at home"),
@@ -281,7 +307,8 @@ def test_what_changes_the_computation_is_refused(family, field, value):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_wrong_is_named_in_one_error(family):
-    wrong = {field: value for name, field, value in NOT_IMPLEMENTED if name == family and field != "rope_parameters"}
+    wrong = {field: value for name, field, value in NOT_IMPLEMENTED if name == family}
+    wrong = {field: wrong[field] for field in wrong if field not in ("rope_parameters", "num_hidden_layers")}
     message = refusal({"model_type": family, "vocab_size": 0} | wrong)
     named = [*wrong, "vocab_size=0", "missing hidden_size", "num_hidden_layers", "num_attention_heads"]
     assert [name for name in named if name not in message] == []
@@ -292,7 +319,7 @@ def test_everything_wrong_is_named_in_one_error(family):
     [
         {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.5, "init_std": 0.02},
         {"torch_dtype": "float16", "dtype": "bfloat16", "use_cache": False, "transformers_version": "4.21.0"},
-        {"quantization_config": None, "attn_logit_softcapping": None, "is_encoder_decoder": False, "pruned_heads": {}},
+        {"quantization_config": None, "use_qk_norm": None, "is_encoder_decoder": False, "pruned_heads": {}},
         {"id2label": {"0": "yes"}, "do_sample": True, "temperature": 0.6, "max_length": 99, "unsloth_version": "2024"},
     ],
 )
@@ -305,10 +332,20 @@ def test_harmless_fields_are_ignored(family, harmless):
 def test_what_transformers_takes_for_granted_may_be_stated(family):
     """All fields of transformers' own configuration at their defaults; sizes and ids are the family's here."""
     usual = transformers.AutoConfig.for_model(family).to_dict()
-    stated = usual | FAMILIES[family] | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    stated = (
+        usual
+        | FAMILIES[family]
+        | {
+            "num_hidden_layers": usual["num_hidden_layers"],
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
+    )
     derived = ("head_dim", "num_key_value_heads", "word_embed_proj_dim")
     stated |= {name: FAMILIES[family].get(name) for name in derived}
-    assert model_config(stated) == model_config(FAMILIES[family])
+    fewer = {"num_hidden_layers": usual["num_hidden_layers"]}  # which `layer_types` belong to
+    assert model_config(stated | fewer) == model_config(FAMILIES[family] | fewer)
 
 
 @pytest.mark.parametrize(("field", "value"), [("partial_rotary_factor", 1.0), ("rope_interleaved", False)])
@@ -365,6 +402,33 @@ PUBLISHED = {
     | {"max_window_layers": 36, "num_hidden_layers": 36, "rms_norm_eps": 1e-06, "rope_scaling": None}
     | {"rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     | {"transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936},
+    "gemma-2-9b": GEMMA2
+    | {"architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2}
+    | {"attn_logit_softcapping": 50.0, "cache_implementation": "hybrid", "eos_token_id": 1, "head_dim": 256}
+    | {"final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    | {"hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 8192}
+    | {"num_attention_heads": 16, "num_hidden_layers": 42, "pad_token_id": 0, "query_pre_attn_scalar": 256}
+    | {"rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096}
+    | {"torch_dtype": "float32", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000},
+    "gemma-3-1b": GEMMA3
+    | {"architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2}
+    | {"attn_logit_softcapping": None, "cache_implementation": "hybrid", "eos_token_id": [1, 106], "head_dim": 256}
+    | {"final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152}
+    | {"initializer_range": 0.02, "intermediate_size": 6912, "max_position_embeddings": 32768, "pad_token_id": 0}
+    | {"num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256}
+    | {"rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000}
+    | {"sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16", "use_cache": True}
+    | {"transformers_version": "4.50.0.dev0", "vocab_size": 262144},
+    "gemma-3-270m": GEMMA3
+    | {"_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"], "attention_bias": False}
+    | {"attention_dropout": 0.0, "attn_logit_softcapping": None, "bos_token_id": 2, "eos_token_id": 1, "head_dim": 256}
+    | {"final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640}
+    | {"initializer_range": 0.02, "intermediate_size": 2048, "max_position_embeddings": 32768, "pad_token_id": 0}
+    | {"layer_types": 3 * (5 * ["sliding_attention"] + ["full_attention"]), "num_attention_heads": 4}
+    | {"num_hidden_layers": 18, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06}
+    | {"rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512}
+    | {"torch_dtype": "bfloat16", "transformers_version": "4.55.0.dev0", "use_bidirectional_attention": False}
+    | {"use_cache": True, "vocab_size": 262144},
     "mistral-7b-v0.1": MISTRAL
     | {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu"}
     | {"initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05}
@@ -377,6 +441,11 @@ PUBLISHED = {
     | {"torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 32768},
 }
 READ = {
+    "gemma-2-9b": {"windows": 21 * (4096, None), "num_heads": 16, "head_size": 256, "query_scalar": 256, "tied": True}
+    | {"score_cap": 50.0, "logit_cap": 30.0, "activation": "gelu_tanh", "norm_plus_one": True, "rope": Rope(1e4)},
+    "gemma-3-1b": {"windows": 4 * (*5 * (512,), None) + (512, 512), "num_kv_heads": 1, "eos_ids": (1, 106)}
+    | {"score_cap": None, "logit_cap": None, "rope": Rope(1e6), "local_rope": Rope(1e4), "tied": True},
+    "gemma-3-270m": {"windows": 3 * (*5 * (512,), None), "num_kv_heads": 1, "hidden_size": 640, "head_size": 256},
     "qwen2.5-7b": {"windows": (), "num_heads": 28, "head_size": 128, "attention_bias": True, "rope": Rope(1e6)},
     "qwen3-8b": {"windows": (), "num_kv_heads": 8, "head_size": 128, "attention_bias": False, "rope": Rope(1e6)},
     "mistral-7b-v0.1": {"windows": (4096,) * 32, "num_kv_heads": 8, "mlp_size": 14336, "rope": Rope(1e4)},

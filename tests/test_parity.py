@@ -74,6 +74,19 @@ QWEN3_VARIANTS = {
     | {"layer_types": ["sliding_attention", "full_attention"]},
     "attention-bias": {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
 }
+TINY_GEMMA = {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8}
+GEMMA2_VARIANTS = {
+    "caps": TINY_GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "no-caps": TINY_GEMMA
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True}
+    | {"hidden_activation": "gelu", "tie_word_embeddings": False},
+}
+GEMMA3_VARIANTS = {
+    "windows": TINY_GEMMA
+    | {"layer_types": ["sliding_attention", "full_attention"]}
+    | {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}},
+    "cap": TINY_GEMMA | {"final_logit_softcapping": 3.0, "attention_bias": True, "tie_word_embeddings": False},
+}
 # By transformers' prefix of the family's classes.
 FAMILIES = {
     "OPT": OPT_VARIANTS,
@@ -81,6 +94,8 @@ FAMILIES = {
     "Mistral": MISTRAL_VARIANTS,
     "Qwen2": QWEN2_VARIANTS,
     "Qwen3": QWEN3_VARIANTS,
+    "Gemma2": GEMMA2_VARIANTS,
+    "Gemma3": GEMMA3_VARIANTS,
 }
 # Of families whose parts are those of others, the first variant has them all; what else they vary is slow.
 QUICK = ("OPT", "Llama")
@@ -100,7 +115,8 @@ def random_reference(family: str, changes: dict[str, object], directory: Path):
     """A random transformers model, saved to `directory`; biases and norm scales are random too, not 0 and 1."""
     torch.manual_seed(0)
     fields = (TINY_OPT if family == "OPT" else TINY_LLAMA) | changes
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields)).eval()
+    config = getattr(transformers, f"{'Gemma3Text' if family == 'Gemma3' else family}Config")
+    model = getattr(transformers, f"{family}ForCausalLM")(config(**fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

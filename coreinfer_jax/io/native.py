@@ -103,8 +103,8 @@ def _read_manifest(path: Path) -> ModelConfig:
         raise CoreInferError(f"{path}: {found}; this release reads version {VERSION}, convert the checkpoint again")
     try:
         fields = _with_tuples(dict(manifest.get("config") or {}))
-        rope = fields.pop("rope")
-        config = ModelConfig(**fields, rope=None if rope is None else Rope(**_with_tuples(rope)))
+        stated = {name: fields[name] for name in ("rope", "local_rope") if fields.get(name) is not None}
+        config = ModelConfig(**fields | {name: Rope(**_with_tuples(rope)) for name, rope in stated.items()})
         # What no config.json could have said was not written by a conversion.
         if model_config(hugging_face_fields(config) | write_special_ids(config), "config") != config:
             raise ValueError("its fields contradict each other")

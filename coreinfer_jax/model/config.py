@@ -1,12 +1,10 @@
 """What a model is: frozen and hashable."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-
-def later(default: Any) -> Any:
-    """A field that the first release lacked. Its default is what that release computed, and is not stored."""
-    return field(default=default, metadata={"later": True})
+# Of a field that the first release lacked: its default is what that release computed, and is not stored.
+LATER = {"later": True}
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,11 @@ class ModelConfig:
         pad_id: padding id, if any.
         windows: per layer, how many tokens a query sees, itself among them; None for all before it. Empty where every
             layer sees all.
+        local_rope: rotary settings of the layers that have a window; None for those of all layers.
+        query_scalar: scores of queries and keys are divided by its square root; None for that of H.
+        score_cap: scores c are pressed between -cap and cap, as cap tanh(c / cap); None for no cap.
+        logit_cap: the same for logits.
+        norm_plus_one: RMSNorm multiplies by its scale plus 1, in float32.
     """
 
     family: str
@@ -83,4 +86,9 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
-    windows: tuple[int | None, ...] = later(())
+    windows: tuple[int | None, ...] = field(default=(), metadata=LATER)
+    local_rope: Rope | None = field(default=None, metadata=LATER)
+    query_scalar: int | None = field(default=None, metadata=LATER)
+    score_cap: float | None = field(default=None, metadata=LATER)
+    logit_cap: float | None = field(default=None, metadata=LATER)
+    norm_plus_one: bool = field(default=False, metadata=LATER)

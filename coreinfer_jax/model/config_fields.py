@@ -30,7 +30,7 @@ _HARMLESS = frozenset(
         *("repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
         *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
         *("forced_eos_token_id", "remove_invalid_values", "num_return_sequences", "return_dict_in_generate"),
-        "output_scores",
+        *("output_scores", "cache_implementation"),
     )
 )
 # How many fields that nobody knows an error names.

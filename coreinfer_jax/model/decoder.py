@@ -10,6 +10,7 @@ from jax import Array
 from coreinfer_jax.model.backends import before_the_next, matmul
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.families import family_of
+from coreinfer_jax.model.layers import soft_capped
 from coreinfer_jax.model.weights import Layer, Params
 
 Observed = TypeVar("Observed")
@@ -76,4 +77,4 @@ def extend(
 def unembed(params: Params, hidden: Array) -> Array:
     """Logits float32 [B, T, V] of hidden states [B, T, E]."""
     table = params.token_embedding if params.unembedding is None else params.unembedding
-    return matmul(hidden, table)
+    return soft_capped(matmul(hidden, table), params.config.logit_cap)

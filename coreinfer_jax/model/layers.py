@@ -44,6 +44,22 @@ def rms_norm(x: Array, norm: Norm, eps: float) -> Array:
     return normed.astype(x.dtype) * norm.scale[(None,) * (x.ndim - 1)]
 
 
+def rms_normed(x: Array, norm: Norm | None, config: ModelConfig) -> Array:
+    """RMSNorm over the last axis of x [B, T, ..., D] as the model's family does; x itself without a norm."""
+    if norm is None:
+        return x
+    if not config.norm_plus_one:
+        return rms_norm(x, norm, config.norm_eps)
+    # Scaled before it is rounded, unlike LLaMA's.
+    one = Norm(scale=norm.scale.astype(jnp.float32) + 1.0)
+    return rms_norm(x.astype(jnp.float32), one, config.norm_eps).astype(x.dtype)
+
+
+def soft_capped(x: Array, cap: float | None) -> Array:
+    """x pressed between -cap and cap, whatever its shape."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def rope_frequencies(head_size: int, rope: Rope) -> np.ndarray:
     """Angle per position of each of the H/2 rotated pairs: float32 [H/2]."""
     frequencies = 1.0 / rope.theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
@@ -91,7 +107,7 @@ def attention(
         past: one layer's cached keys and values, each [B, G, S, H].
         positions: position of every token.
         context: the rotation of queries and keys, and how far the layer sees.
-        config: head counts.
+        config: head counts, and how scores are scaled.
 
     Returns:
         The block's output [B, T, D] and the cache with the new keys and values.
@@ -100,17 +116,16 @@ def attention(
     query = layer.query(x).reshape(B, T, config.num_heads, config.head_size)
     key = layer.key(x).reshape(B, T, config.num_kv_heads, config.head_size)
     value = layer.value(x).reshape(B, T, config.num_kv_heads, config.head_size)
-    if layer.query_norm is not None:
-        query = rms_norm(query, layer.query_norm, config.norm_eps)
-    if layer.key_norm is not None:
-        key = rms_norm(key, layer.key_norm, config.norm_eps)
+    query, key = rms_normed(query, layer.query_norm, config), rms_normed(key, layer.key_norm, config)
     if context.rotation is not None:
         query, key = rotate(query, context.rotation), rotate(key, context.rotation)
     keys, values = write(past[0], key, positions), write(past[1], value, positions)
-    return layer.out(attend(query, keys, values, positions, context.window)), (keys, values)
+    return layer.out(attend(query, keys, values, positions, context.window, config)), (keys, values)
 
 
-def attend(query: Array, keys: Array, values: Array, positions: Array, window: int | None) -> Array:
+def attend(
+    query: Array, keys: Array, values: Array, positions: Array, window: int | None, config: ModelConfig
+) -> Array:
     """Causal attention of query [B, T, N, H] at `positions` [B, T] over keys and values [B, G, S, H]: [B, T, N H].
 
     Query head n reads key/value head n // (N / G). Scores and softmax are float32. Slot s is visible to a query at
@@ -120,7 +135,8 @@ def attend(query: Array, keys: Array, values: Array, positions: Array, window: i
     G, S = keys.shape[1], keys.shape[2]
     # One batch axis B G and rows T N/G: XLA's CPU code has no bfloat16 product with two batch axes.
     grouped = query.reshape(B, T, G, N // G, H).swapaxes(1, 2).reshape(B * G, T * (N // G), H)
-    scores = _batched(grouped, keys.reshape(B * G, S, H), contract=(2, 2)) * (H**-0.5)
+    scores = _batched(grouped, keys.reshape(B * G, S, H), contract=(2, 2)) * ((config.query_scalar or H) ** -0.5)
+    scores = soft_capped(scores, config.score_cap)
     slots = jnp.arange(S)[None, None, :]
     visible = slots <= positions[:, :, None]
     if window is not None:

@@ -6,7 +6,7 @@ import jax
 from jax import Array
 
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.layers import LayerContext, attention, lookup, mlp_activations, rms_norm, rotation
+from coreinfer_jax.model.layers import LayerContext, attention, lookup, mlp_activations, rms_normed, rotation
 from coreinfer_jax.model.weights import Layer, Params
 
 
@@ -19,7 +19,9 @@ def layer_contexts(positions: Array, config: ModelConfig) -> tuple[LayerContext,
     """What each layer is told of tokens at `positions` [B, T]."""
     assert config.rope is not None, "the model has rotary positions"
     turned = rotation(positions, config.head_size, config.rope)
-    return tuple(LayerContext(turned, window) for window in config.windows or (None,) * config.num_layers)
+    local = turned if config.local_rope is None else rotation(positions, config.head_size, config.local_rope)
+    windows = config.windows or (None,) * config.num_layers
+    return tuple(LayerContext(turned if window is None else local, window) for window in windows)
 
 
 @jax.named_scope("block")
@@ -33,14 +35,15 @@ def block(
     config: ModelConfig,
 ) -> tuple[Array, tuple[Array, Array], Array]:
     """One layer over x [B, T, D]: the new x, the extended keys and values, the MLP activations [B, T, F]."""
-    normed = rms_norm(x, layer.attention_norm, config.norm_eps)
+    normed = rms_normed(x, layer.attention_norm, config)
     attended, past = attention(normed, layer.attention, past, positions, context, config)
-    x = x + attended
-    activations, gated = mlp_activations(rms_norm(x, layer.mlp_norm, config.norm_eps), layer.mlp, config)
-    return x + layer.mlp.down(edit(activations, gated)), past, activations
+    x = x + rms_normed(attended, layer.attention_out_norm, config)
+    activations, gated = mlp_activations(rms_normed(x, layer.mlp_norm, config), layer.mlp, config)
+    added = layer.mlp.down(edit(activations, gated))
+    return x + rms_normed(added, layer.mlp_out_norm, config), past, activations
 
 
 def finish(params: Params, x: Array) -> Array:
     """Last norm: x [B, T, D] to [B, T, D]."""
     assert params.final_norm is not None, "the model has a final norm"
-    return rms_norm(x, params.final_norm, params.config.norm_eps)
+    return rms_normed(x, params.final_norm, params.config)

@@ -23,16 +23,18 @@ def activation_problems(fields: Fields, name: str = "hidden_act") -> list[str]:
     return [f"{name}={shown(given)} (only {', '.join(map(repr, ACTIVATIONS))})"]
 
 
-SHARED = ConfigFields(
+# All that these families share but what turns positions into angles.
+UNROTATED = ConfigFields(
     required=("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"),
     counts=("num_key_value_heads", "head_dim", "max_position_embeddings"),
     switches=("tie_word_embeddings",),
     numbers=("rms_norm_eps", "rope_theta"),
     # The pairs that RoPE rotates are (i, i + H/2); `rope_interleaved` would make them (2i, 2i + 1).
     fixed={"partial_rotary_factor": 1.0, "rope_interleaved": False},
-    checked=("hidden_act", *ROPE_FIELDS),
-    problems=lambda fields: [*activation_problems(fields), *rope_problems(fields)],
+    checked=("hidden_act",),
+    problems=activation_problems,
 )
+SHARED = UNROTATED.joined(ConfigFields(checked=ROPE_FIELDS, problems=rope_problems))
 
 
 def read_shared(fields: Fields, family: str, theta: float = 10_000.0, **own: Any) -> ModelConfig:

@@ -49,6 +49,8 @@ def build_params(config: ModelConfig, leaf: Callable[[tuple[int, ...]], Array]) 
                 up=linear(f"{mlp}.up", c.mlp_size, c.hidden_size, c.mlp_bias),
                 down=linear(f"{mlp}.down", c.hidden_size, c.mlp_size, c.mlp_bias),
             ),
+            attention_out_norm=optional_norm(f"{attention}_out_norm", c.hidden_size),
+            mlp_out_norm=optional_norm(f"{mlp}_out_norm", c.hidden_size),
         )
 
     projected = c.embed_size != c.hidden_size

@@ -153,12 +153,17 @@ class Mlp:
 
 @struct.dataclass
 class Layer:
-    """One transformer block; where its norms act depends on `ModelConfig.norm_first`."""
+    """One transformer block; where its norms act depends on `ModelConfig.norm_first`.
+
+    Some families also normalise what the attention and the MLP add to the residual stream.
+    """
 
     attention_norm: Norm
     attention: Attention
     mlp_norm: Norm
     mlp: Mlp
+    attention_out_norm: Norm | None = None
+    mlp_out_norm: Norm | None = None
 
 
 @struct.dataclass
