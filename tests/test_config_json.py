@@ -34,7 +34,8 @@ QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, **SIZES}
 GEMMA2 = {"model_type": "gemma2", "num_key_value_heads": 8, "head_dim": 256, **SIZES}
 GEMMA3 = {"model_type": "gemma3_text", "num_key_value_heads": 8, "head_dim": 256, **SIZES}
 FAMILIES = {"opt": OPT, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
-FAMILIES |= {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
+SMOLLM3 = {"model_type": "smollm3", "num_key_value_heads": 4, **SIZES}
+FAMILIES |= {"gemma2": GEMMA2, "gemma3_text": GEMMA3, "smollm3": SMOLLM3}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -206,6 +207,11 @@ def test_no_scaling_is_spelled_null_or_not_at_all():
             | {"logit_cap": None, "query_scalar": 256, "local_rope": Rope(10_000.0)}
             | {"windows": 5 * (*5 * (4096,), None) + (4096, 4096)},
         ),
+        (
+            "smollm3",
+            {"max_positions": 32768, "tied": True, "rope": Rope(2e6), "windows": ()}
+            | {"rotated": 8 * (True, True, True, False), "attention_bias": False, "mlp_bias": False},
+        ),
         ("qwen3", {"max_positions": 32768, "tied": False, "attention_bias": False, "windows": (), "head_size": 128}),
     ],
 )
@@ -281,6 +287,9 @@ NOT_IMPLEMENTED = [
     ("qwen3", "layer_types", 32 * ["sliding_attention"]),
     ("qwen3", "layer_types", "full_attention"),
     ("qwen3", "num_experts", 128),
+    ("smollm3", "no_rope_layers", 31 * [1]),
+    ("smollm3", "no_rope_layers", 32 * [2]),
+    ("smollm3", "layer_types", 32 * ["sliding_attention"]),
     ("gemma2", "use_bidirectional_attention", True),
     ("gemma2", "hidden_activation", "gelu_fast"),
     ("gemma2", "hidden_act", "gelu"),
@@ -332,16 +341,7 @@ def test_harmless_fields_are_ignored(family, harmless):
 def test_what_transformers_takes_for_granted_may_be_stated(family):
     """All fields of transformers' own configuration at their defaults; sizes and ids are the family's here."""
     usual = transformers.AutoConfig.for_model(family).to_dict()
-    stated = (
-        usual
-        | FAMILIES[family]
-        | {
-            "num_hidden_layers": usual["num_hidden_layers"],
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-        }
-    )
+    stated = usual | FAMILIES[family] | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     derived = ("head_dim", "num_key_value_heads", "word_embed_proj_dim")
     stated |= {name: FAMILIES[family].get(name) for name in derived}
     fewer = {"num_hidden_layers": usual["num_hidden_layers"]}  # which `layer_types` belong to
@@ -429,6 +429,15 @@ PUBLISHED = {
     | {"rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512}
     | {"torch_dtype": "bfloat16", "transformers_version": "4.55.0.dev0", "use_bidirectional_attention": False}
     | {"use_cache": True, "vocab_size": 262144},
+    "smollm3-3b": SMOLLM3
+    | {"architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"}
+    | {"bos_token_id": 128000, "eos_token_id": 128012, "hidden_size": 2048, "initializer_range": 0.02}
+    | {"intermediate_size": 11008, "layer_types": 36 * ["full_attention"], "max_position_embeddings": 65536}
+    | {"max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4, "no_rope_layers": 9 * [1, 1, 1, 0]}
+    | {"num_attention_heads": 16, "num_hidden_layers": 36, "pad_token_id": 128004, "pretraining_tp": 2}
+    | {"rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None}
+    | {"torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": False}
+    | {"use_sliding_window": False, "vocab_size": 128256},
     "mistral-7b-v0.1": MISTRAL
     | {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu"}
     | {"initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05}
@@ -441,6 +450,8 @@ PUBLISHED = {
     | {"torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 32768},
 }
 READ = {
+    "smollm3-3b": {"rotated": 9 * (True, True, True, False), "windows": (), "num_kv_heads": 4, "rope": Rope(5e6)}
+    | {"tied": True, "head_size": 128},
     "gemma-2-9b": {"windows": 21 * (4096, None), "num_heads": 16, "head_size": 256, "query_scalar": 256, "tied": True}
     | {"score_cap": 50.0, "logit_cap": 30.0, "activation": "gelu_tanh", "norm_plus_one": True, "rope": Rope(1e4)},
     "gemma-3-1b": {"windows": 4 * (*5 * (512,), None) + (512, 512), "num_kv_heads": 1, "eos_ids": (1, 106)}

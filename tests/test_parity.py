@@ -29,6 +29,9 @@ TINY_LLAMA = {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -87,6 +90,10 @@ GEMMA3_VARIANTS = {
     | {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}},
     "cap": TINY_GEMMA | {"final_logit_softcapping": 3.0, "attention_bias": True, "tie_word_embeddings": False},
 }
+SMOLLM3_VARIANTS = {
+    "windows": {"num_key_value_heads": 2, "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 8},
+    "interval": {"num_key_value_heads": 2, "no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True},
+}
 # By transformers' prefix of the family's classes.
 FAMILIES = {
     "OPT": OPT_VARIANTS,
@@ -96,6 +103,7 @@ FAMILIES = {
     "Qwen3": QWEN3_VARIANTS,
     "Gemma2": GEMMA2_VARIANTS,
     "Gemma3": GEMMA3_VARIANTS,
+    "SmolLM3": SMOLLM3_VARIANTS,
 }
 # Of families whose parts are those of others, the first variant has them all; what else they vary is slow.
 QUICK = ("OPT", "Llama")

@@ -58,6 +58,7 @@ class ModelConfig:
         pad_id: padding id, if any.
         windows: per layer, how many tokens a query sees, itself among them; None for all before it. Empty where every
             layer sees all.
+        rotated: per layer, whether positions rotate its queries and keys; empty where they do in every layer.
         local_rope: rotary settings of the layers that have a window; None for those of all layers.
         query_scalar: scores of queries and keys are divided by its square root; None for that of H.
         score_cap: scores c are pressed between -cap and cap, as cap tanh(c / cap); None for no cap.
@@ -87,6 +88,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     windows: tuple[int | None, ...] = field(default=(), metadata=LATER)
+    rotated: tuple[bool, ...] = field(default=(), metadata=LATER)
     local_rope: Rope | None = field(default=None, metadata=LATER)
     query_scalar: int | None = field(default=None, metadata=LATER)
     score_cap: float | None = field(default=None, metadata=LATER)

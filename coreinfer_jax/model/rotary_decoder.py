@@ -21,7 +21,11 @@ def layer_contexts(positions: Array, config: ModelConfig) -> tuple[LayerContext,
     turned = rotation(positions, config.head_size, config.rope)
     local = turned if config.local_rope is None else rotation(positions, config.head_size, config.local_rope)
     windows = config.windows or (None,) * config.num_layers
-    return tuple(LayerContext(turned if window is None else local, window) for window in windows)
+    rotated = config.rotated or (True,) * config.num_layers
+    return tuple(
+        LayerContext((turned if window is None else local) if rotates else None, window)
+        for window, rotates in zip(windows, rotated, strict=True)
+    )
 
 
 @jax.named_scope("block")

@@ -96,6 +96,13 @@ def layer_problems(fields: Fields) -> list[str]:
     return [f"layer_types of {len(types)} layers"] if len(types) != L else []
 
 
+def window_problems(fields: Fields, window: int | None) -> list[str]:
+    """Whether `layer_types`, in which nothing else is wrong, asks for a window that the other fields do not give."""
+    types = fields.get("layer_types")
+    asked = isinstance(types, list) and SLIDING in types
+    return [f"layer_types with {SLIDING!r} without a sliding window"] if asked and window is None else []
+
+
 def windows_of(types: Iterable[str], window: int | None) -> tuple[int | None, ...]:
     """`ModelConfig.windows` of layers of these types."""
     windows = tuple(window if kind == SLIDING else None for kind in types)

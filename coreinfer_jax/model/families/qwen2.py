@@ -14,6 +14,7 @@ from coreinfer_jax.model.rotary_fields import (
     layer_problems,
     layer_types,
     read_shared,
+    window_problems,
     windows_of,
     write_shared,
 )
@@ -30,11 +31,10 @@ from coreinfer_jax.model.rotary_tables import (
 PROJECTIONS = ("attention.query", "attention.key", "attention.value")
 
 
-def window_problems(fields: Fields) -> list[str]:
+def qwen_problems(fields: Fields) -> list[str]:
     """What is wrong with the fields of sliding windows."""
-    first, found = fields.get("max_window_layers", 0), layer_problems(fields)
-    if not found and SLIDING in fields.get("layer_types", ()) and _window(fields) is None:
-        found = [f"layer_types with {SLIDING!r} without use_sliding_window"]
+    first = fields.get("max_window_layers", 0)
+    found = [*layer_problems(fields), *window_problems(fields, _window(fields))]
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         found.append(f"max_window_layers={shown(first)} (give a whole number)")
     return found
@@ -47,7 +47,7 @@ WINDOWS = ConfigFields(
     nullable=("sliding_window",),
     switches=("use_sliding_window",),
     checked=("max_window_layers", "layer_types"),
-    problems=window_problems,
+    problems=qwen_problems,
 )
 
 
