@@ -35,7 +35,9 @@ GEMMA2 = {"model_type": "gemma2", "num_key_value_heads": 8, "head_dim": 256, **S
 GEMMA3 = {"model_type": "gemma3_text", "num_key_value_heads": 8, "head_dim": 256, **SIZES}
 FAMILIES = {"opt": OPT, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
 SMOLLM3 = {"model_type": "smollm3", "num_key_value_heads": 4, **SIZES}
-FAMILIES |= {"gemma2": GEMMA2, "gemma3_text": GEMMA3, "smollm3": SMOLLM3}
+PHI3 = {"model_type": "phi3", **SIZES}
+FAMILIES |= {"gemma2": GEMMA2, "gemma3_text": GEMMA3, "smollm3": SMOLLM3, "phi3": PHI3}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [4.0] * 64}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -212,6 +214,11 @@ def test_no_scaling_is_spelled_null_or_not_at_all():
             {"max_positions": 32768, "tied": True, "rope": Rope(2e6), "windows": ()}
             | {"rotated": 8 * (True, True, True, False), "attention_bias": False, "mlp_bias": False},
         ),
+        (
+            "phi3",
+            {"max_positions": 4096, "tied": False, "norm_eps": 1e-5, "rope": Rope(10_000.0), "windows": ()}
+            | {"num_kv_heads": 32, "head_size": 128},
+        ),
         ("qwen3", {"max_positions": 32768, "tied": False, "attention_bias": False, "windows": (), "head_size": 128}),
     ],
 )
@@ -290,6 +297,17 @@ NOT_IMPLEMENTED = [
     ("smollm3", "no_rope_layers", 31 * [1]),
     ("smollm3", "no_rope_layers", 32 * [2]),
     ("smollm3", "layer_types", 32 * ["sliding_attention"]),
+    ("phi3", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    ("phi3", "rope_scaling", LONGROPE),
+    ("phi3", "rope_scaling", LONGROPE | {"original_max_position_embeddings": 4096.5}),
+    ("phi3", "rope_scaling", LONGROPE | {"original_max_position_embeddings": 4096, "short_mscale": 1.2}),
+    ("phi3", "auto_map", {"AutoModelForCausalLM": "modeling.Mine"}),
+    ("phi3", "partial_rotary_factor", 0.001),
+    ("phi3", "rope_parameters", LONGROPE | {"original_max_position_embeddings": 4096, "long_factor": [1.0]}),
+    ("phi3", "rope_parameters", LONGROPE | {"original_max_position_embeddings": 4096, "attention_factor": "high"}),
+    ("phi3", "partial_rotary_factor", 1.5),
+    ("phi3", "attention_bias", True),
+    ("llama", "rope_scaling", LONGROPE | {"original_max_position_embeddings": 4096}),
     ("gemma2", "use_bidirectional_attention", True),
     ("gemma2", "hidden_activation", "gelu_fast"),
     ("gemma2", "hidden_act", "gelu"),
@@ -357,6 +375,9 @@ def test_many_unknown_fields_are_one_readable_line():
     assert len(refusal(LLAMA | {f"unknown_{i}": "x" * 1000 for i in range(10_000)})) < 10_000
 
 
+PHI3_CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+# sqrt(1 + ln 32 / ln 4096), by the rule of LongRoPE's release.
+MINI_ROPE = Rope(1e4, "longrope", original_max_positions=4096, attention_factor=1.1902380714238083)
 # The keys of published files, with values that are theirs or as harmless.
 PUBLISHED = {
     "opt-6.7b": OPT
@@ -438,6 +459,25 @@ PUBLISHED = {
     | {"rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None}
     | {"torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": False}
     | {"use_sliding_window": False, "vocab_size": 128256},
+    "phi-3-mini-128k": PHI3
+    | {"_name_or_path": "Phi-3-mini-128k-instruct", "architectures": ["Phi3ForCausalLM"], "attention_bias": False}
+    | {"auto_map": PHI3_CODE, "attention_dropout": 0.0}
+    | {"bos_token_id": 1, "embd_pdrop": 0.0, "eos_token_id": 32000, "hidden_act": "silu", "hidden_size": 3072}
+    | {"initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "pad_token_id": 32000}
+    | {"num_key_value_heads": 32, "original_max_position_embeddings": 4096, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05}
+    | {"rope_scaling": {"long_factor": 48 * [1.5], "short_factor": 48 * [1.25], "type": "longrope"}}
+    | {"rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    | {"transformers_version": "4.40.2", "use_cache": True, "vocab_size": 32064},
+    "phi-4-mini": PHI3
+    | {"architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 199999}
+    | {"embd_pdrop": 0.0, "eos_token_id": 199999, "full_attn_mod": 1, "hidden_act": "silu", "hidden_size": 3072}
+    | {"initializer_range": 0.02, "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": False}
+    | {"max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 24, "num_key_value_heads": 8}
+    | {"original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75}
+    | {"resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 262144}
+    | {"rope_scaling": {"long_factor": 48 * [1.5], "short_factor": 48 * [1.0], "type": "longrope"}}
+    | {"tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.45.0", "use_cache": True}
+    | {"vocab_size": 200064},
     "mistral-7b-v0.1": MISTRAL
     | {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu"}
     | {"initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05}
@@ -450,6 +490,10 @@ PUBLISHED = {
     | {"torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 32768},
 }
 READ = {
+    "phi-3-mini-128k": {"windows": (262144,) * 32, "head_size": 96, "tied": False}
+    | {"rope": replace(MINI_ROPE, short_factors=(1.25,) * 48, long_factors=(1.5,) * 48)},
+    "phi-4-mini": {"head_size": 128, "num_kv_heads": 8, "tied": True}
+    | {"rope": replace(MINI_ROPE, part=0.75, short_factors=(1.0,) * 48, long_factors=(1.5,) * 48)},
     "smollm3-3b": {"rotated": 9 * (True, True, True, False), "windows": (), "num_kv_heads": 4, "rope": Rope(5e6)}
     | {"tied": True, "head_size": 128},
     "gemma-2-9b": {"windows": 21 * (4096, None), "num_heads": 16, "head_size": 256, "query_scalar": 256, "tied": True}

@@ -12,7 +12,7 @@ import coreinfer_jax as ci
 from coreinfer_jax.cli import main
 from coreinfer_jax.io.export import write_hugging_face
 from coreinfer_jax.model.fingerprint import fingerprint
-from tests.test_parity import FAMILIES, assert_same_until_a_tie, random_reference
+from tests.test_parity import FAMILIES, TOLERANCE, assert_same_until_a_tie, random_reference
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -57,6 +57,21 @@ def test_rows_of_unequal_length_make_the_tokens_of_transformers(family: str) -> 
     out = ci.generate(params, prompts, core=None, max_new_tokens=NEW)
     for row, tokens in zip(out.tokens, prompts, strict=True):
         assert_same_until_a_tie(model, row[None], greedy(model, tokens), prompt=len(tokens))
+
+
+def test_phi3_beyond_its_first_context_rotates_by_the_long_factors() -> None:
+    model, params = pair("Phi3")
+    tokens = prompt(80)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits.numpy()
+    np.testing.assert_allclose(np.asarray(ci.forward(params, [tokens])), expected, rtol=0, atol=TOLERANCE)
+    out = ci.generate(params, [tokens], core=None, max_new_tokens=NEW)
+    assert_same_until_a_tie(model, out.tokens, greedy(model, tokens), prompt=len(tokens))
+    # A conversation that gets there is read anew, and a state for short texts takes no long one.
+    short, long = ({"core": None, "max_new_tokens": n} for n in (4, NEW))
+    *_, (_, conversation) = ci.converse(params, tokens[:50], None, **short)
+    said = [chunk.tokens[0] for chunk, _ in ci.converse(params, tokens, conversation, **long)]
+    assert np.concatenate(said).tolist() == out.tokens[0].tolist()
 
 
 def groups_of(params: ci.Params, core) -> ci.Groups:

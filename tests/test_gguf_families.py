@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from math import log, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
 import coreinfer_jax as ci
 from coreinfer_jax.model.weights import named_leaves
-from tests.test_parity import TOLERANCE, random_reference
+from tests.test_parity import PHI3_VARIANTS, TOLERANCE, random_reference
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -49,6 +50,17 @@ def gemma3(writer: GGUFWriter, config) -> None:
     writer.add_sliding_window(config.sliding_window)
 
 
+def phi3(writer: GGUFWriter, config) -> None:
+    base(writer, config)
+    H, rope = config.hidden_size // config.num_attention_heads, config.rope_parameters
+    writer.add_rope_dimension_count(int(H * rope["partial_rotary_factor"]))
+    writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    writer.add_rope_scaling_attn_factors(sqrt(1 + log(128 / 64) / log(64)))
+    writer.add_sliding_window(config.sliding_window or 0)
+    for which in ("short", "long"):
+        writer.add_tensor(f"rope_factors_{which}.weight", np.array(rope[f"{which}_factor"], np.float32))
+
+
 # By transformers' prefix: the architecture, a variant that its files can say, the metadata that llama.cpp's converter
 # writes besides.
 GEMMA = {"num_key_value_heads": 2, "head_dim": 256, "sliding_window": 8, "tie_word_embeddings": True}
@@ -60,6 +72,7 @@ FILES = {
     "Gemma2": ("gemma2", GEMMA, gemma2),
     "Gemma3": ("gemma3", GEMMA, gemma3),
     "SmolLM3": ("smollm3", {"num_key_value_heads": 2, "num_hidden_layers": 4, "attention_bias": True}, base),
+    "Phi3": ("phi3", PHI3_VARIANTS["longrope"], phi3),
 }
 
 READ_BY_TRANSFORMERS = ("qwen2", "qwen3", "gemma2", "gemma3")
@@ -109,7 +122,7 @@ def test_a_file_is_the_checkpoint_it_was_made_of(family: str, tmp_path: Path) ->
     params, tokenizer = ci.load(tmp_path / "model.gguf")
     expected, _ = ci.load(tmp_path / "hub")
     assert tokenizer is None
-    assert params.config == replace(expected.config, **not_in_files(params.config))
+    assert params.config == replace(expected.config, **not_in_files(params.config, expected.config))
     for (name, leaf), (_, written) in zip(named_leaves(params), named_leaves(expected), strict=True):
         np.testing.assert_allclose(leaf, written, rtol=0, atol=3e-7, err_msg=name)  # a scale of a norm had 1 added
     if architecture not in READ_BY_TRANSFORMERS:
@@ -121,6 +134,9 @@ def test_a_file_is_the_checkpoint_it_was_made_of(family: str, tmp_path: Path) ->
     np.testing.assert_allclose(np.asarray(ci.forward(params, tokens)), logits, rtol=0, atol=TOLERANCE)
 
 
-def not_in_files(config: ci.ModelConfig) -> dict[str, object]:
+def not_in_files(config: ci.ModelConfig, expected: ci.ModelConfig) -> dict[str, object]:
     """Facts of `config` that the tests' files do not hold, or as float32 only."""
-    return {name: getattr(config, name) for name in ("bos_id", "eos_ids", "pad_id", "norm_eps")}
+    factor = config.rope.attention_factor
+    assert factor == pytest.approx(expected.rope.attention_factor, rel=1e-6)
+    own = {name: getattr(config, name) for name in ("bos_id", "eos_ids", "pad_id", "norm_eps")}
+    return own | {"rope": replace(expected.rope, attention_factor=factor)}

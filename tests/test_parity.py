@@ -94,6 +94,18 @@ SMOLLM3_VARIANTS = {
     "windows": {"num_key_value_heads": 2, "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 8},
     "interval": {"num_key_value_heads": 2, "no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True},
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.25],
+    "long_factor": [1.5, 4.0],
+    "original_max_position_embeddings": 64,
+}
+PHI3_VARIANTS = {
+    "longrope": {"num_key_value_heads": 2, "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.5}}
+    | {"original_max_position_embeddings": 64, "sliding_window": 8},
+    "plain": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+}
 # By transformers' prefix of the family's classes.
 FAMILIES = {
     "OPT": OPT_VARIANTS,
@@ -104,6 +116,7 @@ FAMILIES = {
     "Gemma2": GEMMA2_VARIANTS,
     "Gemma3": GEMMA3_VARIANTS,
     "SmolLM3": SMOLLM3_VARIANTS,
+    "Phi3": PHI3_VARIANTS,
 }
 # Of families whose parts are those of others, the first variant has them all; what else they vary is slow.
 QUICK = ("OPT", "Llama")

@@ -118,7 +118,7 @@ def _step(
     config, positions = params.config, position[:, None]
     family = family_of(config)
     normed = rms_norm if params.layers[0].mlp_norm.bias is None else layer_norm
-    x, contexts = family.embed(params, token[:, None], positions)
+    x, contexts = family.embed(params, token[:, None], positions, cache.capacity)
     written = []
     pasts = zip(cache.keys, cache.values, strict=True)
     for layer, chooser, past, context in zip(params.layers, choosers, pasts, contexts, strict=True):

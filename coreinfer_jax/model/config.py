@@ -14,19 +14,35 @@ class Rope:
     Attributes:
         theta: base of the geometric series of wavelengths.
         scaling: `none`; `linear` divides every frequency by `factor`; `llama3` divides only the long wavelengths
-            and blends in between (the rule published with Llama 3.1).
-        factor: the divisor of both scalings.
+            and blends in between (the rule published with Llama 3.1); `longrope` divides each frequency by a factor of
+            its own, of one list within the trained context and of another beyond it (Phi-3).
+        factor: the divisor of `linear` and `llama3`.
         low_freq_factor: `llama3`: wavelengths above original_max_positions / low_freq_factor are fully scaled.
         high_freq_factor: `llama3`: wavelengths below original_max_positions / high_freq_factor are left alone.
-        original_max_positions: `llama3`: context length the unscaled model was trained with.
+        original_max_positions: `llama3`, `longrope`: context length the unscaled model was trained with.
+        part: the share of a head's entries that rotate, the first ones.
+        short_factors: `longrope`: divisors where a run has room for no more than original_max_positions.
+        long_factors: `longrope`: divisors where it has room for more.
+        attention_factor: `longrope`: rotated queries and keys are multiplied by it.
     """
 
     theta: float = 10_000.0
-    scaling: Literal["none", "linear", "llama3"] = "none"
+    scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    part: float = field(default=1.0, metadata=LATER)
+    short_factors: tuple[float, ...] = field(default=(), metadata=LATER)
+    long_factors: tuple[float, ...] = field(default=(), metadata=LATER)
+    attention_factor: float = field(default=1.0, metadata=LATER)
+
+    def is_long(self, capacity: int) -> bool:
+        """Whether a run with room for `capacity` (S) positions rotates in the way for long contexts.
+
+        As in llama.cpp the room decides, and not the length so far: keys in the cache cannot be turned anew.
+        """
+        return self.scaling == "longrope" and capacity > self.original_max_positions
 
 
 @dataclass(frozen=True)

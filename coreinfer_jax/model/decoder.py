@@ -60,7 +60,7 @@ def extend(
     """
     family = family_of(params.config)
     positions = start[:, None] + jax.lax.iota(start.dtype, tokens.shape[1])[None, :]
-    x, contexts = family.embed(params, tokens, positions)
+    x, contexts = family.embed(params, tokens, positions, cache.capacity)
     written, observed = [], []
     pasts = zip(cache.keys, cache.values, strict=True)
     for l, (layer, past, context) in enumerate(zip(params.layers, pasts, contexts, strict=True)):

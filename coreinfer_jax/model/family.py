@@ -12,7 +12,7 @@ from coreinfer_jax.model.config_fields import ConfigFields, Fields
 from coreinfer_jax.model.layers import LayerContext
 from coreinfer_jax.model.weights import Layer, Params
 
-Embed = Callable[[Params, Array, Array], tuple[Array, tuple[LayerContext, ...]]]
+Embed = Callable[[Params, Array, Array, int], tuple[Array, tuple[LayerContext, ...]]]
 Past = tuple[Array, Array]
 BlockEdit = Callable[[Array, Array], Array]
 Block = Callable[[Array, Layer, Past, Array, LayerContext, BlockEdit, ModelConfig], tuple[Array, Past, Array]]
@@ -69,14 +69,15 @@ class Family:
         read_config: `ModelConfig` of the checked fields of a config.json, those that are null left out.
         write_config: the fields that `read_config` reads, besides those that every family has.
         tensors: our name of each weight -> that in checkpoints, `{l}` standing for the layer's number, theirs without
-            the leading `model.` that some checkpoints have and others lack. A model of the family has no weights but
+            the leading `model.` that some checkpoints have and others lack. Weights with one name there are its rows,
+            in the order of `Params`. A model of the family has no weights but
             these; which of them one has is decided by its config. No tensor changes shape: both sides store weights
             [out, in].
         ignored_tensors: regular expressions for stored tensors that hold nothing the model computes with.
         gguf: how GGUF files spell it; None where they are not read.
         position_offset: rows of the position table, where there is one, before that of position 0.
-        embed: (params, tokens [B, T], positions [B, T]) to x [B, T, D] and what each of the L layers is told of
-            them: their rotation there, and how far it sees.
+        embed: (params, tokens [B, T], positions [B, T], the positions S that there is room for) to x [B, T, D] and what
+            each of the L layers is told of the tokens: their rotation there, and how far it sees.
         block: one layer: (x [B, T, D], its weights, its cached keys and values [B, G, S, H], positions [B, T], its
             context, an edit, the config) to the new x, the extended keys and values, and the MLP activations [B, T, F].
             The down projection reads what the edit makes of the activations and of what the activation function gave.

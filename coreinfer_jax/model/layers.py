@@ -60,9 +60,12 @@ def soft_capped(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rope_frequencies(head_size: int, rope: Rope) -> np.ndarray:
-    """Angle per position of each of the H/2 rotated pairs: float32 [H/2]."""
-    frequencies = 1.0 / rope.theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+def rope_frequencies(head_size: int, rope: Rope, is_long: bool = False) -> np.ndarray:
+    """Angle per position of each of the rotated pairs, H/2 where the whole head rotates: float32 [H/2]."""
+    size = int(head_size * rope.part)
+    frequencies = 1.0 / rope.theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
+    if rope.scaling == "longrope":
+        frequencies = frequencies / np.asarray(rope.long_factors if is_long else rope.short_factors)
     if rope.scaling == "linear":
         frequencies = frequencies / rope.factor
     if rope.scaling == "llama3":
@@ -77,16 +80,27 @@ def _llama3_frequencies(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
     return kept * frequencies + (1 - kept) * frequencies / rope.factor
 
 
-def rotation(positions: Array, head_size: int, rope: Rope) -> tuple[Array, Array]:
-    """Cosines and sines for positions [B, T]: two float32 arrays [B, T, 1, H/2], broadcastable over heads."""
-    frequencies = jnp.asarray(rope_frequencies(head_size, rope))
+def rotation(positions: Array, head_size: int, rope: Rope, capacity: int) -> tuple[Array, Array]:
+    """Cosines and sines for positions [B, T]: two float32 arrays [B, T, 1, H/2], broadcastable over heads.
+
+    Where a part of each head rotates, they are as many as there are rotated pairs. `capacity` (S) is what the run has
+    room for.
+    """
+    frequencies = jnp.asarray(rope_frequencies(head_size, rope, rope.is_long(capacity)))
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if rope.attention_factor == 1.0 else (cos * rope.attention_factor, sin * rope.attention_factor)
 
 
 def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
-    """Apply RoPE to x [B, T, heads, H]; pair i is (x[i], x[i + H/2]), the layout of Hugging Face checkpoints."""
+    """Apply RoPE to x [B, T, heads, H]; pair i is (x[i], x[i + H/2]), the layout of Hugging Face checkpoints.
+
+    With fewer pairs than H/2 only the first entries rotate.
+    """
     cos, sin = cos_sin
+    size = 2 * cos.shape[-1]
+    if size < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :size], cos_sin), x[..., size:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

@@ -5,21 +5,25 @@ from collections.abc import Callable
 import jax
 from jax import Array
 
-from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.config import ModelConfig, Rope
 from coreinfer_jax.model.layers import LayerContext, attention, lookup, mlp_activations, rms_normed, rotation
 from coreinfer_jax.model.weights import Layer, Params
 
 
-def embed(params: Params, tokens: Array, positions: Array) -> tuple[Array, tuple[LayerContext, ...]]:
+def embed(params: Params, tokens: Array, positions: Array, capacity: int) -> tuple[Array, tuple[LayerContext, ...]]:
     """Token embeddings [B, T, D] of tokens [B, T]; the rotation of `positions` [B, T] and the window of each layer."""
-    return lookup(params.token_embedding, tokens), layer_contexts(positions, params.config)
+    return lookup(params.token_embedding, tokens), layer_contexts(positions, capacity, params.config)
 
 
-def layer_contexts(positions: Array, config: ModelConfig) -> tuple[LayerContext, ...]:
-    """What each layer is told of tokens at `positions` [B, T]."""
+def layer_contexts(positions: Array, capacity: int, config: ModelConfig) -> tuple[LayerContext, ...]:
+    """What each layer is told of tokens at `positions` [B, T], in a run with room for `capacity` (S)."""
     assert config.rope is not None, "the model has rotary positions"
-    turned = rotation(positions, config.head_size, config.rope)
-    local = turned if config.local_rope is None else rotation(positions, config.head_size, config.local_rope)
+
+    def turned_by(rope: Rope) -> tuple[Array, Array]:
+        return rotation(positions, config.head_size, rope, capacity)
+
+    turned = turned_by(config.rope)
+    local = turned if config.local_rope is None else turned_by(config.local_rope)
     windows = config.windows or (None,) * config.num_layers
     rotated = config.rotated or (True,) * config.num_layers
     return tuple(

@@ -30,11 +30,12 @@ UNROTATED = ConfigFields(
     switches=("tie_word_embeddings",),
     numbers=("rms_norm_eps", "rope_theta"),
     # The pairs that RoPE rotates are (i, i + H/2); `rope_interleaved` would make them (2i, 2i + 1).
-    fixed={"partial_rotary_factor": 1.0, "rope_interleaved": False},
+    fixed={"rope_interleaved": False},
     checked=("hidden_act",),
     problems=activation_problems,
 )
-SHARED = UNROTATED.joined(ConfigFields(checked=ROPE_FIELDS, problems=rope_problems))
+WHOLE_HEADS = ConfigFields(fixed={"partial_rotary_factor": 1.0})
+SHARED = UNROTATED.joined(WHOLE_HEADS).joined(ConfigFields(checked=ROPE_FIELDS, problems=rope_problems))
 
 
 def read_shared(fields: Fields, family: str, theta: float = 10_000.0, **own: Any) -> ModelConfig:

@@ -110,9 +110,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**write_gemma(config), "attn_logit_softcapping": config.score_cap}
 
 
-def embed(params: Params, tokens: Array, positions: Array) -> tuple[Array, tuple[LayerContext, ...]]:
+def embed(params: Params, tokens: Array, positions: Array, capacity: int) -> tuple[Array, tuple[LayerContext, ...]]:
     """As its relatives do, times the square root of D, rounded to the model's dtype."""
-    x, contexts = decoder.embed(params, tokens, positions)
+    x, contexts = decoder.embed(params, tokens, positions, capacity)
     return x * jnp.asarray(params.config.hidden_size**0.5, x.dtype), contexts
 
 

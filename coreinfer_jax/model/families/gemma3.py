@@ -9,7 +9,7 @@ from coreinfer_jax.model.config_fields import ConfigFields, Fields
 from coreinfer_jax.model.families import gemma2
 from coreinfer_jax.model.family import Family, GgufNames
 from coreinfer_jax.model.rope_fields import ROPE_FIELDS, read_rope, rope_problems
-from coreinfer_jax.model.rotary_fields import FULL, SLIDING, UNROTATED
+from coreinfer_jax.model.rotary_fields import FULL, SLIDING, UNROTATED, WHOLE_HEADS
 from coreinfer_jax.model.rotary_tables import (
     GGUF_FIELDS,
     GGUF_HEAD_NORMS,
@@ -68,7 +68,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 FAMILY = Family(
     name="gemma3_text",
     architectures=("Gemma3ForCausalLM",),
-    fields=UNROTATED.joined(gemma2.OWN).joined(
+    fields=UNROTATED.joined(WHOLE_HEADS)
+    .joined(gemma2.OWN)
+    .joined(
         ConfigFields(
             counts=("sliding_window_pattern",),
             numbers=("rope_local_base_freq",),

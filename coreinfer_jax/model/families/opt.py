@@ -90,7 +90,7 @@ TENSORS = {
 }
 
 
-def embed(params: Params, tokens: Array, positions: Array) -> tuple[Array, tuple[LayerContext, ...]]:
+def embed(params: Params, tokens: Array, positions: Array, capacity: int) -> tuple[Array, tuple[LayerContext, ...]]:
     """Token plus position embeddings of tokens [B, T] at `positions` [B, T]: [B, T, D]."""
     x = lookup(params.token_embedding, tokens)
     if params.project_in is not None:
