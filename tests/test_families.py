@@ -12,10 +12,9 @@ import coreinfer_jax as ci
 from coreinfer_jax.cli import main
 from coreinfer_jax.io.export import write_hugging_face
 from coreinfer_jax.model.fingerprint import fingerprint
-from tests.test_parity import FAMILIES, TOLERANCE, assert_same_until_a_tie, random_reference
+from tests.test_parity import FAMILIES, TOLERANCE, as_family, assert_same_until_a_tie, random_reference
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
 # One variant of each, the one whose layers differ most.
@@ -131,7 +130,7 @@ def test_converted_and_exported_models_are_the_same(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, params = pair(family)
-    model.save_pretrained(tmp_path / "hub")
+    random_reference(family, CHOSEN[family], tmp_path / "hub")
     ci.convert(tmp_path / "hub", tmp_path / "native")
     (tmp_path / "exported").mkdir()
     write_hugging_face(tmp_path / "exported", params, np.dtype(np.float32))
@@ -141,7 +140,7 @@ def test_converted_and_exported_models_are_the_same(
         assert jax.tree.all(jax.tree.map(np.array_equal, read, params))
     assert main(["info", str(tmp_path / "native")]) == 0
     assert ("layers see a window of 8" in capsys.readouterr().out) == bool(params.config.windows)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    theirs = as_family(type(model).from_pretrained(tmp_path / "exported"), family)
     with torch.no_grad():
         ours, again = (one(torch.tensor([prompt(23)])).logits.numpy() for one in (model, theirs))
     np.testing.assert_array_equal(ours, again)

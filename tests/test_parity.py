@@ -1,5 +1,6 @@
 """Logits and greedy tokens against transformers' own PyTorch models, on tiny random checkpoints of every variant."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,9 @@ PHI3_VARIANTS = {
     | {"original_max_position_embeddings": 64, "sliding_window": 8},
     "plain": {"num_key_value_heads": 2, "tie_word_embeddings": True},
 }
+BAMBOO_VARIANTS = {
+    "drelu": {"num_key_value_heads": 2, "sliding_window": 8, "hidden_act": "relu"},
+}
 # By transformers' prefix of the family's classes.
 FAMILIES = {
     "OPT": OPT_VARIANTS,
@@ -117,6 +121,7 @@ FAMILIES = {
     "Gemma3": GEMMA3_VARIANTS,
     "SmolLM3": SMOLLM3_VARIANTS,
     "Phi3": PHI3_VARIANTS,
+    "Bamboo": BAMBOO_VARIANTS,
 }
 # Of families whose parts are those of others, the first variant has them all; what else they vary is slow.
 QUICK = ("OPT", "Llama")
@@ -136,8 +141,9 @@ def random_reference(family: str, changes: dict[str, object], directory: Path):
     """A random transformers model, saved to `directory`; biases and norm scales are random too, not 0 and 1."""
     torch.manual_seed(0)
     fields = (TINY_OPT if family == "OPT" else TINY_LLAMA) | changes
-    config = getattr(transformers, f"{'Gemma3Text' if family == 'Gemma3' else family}Config")
-    model = getattr(transformers, f"{family}ForCausalLM")(config(**fields)).eval()
+    config, kind = {"Gemma3": ("Gemma3Text", "Gemma3"), "Bamboo": ("Mistral", "Mistral")}.get(family, (family, family))
+    config = getattr(transformers, f"{config}Config")(**fields)
+    model = as_family(getattr(transformers, f"{kind}ForCausalLM")(config).eval(), family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -145,6 +151,17 @@ def random_reference(family: str, changes: dict[str, object], directory: Path):
                     torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name and "bias" not in name else 0.0)
                 )
     model.save_pretrained(directory)
+    if family == "Bamboo":
+        config = json.loads((directory / "config.json").read_text())
+        config |= {"model_type": "bamboo", "architectures": ["BambooForCausalLM"]}
+        (directory / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def as_family(model, family: str):
+    """`model`, and for Bamboo, which transformers lacks, Mistral with the MLP of its model card."""
+    for layer in model.model.layers if family == "Bamboo" else ():
+        layer.mlp.forward = lambda x, m=layer.mlp: m.down_proj(m.act_fn(m.gate_proj(x)) * m.act_fn(m.up_proj(x)))
     return model
 
 

@@ -79,6 +79,7 @@ class ModelConfig:
         query_scalar: scores of queries and keys are divided by its square root; None for that of H.
         score_cap: scores c are pressed between -cap and cap, as cap tanh(c / cap); None for no cap.
         logit_cap: the same for logits.
+        activates_up: the activation function acts on the up projection as well as on the gate (dReLU).
         norm_plus_one: RMSNorm multiplies by its scale plus 1, in float32.
     """
 
@@ -109,4 +110,5 @@ class ModelConfig:
     query_scalar: int | None = field(default=None, metadata=LATER)
     score_cap: float | None = field(default=None, metadata=LATER)
     logit_cap: float | None = field(default=None, metadata=LATER)
+    activates_up: bool = field(default=False, metadata=LATER)
     norm_plus_one: bool = field(default=False, metadata=LATER)

@@ -152,7 +152,10 @@ def _unknown(fields: Fields, family: str, known: frozenset[str]) -> list[str]:
         return []
     from transformers import AutoConfig  # takes seconds, and hardly a checkpoint has such fields
 
-    usual = AutoConfig.for_model(family).to_dict()
+    try:
+        usual = AutoConfig.for_model(family).to_dict()
+    except ValueError:  # a family with code of its own
+        usual = {}
     found = [
         f"{shown_name(name)}={shown(value)}"
         for name, value in further.items()

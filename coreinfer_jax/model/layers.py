@@ -178,12 +178,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> tuple[Array, Array]:
     """Activations a [B, T, F], the input of the down projection, and what the activation function gave.
 
-    Both are act(up x) without a gate; with one they are act(gate x) * up x and act(gate x).
+    Both are act(up x) without a gate; with one they are act(gate x) * up x and act(gate x), or with `activates_up`
+    act(gate x) * act(up x) and act(gate x).
     """
     act = ACTIVATIONS[config.activation]
     up = mlp.up(x)
     gated = act(up if mlp.gate is None else mlp.gate(x))
-    return (gated if mlp.gate is None else gated * up), gated
+    if mlp.gate is None:
+        return gated, gated
+    return gated * (act(up) if config.activates_up else up), gated
 
 
 def lookup(table: Array, ids: Array) -> Array:

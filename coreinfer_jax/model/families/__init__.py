@@ -2,7 +2,7 @@
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.families import gemma2, gemma3, llama, mistral, opt, phi3, qwen2, qwen3, smollm3
+from coreinfer_jax.model.families import bamboo, gemma2, gemma3, llama, mistral, opt, phi3, qwen2, qwen3, smollm3
 from coreinfer_jax.model.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -17,6 +17,7 @@ FAMILIES: dict[str, Family] = {
         gemma3.FAMILY,
         smollm3.FAMILY,
         phi3.FAMILY,
+        bamboo.FAMILY,
     )
 }
 
