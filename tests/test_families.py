@@ -1,17 +1,24 @@
 """Batches, choosers, conversion and export of every family with rotary positions, against transformers."""
 
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
+from coreinfer_jax.engine.generation import make_request
+from coreinfer_jax.engine.loop import begin
+from coreinfer_jax.engine.running import insert_request, start
 from coreinfer_jax.io.export import write_hugging_face
+from coreinfer_jax.model.families import family_of
 from coreinfer_jax.model.fingerprint import fingerprint
+from coreinfer_jax.model.layers import rms_normed
 from tests.test_parity import FAMILIES, TOLERANCE, as_family, assert_same_until_a_tie, random_reference
 
 torch = pytest.importorskip("torch")
@@ -66,11 +73,31 @@ def test_phi3_beyond_its_first_context_rotates_by_the_long_factors() -> None:
     np.testing.assert_allclose(np.asarray(ci.forward(params, [tokens])), expected, rtol=0, atol=TOLERANCE)
     out = ci.generate(params, [tokens], core=None, max_new_tokens=NEW)
     assert_same_until_a_tie(model, out.tokens, greedy(model, tokens), prompt=len(tokens))
-    # A conversation that gets there is read anew, and a state for short texts takes no long one.
-    short, long = ({"core": None, "max_new_tokens": n} for n in (4, NEW))
-    *_, (_, conversation) = ci.converse(params, tokens[:50], None, **short)
-    said = [chunk.tokens[0] for chunk, _ in ci.converse(params, tokens, conversation, **long)]
+    # A conversation that gets there is read anew.
+    *_, (_, conversation) = ci.converse(params, tokens[:50], None, core=None, max_new_tokens=4)
+    said = [chunk.tokens[0] for chunk, _ in ci.converse(params, tokens, conversation, core=None, max_new_tokens=NEW)]
     assert np.concatenate(said).tolist() == out.tokens[0].tolist()
+    begun = begin(make_request(params, [tokens[:50]], None, {"max_new_tokens": 4}))
+    with pytest.raises(ci.CoreInferError, match="64 positions, the state 128, and beyond 64 this model rotates other"):
+        insert_request(start(params, 2, 128), 0, begun)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Gemma3"])
+def test_gemma_is_rounded_to_16_bits_where_transformers_rounds(family: str) -> None:
+    model, params = pair(family)
+    norm, config = model.model.layers[1].post_attention_layernorm, params.config
+    x = torch.randn((2, 3, config.hidden_size), dtype=torch.bfloat16)
+    narrow = jnp.asarray(x.float().numpy(), jnp.bfloat16)
+    ours = rms_normed(narrow, params.layers[1].attention_out_norm, config)
+    theirs = norm(x).detach().float().numpy()
+    np.testing.assert_allclose(ours.astype(jnp.float32), theirs, rtol=2**-8)  # one rounding, of the product
+    assert (np.asarray(ours, np.float32) == theirs).mean() > 0.99
+    tokens = np.array([prompt(5)])
+    with torch.no_grad():
+        looked_up = deepcopy(model.model.embed_tokens).bfloat16()(torch.tensor(tokens)).float().numpy()
+    half = params.replace(token_embedding=params.token_embedding.astype(jnp.bfloat16))
+    embedded, _ = family_of(config).embed(half, jnp.asarray(tokens), jnp.arange(5)[None], 64)
+    np.testing.assert_array_equal(embedded.astype(jnp.float32), looked_up)
 
 
 def groups_of(params: ci.Params, core) -> ci.Groups:

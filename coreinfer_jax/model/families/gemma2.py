@@ -49,7 +49,7 @@ def gemma_problems(fields: Fields) -> list[str]:
         ("hidden_act", "hidden_activation", activation),
         ("sliding_window_size", "sliding_window", window),
     ):
-        if fields.get(name, meant) != meant:
+        if name in fields and fields[name] != meant:
             found.append(f"{name}={shown(fields[name])} beside {beside}={shown(meant)}")
     return found if window is not None else [*found, "sliding_window=None"]
 

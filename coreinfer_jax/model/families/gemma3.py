@@ -4,7 +4,7 @@ from typing import Any
 
 from coreinfer_jax.errors import shown
 from coreinfer_jax.model import rotary_decoder as decoder
-from coreinfer_jax.model.config import ModelConfig, Rope
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
 from coreinfer_jax.model.families import gemma2
 from coreinfer_jax.model.family import Family, GgufNames
@@ -40,10 +40,7 @@ def gemma3_rope_problems(fields: Fields) -> list[str]:
     nested = fields.get("rope_parameters", {})
     if not isinstance(nested, dict) or set(nested) - {FULL, SLIDING}:
         return [f"rope_parameters={shown(nested)} (give an object with {FULL!r} and {SLIDING!r})"]
-    found = [*rope_problems(_whole(fields)), *rope_problems(_windowed(fields))]
-    if not found and read_rope(_windowed(fields), _LOCAL).scaling != "none":
-        found.append(f"rope_parameters with scaling for {SLIDING!r}")
-    return found
+    return [*rope_problems(_whole(fields)), *rope_problems(_windowed(fields), kinds=("default",))]
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -54,7 +51,7 @@ def read_config(fields: Fields) -> ModelConfig:
         "gemma3_text",
         [SLIDING if (l + 1) % pattern else FULL for l in range(L)],
         theta=_GLOBAL,
-        local_rope=Rope(theta=read_rope(_windowed(fields), _LOCAL).theta),
+        local_rope=read_rope(_windowed(fields), _LOCAL),
         logit_cap=fields.get("final_logit_softcapping"),
     )
 
