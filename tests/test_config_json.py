@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io.config_json import hugging_face_fields, model_config, read_model_config
+from coreinfer_jax.io.mapping import leaf_shapes
 from coreinfer_jax.model.config import Rope
 
 OPT = {
@@ -518,6 +520,26 @@ def test_published_files_load(name):
     assert config.max_positions == PUBLISHED[name].get("max_position_embeddings", 2048)
     expected = READ.get(name, {})
     assert {fact: getattr(config, fact) for fact in expected} == expected
+
+
+# As their model pages state them.
+PARAMETERS = {
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-270m": 268_098_176,
+    "smollm3-3b": 3_075_098_624,
+    "phi-3-mini-128k": 3_821_079_552,
+    "phi-4-mini": 3_836_021_760,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_as_many_as_published(name):
+    assert sum(map(prod, leaf_shapes(model_config(PUBLISHED[name])).values())) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

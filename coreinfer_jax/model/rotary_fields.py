@@ -110,6 +110,11 @@ def windows_of(types: Iterable[str], window: int | None) -> tuple[int | None, ..
     return windows if any(windows) else ()
 
 
+def window_of(config: ModelConfig) -> int | None:
+    """The window of those layers that have one."""
+    return next(filter(None, config.windows), None)
+
+
 def layer_types(config: ModelConfig) -> list[str]:
     """The types of all layers."""
     return [FULL if window is None else SLIDING for window in config.windows or (None,) * config.num_layers]

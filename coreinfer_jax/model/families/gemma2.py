@@ -23,6 +23,7 @@ from coreinfer_jax.model.rotary_fields import (
     layer_problems,
     layer_types,
     read_shared,
+    window_of,
     windows_of,
     write_shared,
 )
@@ -90,7 +91,7 @@ def write_gemma(config: ModelConfig) -> dict[str, Any]:
         "query_pre_attn_scalar": config.query_scalar,
         "final_logit_softcapping": config.logit_cap,
         "layer_types": layer_types(config),
-        "sliding_window": next(filter(None, config.windows), 4096),
+        "sliding_window": window_of(config) or 4096,
     }
 
 

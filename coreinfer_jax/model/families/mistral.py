@@ -6,7 +6,15 @@ from coreinfer_jax.model import rotary_decoder as decoder
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
 from coreinfer_jax.model.family import Family
-from coreinfer_jax.model.rotary_fields import SHARED, SLIDING, layer_problems, read_shared, windows_of, write_shared
+from coreinfer_jax.model.rotary_fields import (
+    SHARED,
+    SLIDING,
+    layer_problems,
+    read_shared,
+    window_of,
+    windows_of,
+    write_shared,
+)
 from coreinfer_jax.model.rotary_tables import IGNORED_TENSORS, TENSORS
 
 FIELDS = SHARED.joined(
@@ -29,7 +37,7 @@ def read_config(fields: Fields) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json that Mistral has besides those of every family."""
-    return {**write_shared(config), "sliding_window": config.windows[0] if config.windows else None}
+    return {**write_shared(config), "sliding_window": window_of(config)}
 
 
 FAMILY = Family(

@@ -13,6 +13,7 @@ from coreinfer_jax.model.rotary_fields import (
     UNROTATED,
     layer_problems,
     read_shared,
+    window_of,
     windows_of,
     write_shared,
 )
@@ -53,7 +54,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     is_scaled = config.rope.scaling == "longrope"
     return {
         **write_shared(config),
-        "sliding_window": config.windows[0] if config.windows else None,
+        "sliding_window": window_of(config),
         "original_max_position_embeddings": config.rope.original_max_positions if is_scaled else None,
     }
 

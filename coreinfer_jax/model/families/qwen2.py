@@ -14,6 +14,7 @@ from coreinfer_jax.model.rotary_fields import (
     layer_problems,
     layer_types,
     read_shared,
+    window_of,
     window_problems,
     windows_of,
     write_shared,
@@ -68,7 +69,7 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
     types = layer_types(config)
     return {
         "use_sliding_window": SLIDING in types,
-        "sliding_window": next(filter(None, config.windows), None),
+        "sliding_window": window_of(config),
         "max_window_layers": types.index(SLIDING) if SLIDING in types else config.num_layers,
         "layer_types": types,
     }

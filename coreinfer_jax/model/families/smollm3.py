@@ -16,6 +16,7 @@ from coreinfer_jax.model.rotary_fields import (
     layer_problems,
     layer_types,
     read_shared,
+    window_of,
     window_problems,
     windows_of,
     write_shared,
@@ -71,7 +72,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias": config.mlp_bias,
         "no_rope_layers": [int(turns) for turns in config.rotated or (True,) * config.num_layers],
         "use_sliding_window": bool(config.windows),
-        "sliding_window": next(filter(None, config.windows), None),
+        "sliding_window": window_of(config),
         "layer_types": layer_types(config),
     }
 
