@@ -42,7 +42,7 @@ def measure() -> dict[str, Any]:
         out = ci.generate(params, [prompt], core, max_new_tokens=40, eos_ids=params.config.eos_ids)
         answers[name] = {
             "core": None if core is None or isinstance(core, ci.CoreNeurons) else settings_of(core),
-            "answer": tokenizer.decode(out.tokens[0, : out.lengths[0]]),
+            "answer": tokenizer.decode(out.tokens[0, : out.lengths[0]].tolist()),
             "kept_share": float(np.mean(out.stats.kept_neurons)) / params.config.mlp_size,
             "ms_per_token": taken[name][1:],  # the first round compiles
         }

@@ -1,13 +1,16 @@
 """config.json of every published spelling and size -> `ModelConfig`."""
 
 import json
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
 import transformers
 
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.io.config_json import model_config, read_model_config
+from coreinfer_jax.io.config_json import hugging_face_fields, model_config, read_model_config
+from coreinfer_jax.io.mapping import leaf_shapes
 from coreinfer_jax.model.config import Rope
 
 OPT = {
@@ -26,7 +29,18 @@ LLAMA = {
     "intermediate_size": 11008,
     "num_attention_heads": 32,
 }
-FAMILIES = {"opt": OPT, "llama": LLAMA}
+SIZES = {name: value for name, value in LLAMA.items() if name != "model_type"}
+MISTRAL = {"model_type": "mistral", "num_key_value_heads": 8, **SIZES}
+QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 8, **SIZES}
+QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, **SIZES}
+GEMMA2 = {"model_type": "gemma2", "num_key_value_heads": 8, "head_dim": 256, **SIZES}
+GEMMA3 = {"model_type": "gemma3_text", "num_key_value_heads": 8, "head_dim": 256, **SIZES}
+FAMILIES = {"opt": OPT, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
+SMOLLM3 = {"model_type": "smollm3", "num_key_value_heads": 4, **SIZES}
+PHI3 = {"model_type": "phi3", **SIZES}
+BAMBOO = MISTRAL | {"model_type": "bamboo"}
+FAMILIES |= {"gemma2": GEMMA2, "gemma3_text": GEMMA3, "smollm3": SMOLLM3, "phi3": PHI3, "bamboo": BAMBOO}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [4.0] * 64}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -179,8 +193,37 @@ def test_no_scaling_is_spelled_null_or_not_at_all():
         (
             "llama",
             {"max_positions": 2048, "tied": False, "activation": "silu", "norm_eps": 1e-6, "rope": Rope(10_000.0)}
-            | {"attention_bias": False, "mlp_bias": False, "num_kv_heads": 32, "head_size": 128},
+            | {"attention_bias": False, "mlp_bias": False, "num_kv_heads": 32, "head_size": 128, "windows": ()},
         ),
+        (
+            "mistral",
+            {"max_positions": 131072, "tied": False, "activation": "silu", "norm_eps": 1e-6, "rope": Rope(10_000.0)}
+            | {"head_size": 128, "windows": (4096,) * 32},
+        ),
+        ("qwen2", {"max_positions": 32768, "tied": False, "attention_bias": True, "windows": (), "head_size": 128}),
+        (
+            "gemma2",
+            {"max_positions": 8192, "tied": True, "activation": "gelu_tanh", "rope": Rope(10_000.0), "score_cap": 50.0}
+            | {"logit_cap": 30.0, "query_scalar": 256, "windows": 16 * (4096, None), "local_rope": None},
+        ),
+        (
+            "gemma3_text",
+            {"max_positions": 131072, "tied": True, "activation": "gelu_tanh", "rope": Rope(1e6), "score_cap": None}
+            | {"logit_cap": None, "query_scalar": 256, "local_rope": Rope(10_000.0)}
+            | {"windows": 5 * (*5 * (4096,), None) + (4096, 4096)},
+        ),
+        (
+            "smollm3",
+            {"max_positions": 32768, "tied": True, "rope": Rope(2e6), "windows": ()}
+            | {"rotated": 8 * (True, True, True, False), "attention_bias": False, "mlp_bias": False},
+        ),
+        (
+            "phi3",
+            {"max_positions": 4096, "tied": False, "norm_eps": 1e-5, "rope": Rope(10_000.0), "windows": ()}
+            | {"num_kv_heads": 32, "head_size": 128},
+        ),
+        ("bamboo", {"max_positions": 131072, "activation": "silu", "activates_up": True, "windows": (4096,) * 32}),
+        ("qwen3", {"max_positions": 32768, "tied": False, "attention_bias": False, "windows": (), "head_size": 128}),
     ],
 )
 def test_defaults(family, expected):
@@ -192,7 +235,7 @@ def test_defaults(family, expected):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_null_counts_as_absent(family):
     optional = ("max_position_embeddings", "num_key_value_heads", "head_dim", "word_embed_proj_dim", "eos_token_id")
-    assert model_config(FAMILIES[family] | dict.fromkeys(optional)) == model_config(FAMILIES[family])
+    assert model_config(dict.fromkeys(optional) | FAMILIES[family]) == model_config(FAMILIES[family])
 
 
 @pytest.mark.parametrize(
@@ -225,7 +268,7 @@ NOT_IMPLEMENTED = [
     ("opt", "add_cross_attention", True),
     ("opt", "architectures", ["OPTForSequenceClassification"]),
     ("llama", "quantization_config", {"quant_method": "gptq"}),
-    ("llama", "hidden_act", "gelu"),
+    ("llama", "hidden_act", "gelu_fast"),
     ("llama", "partial_rotary_factor", 0.5),
     ("llama", "sliding_window", 4096),
     ("llama", "rope_scaling", {"type": "dynamic", "factor": 2.0}),
@@ -244,6 +287,45 @@ NOT_IMPLEMENTED = [
     ("llama", "embedding_multiplier", 12.0),
     ("llama", "no_rope_layers", [1, 1, 1, 0]),
     ("llama", "num_local_experts", 8),
+    ("mistral", "attention_bias", True),
+    ("mistral", "layer_types", 32 * ["full_attention"]),
+    ("mistral", "num_hidden_layers", 10_001),
+    ("mistral", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+    ("qwen2", "max_window_layers", -1),
+    ("qwen2", "layer_types", 32 * ["chunked_attention"]),
+    ("qwen2", "layer_types", 31 * ["full_attention"]),
+    ("qwen2", "rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+    ("qwen3", "layer_types", 32 * ["sliding_attention"]),
+    ("qwen3", "layer_types", "full_attention"),
+    ("qwen3", "num_experts", 128),
+    ("smollm3", "no_rope_layers", 31 * [1]),
+    ("smollm3", "no_rope_layers", 32 * [2]),
+    ("smollm3", "layer_types", 32 * ["sliding_attention"]),
+    ("phi3", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    ("phi3", "rope_scaling", LONGROPE),
+    ("phi3", "rope_scaling", LONGROPE | {"original_max_position_embeddings": 4096.5}),
+    ("phi3", "rope_scaling", LONGROPE | {"original_max_position_embeddings": 4096, "short_mscale": 1.2}),
+    ("phi3", "auto_map", {"AutoModelForCausalLM": "modeling.Mine"}),
+    ("phi3", "partial_rotary_factor", 0.001),
+    ("phi3", "rope_parameters", LONGROPE | {"original_max_position_embeddings": 4096, "long_factor": [1.0]}),
+    ("phi3", "rope_parameters", LONGROPE | {"original_max_position_embeddings": 4096, "attention_factor": "high"}),
+    ("phi3", "partial_rotary_factor", 1.5),
+    ("phi3", "attention_bias", True),
+    ("llama", "rope_scaling", LONGROPE | {"original_max_position_embeddings": 4096}),
+    ("bamboo", "auto_map", {"AutoModelForCausalLM": "modeling.Mine"}),
+    ("bamboo", "use_qk_norm", True),
+    ("gemma2", "use_bidirectional_attention", True),
+    ("gemma2", "hidden_activation", "gelu_fast"),
+    ("gemma2", "hidden_act", "gelu"),
+    ("gemma2", "sliding_window", None),
+    ("gemma2", "sliding_window_size", 4095),
+    ("gemma2", "sliding_window_pattern", 2),
+    ("gemma3_text", "attn_logit_softcapping", 50.0),
+    ("gemma3_text", "_sliding_window_pattern", 2),
+    ("gemma3_text", "rope_parameters", {"rope_type": "default", "rope_theta": 1e6}),
+    ("gemma3_text", "rope_parameters", {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}),
+    ("gemma3_text", "rope_parameters", {"full_attention": {"rope_type": "yarn", "factor": 2.0}}),
+    ("gemma3_text", "rope_parameters", 1e6),
     ("opt", "scale_embeddings", True),
     ("opt", "head_dim", 32),
     ("opt", "my_note", "trained at home"),
@@ -258,7 +340,8 @@ def test_what_changes_the_computation_is_refused(family, field, value):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_wrong_is_named_in_one_error(family):
-    wrong = {field: value for name, field, value in NOT_IMPLEMENTED if name == family and field != "rope_parameters"}
+    wrong = {field: value for name, field, value in NOT_IMPLEMENTED if name == family}
+    wrong = {field: wrong[field] for field in wrong if field not in ("rope_parameters", "num_hidden_layers")}
     message = refusal({"model_type": family, "vocab_size": 0} | wrong)
     named = [*wrong, "vocab_size=0", "missing hidden_size", "num_hidden_layers", "num_attention_heads"]
     assert [name for name in named if name not in message] == []
@@ -269,7 +352,7 @@ def test_everything_wrong_is_named_in_one_error(family):
     [
         {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.5, "init_std": 0.02},
         {"torch_dtype": "float16", "dtype": "bfloat16", "use_cache": False, "transformers_version": "4.21.0"},
-        {"quantization_config": None, "attn_logit_softcapping": None, "is_encoder_decoder": False, "pruned_heads": {}},
+        {"quantization_config": None, "use_qk_norm": None, "is_encoder_decoder": False, "pruned_heads": {}},
         {"id2label": {"0": "yes"}, "do_sample": True, "temperature": 0.6, "max_length": 99, "unsloth_version": "2024"},
     ],
 )
@@ -278,13 +361,15 @@ def test_harmless_fields_are_ignored(family, harmless):
     assert model_config(FAMILIES[family] | harmless) == model_config(FAMILIES[family])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bamboo"])  # which transformers lacks
 def test_what_transformers_takes_for_granted_may_be_stated(family):
     """All fields of transformers' own configuration at their defaults; sizes and ids are the family's here."""
     usual = transformers.AutoConfig.for_model(family).to_dict()
     stated = usual | FAMILIES[family] | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    stated |= dict.fromkeys(("head_dim", "num_key_value_heads", "word_embed_proj_dim"))
-    assert model_config(stated) == model_config(FAMILIES[family])
+    derived = ("head_dim", "num_key_value_heads", "word_embed_proj_dim")
+    stated |= {name: FAMILIES[family].get(name) for name in derived}
+    fewer = {"num_hidden_layers": usual["num_hidden_layers"]}  # which `layer_types` belong to
+    assert model_config(stated | fewer) == model_config(FAMILIES[family] | fewer)
 
 
 @pytest.mark.parametrize(("field", "value"), [("partial_rotary_factor", 1.0), ("rope_interleaved", False)])
@@ -296,6 +381,9 @@ def test_many_unknown_fields_are_one_readable_line():
     assert len(refusal(LLAMA | {f"unknown_{i}": "x" * 1000 for i in range(10_000)})) < 10_000
 
 
+PHI3_CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+# sqrt(1 + ln 32 / ln 4096), by the rule of LongRoPE's release.
+MINI_ROPE = Rope(1e4, "longrope", original_max_positions=4096, attention_factor=1.1902380714238083)
 # The keys of published files, with values that are theirs or as harmless.
 PUBLISHED = {
     "opt-6.7b": OPT
@@ -327,6 +415,102 @@ PUBLISHED = {
     | {"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None}
     | {"rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True}
     | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "transformers_version": "4.42.3"},
+    "qwen2.5-7b": QWEN2
+    | {"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "hidden_act": "silu"}
+    | {"eos_token_id": 151643, "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944}
+    | {"max_position_embeddings": 131072, "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28}
+    | {"num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072}
+    | {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True}
+    | {"use_mrope": False, "use_sliding_window": False, "vocab_size": 152064},
+    "qwen3-8b": QWEN3
+    | {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "head_dim": 128}
+    | {"bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 4096}
+    | {"initializer_range": 0.02, "intermediate_size": 12288, "max_position_embeddings": 40960}
+    | {"max_window_layers": 36, "num_hidden_layers": 36, "rms_norm_eps": 1e-06, "rope_scaling": None}
+    | {"rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    | {"transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936},
+    "gemma-2-9b": GEMMA2
+    | {"architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2}
+    | {"attn_logit_softcapping": 50.0, "cache_implementation": "hybrid", "eos_token_id": 1, "head_dim": 256}
+    | {"final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    | {"hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 8192}
+    | {"num_attention_heads": 16, "num_hidden_layers": 42, "pad_token_id": 0, "query_pre_attn_scalar": 256}
+    | {"rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096}
+    | {"torch_dtype": "float32", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000},
+    "gemma-3-1b": GEMMA3
+    | {"architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2}
+    | {"attn_logit_softcapping": None, "cache_implementation": "hybrid", "eos_token_id": [1, 106], "head_dim": 256}
+    | {"final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152}
+    | {"initializer_range": 0.02, "intermediate_size": 6912, "max_position_embeddings": 32768, "pad_token_id": 0}
+    | {"num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256}
+    | {"rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000}
+    | {"sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16", "use_cache": True}
+    | {"transformers_version": "4.50.0.dev0", "vocab_size": 262144},
+    "gemma-3-270m": GEMMA3
+    | {"_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"], "attention_bias": False}
+    | {"attention_dropout": 0.0, "attn_logit_softcapping": None, "bos_token_id": 2, "eos_token_id": 1, "head_dim": 256}
+    | {"final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640}
+    | {"initializer_range": 0.02, "intermediate_size": 2048, "max_position_embeddings": 32768, "pad_token_id": 0}
+    | {"layer_types": 3 * (5 * ["sliding_attention"] + ["full_attention"]), "num_attention_heads": 4}
+    | {"num_hidden_layers": 18, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06}
+    | {"rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512}
+    | {"torch_dtype": "bfloat16", "transformers_version": "4.55.0.dev0", "use_bidirectional_attention": False}
+    | {"use_cache": True, "vocab_size": 262144},
+    "smollm3-3b": SMOLLM3
+    | {"architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"}
+    | {"bos_token_id": 128000, "eos_token_id": 128012, "hidden_size": 2048, "initializer_range": 0.02}
+    | {"intermediate_size": 11008, "layer_types": 36 * ["full_attention"], "max_position_embeddings": 65536}
+    | {"max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4, "no_rope_layers": 9 * [1, 1, 1, 0]}
+    | {"num_attention_heads": 16, "num_hidden_layers": 36, "pad_token_id": 128004, "pretraining_tp": 2}
+    | {"rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None}
+    | {"torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": False}
+    | {"use_sliding_window": False, "vocab_size": 128256},
+    "phi-3-mini-128k": PHI3
+    | {"_name_or_path": "Phi-3-mini-128k-instruct", "architectures": ["Phi3ForCausalLM"], "attention_bias": False}
+    | {"auto_map": PHI3_CODE, "attention_dropout": 0.0}
+    | {"bos_token_id": 1, "embd_pdrop": 0.0, "eos_token_id": 32000, "hidden_act": "silu", "hidden_size": 3072}
+    | {"initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "pad_token_id": 32000}
+    | {"num_key_value_heads": 32, "original_max_position_embeddings": 4096, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05}
+    | {"rope_scaling": {"long_factor": 48 * [1.5], "short_factor": 48 * [1.25], "type": "longrope"}}
+    | {"rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    | {"transformers_version": "4.40.2", "use_cache": True, "vocab_size": 32064},
+    "phi-4-mini": PHI3
+    | {"architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 199999}
+    | {"embd_pdrop": 0.0, "eos_token_id": 199999, "full_attn_mod": 1, "hidden_act": "silu", "hidden_size": 3072}
+    | {"initializer_range": 0.02, "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": False}
+    | {"max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 24, "num_key_value_heads": 8}
+    | {"original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75}
+    | {"resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 262144}
+    | {"rope_scaling": {"long_factor": 48 * [1.5], "short_factor": 48 * [1.0], "type": "longrope"}}
+    | {"tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.45.0", "use_cache": True}
+    | {"vocab_size": 200064},
+    "mistral-7b-v0.1": MISTRAL
+    | {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu"}
+    | {"initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05}
+    | {"rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    | {"transformers_version": "4.34.0.dev0", "use_cache": True},
+    "mistral-7b-v0.3": MISTRAL
+    | {"architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+    | {"hidden_act": "silu", "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768}
+    | {"rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False}
+    | {"torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 32768},
+}
+READ = {
+    "phi-3-mini-128k": {"windows": (262144,) * 32, "head_size": 96, "tied": False}
+    | {"rope": replace(MINI_ROPE, short_factors=(1.25,) * 48, long_factors=(1.5,) * 48)},
+    "phi-4-mini": {"head_size": 128, "num_kv_heads": 8, "tied": True}
+    | {"rope": replace(MINI_ROPE, part=0.75, short_factors=(1.0,) * 48, long_factors=(1.5,) * 48)},
+    "smollm3-3b": {"rotated": 9 * (True, True, True, False), "windows": (), "num_kv_heads": 4, "rope": Rope(5e6)}
+    | {"tied": True, "head_size": 128},
+    "gemma-2-9b": {"windows": 21 * (4096, None), "num_heads": 16, "head_size": 256, "query_scalar": 256, "tied": True}
+    | {"score_cap": 50.0, "logit_cap": 30.0, "activation": "gelu_tanh", "norm_plus_one": True, "rope": Rope(1e4)},
+    "gemma-3-1b": {"windows": 4 * (*5 * (512,), None) + (512, 512), "num_kv_heads": 1, "eos_ids": (1, 106)}
+    | {"score_cap": None, "logit_cap": None, "rope": Rope(1e6), "local_rope": Rope(1e4), "tied": True},
+    "gemma-3-270m": {"windows": 3 * (*5 * (512,), None), "num_kv_heads": 1, "hidden_size": 640, "head_size": 256},
+    "qwen2.5-7b": {"windows": (), "num_heads": 28, "head_size": 128, "attention_bias": True, "rope": Rope(1e6)},
+    "qwen3-8b": {"windows": (), "num_kv_heads": 8, "head_size": 128, "attention_bias": False, "rope": Rope(1e6)},
+    "mistral-7b-v0.1": {"windows": (4096,) * 32, "num_kv_heads": 8, "mlp_size": 14336, "rope": Rope(1e4)},
+    "mistral-7b-v0.3": {"windows": (), "num_kv_heads": 8, "head_size": 128, "vocab_size": 32768, "rope": Rope(1e6)},
 }
 
 
@@ -334,6 +518,34 @@ PUBLISHED = {
 def test_published_files_load(name):
     config = model_config(PUBLISHED[name])
     assert config.max_positions == PUBLISHED[name].get("max_position_embeddings", 2048)
+    expected = READ.get(name, {})
+    assert {fact: getattr(config, fact) for fact in expected} == expected
+
+
+# As their model pages state them.
+PARAMETERS = {
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-270m": 268_098_176,
+    "smollm3-3b": 3_075_098_624,
+    "phi-3-mini-128k": 3_821_079_552,
+    "phi-4-mini": 3_836_021_760,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_as_many_as_published(name):
+    assert sum(map(prod, leaf_shapes(model_config(PUBLISHED[name])).values())) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_written_for_published_models_reads_back(name):
+    config = replace(model_config(PUBLISHED[name]), bos_id=None, eos_ids=(), pad_id=None)
+    assert model_config(json.loads(json.dumps(hugging_face_fields(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -348,7 +560,7 @@ def test_two_rotary_spellings_may_agree(fields, rope):
     assert model_config(LLAMA | new | fields).rope == rope
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mistral", None, 3, ["opt"]])
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", None, 3, ["opt"]])
 def test_other_families_are_refused(model_type):
     assert repr(model_type) in refusal(OPT | {"model_type": model_type})
 

@@ -1,15 +1,12 @@
 """Logits and greedy tokens against transformers' own PyTorch models, on tiny random checkpoints of every variant."""
 
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.config_fields import Fields
-from coreinfer_jax.model.families import FAMILIES, llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -33,6 +30,9 @@ TINY_LLAMA = {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -59,12 +59,81 @@ LLAMA_VARIANTS = {
     "mlp-bias": {"mlp_bias": True},
     "head-dim": {"head_dim": 16, "num_key_value_heads": 2},
     "relu": {"hidden_act": "relu"},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu-tanh": {"hidden_act": "gelu_pytorch_tanh"},
     "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "rope-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "rope-llama3": {"rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 2},
 }
-VARIANTS = [pytest.param("OPT", changes, id=f"opt-{name}") for name, changes in OPT_VARIANTS.items()] + [
-    pytest.param("Llama", changes, id=f"llama-{name}") for name, changes in LLAMA_VARIANTS.items()
+MISTRAL_VARIANTS = {
+    "window": {"num_key_value_heads": 2, "sliding_window": 8},
+    "no-window": {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 16},
+}
+QWEN2_VARIANTS = {
+    "windows": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+}
+QWEN3_VARIANTS = {
+    "windows": {"num_key_value_heads": 2, "head_dim": 16, "use_sliding_window": True, "sliding_window": 8}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
+    "attention-bias": {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+}
+TINY_GEMMA = {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8}
+GEMMA2_VARIANTS = {
+    "caps": TINY_GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "no-caps": TINY_GEMMA
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True}
+    | {"hidden_activation": "gelu", "tie_word_embeddings": False},
+}
+GEMMA3_VARIANTS = {
+    "windows": TINY_GEMMA
+    | {"layer_types": ["sliding_attention", "full_attention"]}
+    | {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}},
+    "cap": TINY_GEMMA | {"final_logit_softcapping": 3.0, "attention_bias": True, "tie_word_embeddings": False},
+}
+SMOLLM3_VARIANTS = {
+    "windows": {"num_key_value_heads": 2, "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 8},
+    "interval": {"num_key_value_heads": 2, "no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True},
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.25],
+    "long_factor": [1.5, 4.0],
+    "original_max_position_embeddings": 64,
+}
+PHI3_VARIANTS = {
+    "longrope": {"num_key_value_heads": 2, "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.5}}
+    | {"original_max_position_embeddings": 64, "sliding_window": 8},
+    "plain": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+}
+BAMBOO_VARIANTS = {
+    "drelu": {"num_key_value_heads": 2, "sliding_window": 8, "hidden_act": "relu"},
+}
+# By transformers' prefix of the family's classes.
+FAMILIES = {
+    "OPT": OPT_VARIANTS,
+    "Llama": LLAMA_VARIANTS,
+    "Mistral": MISTRAL_VARIANTS,
+    "Qwen2": QWEN2_VARIANTS,
+    "Qwen3": QWEN3_VARIANTS,
+    "Gemma2": GEMMA2_VARIANTS,
+    "Gemma3": GEMMA3_VARIANTS,
+    "SmolLM3": SMOLLM3_VARIANTS,
+    "Phi3": PHI3_VARIANTS,
+    "Bamboo": BAMBOO_VARIANTS,
+}
+# Of families whose parts are those of others, the first variant has them all; what else they vary is slow.
+QUICK = ("OPT", "Llama")
+VARIANTS = [
+    pytest.param(
+        family,
+        changes,
+        id=f"{family}-{name}".lower(),
+        marks=[] if family in QUICK or i == 0 else [pytest.mark.slow],
+    )
+    for family, variants in FAMILIES.items()
+    for i, (name, changes) in enumerate(variants.items())
 ]
 
 
@@ -72,7 +141,9 @@ def random_reference(family: str, changes: dict[str, object], directory: Path):
     """A random transformers model, saved to `directory`; biases and norm scales are random too, not 0 and 1."""
     torch.manual_seed(0)
     fields = (TINY_OPT if family == "OPT" else TINY_LLAMA) | changes
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields)).eval()
+    config, kind = {"Gemma3": ("Gemma3Text", "Gemma3"), "Bamboo": ("Mistral", "Mistral")}.get(family, (family, family))
+    config = getattr(transformers, f"{config}Config")(**fields)
+    model = as_family(getattr(transformers, f"{kind}ForCausalLM")(config).eval(), family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -80,6 +151,17 @@ def random_reference(family: str, changes: dict[str, object], directory: Path):
                     torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name and "bias" not in name else 0.0)
                 )
     model.save_pretrained(directory)
+    if family == "Bamboo":
+        config = json.loads((directory / "config.json").read_text())
+        config |= {"model_type": "bamboo", "architectures": ["BambooForCausalLM"]}
+        (directory / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def as_family(model, family: str):
+    """`model`, and for Bamboo, which transformers lacks, Mistral with the MLP of its model card."""
+    for layer in model.model.layers if family == "Bamboo" else ():
+        layer.mlp.forward = lambda x, m=layer.mlp: m.down_proj(m.act_fn(m.gate_proj(x)) * m.act_fn(m.up_proj(x)))
     return model
 
 
@@ -96,38 +178,6 @@ def test_logits_and_greedy_tokens_equal_transformers(family: str, changes: dict[
     np.testing.assert_allclose(np.asarray(ci.forward(params, tokens)), expected, rtol=0, atol=TOLERANCE)
     ours = ci.generate(params, tokens, core=None, max_new_tokens=20)
     assert_same_until_a_tie(model, ours.tokens, greedy, prompt=tokens.shape[1])
-
-
-def read_qwen2(fields: Fields) -> ModelConfig:
-    return replace(llama.read_config(fields), family="qwen2", attention_bias=True)
-
-
-# LLaMA but for three biases: the smallest family of its own.
-QWEN2 = replace(
-    llama.FAMILY,
-    name="qwen2",
-    architectures=("Qwen2ForCausalLM",),
-    fields=replace(
-        llama.FIELDS,
-        fixed=llama.FIELDS.fixed | {"use_sliding_window": False, "layer_types": 2 * ["full_attention"]},
-        checked=(*llama.FIELDS.checked, "max_window_layers"),
-    ),
-    read_config=read_qwen2,
-    tensors={leaf: name for leaf, name in llama.TENSORS.items() if not leaf.endswith("out.bias")},
-)
-
-
-def test_a_family_is_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One entry of the registry is all that a new family takes to load, convert and compute."""
-    monkeypatch.setitem(FAMILIES, "qwen2", QWEN2)
-    model = random_reference("Qwen2", {"num_key_value_heads": 2}, tmp_path / "hub")
-    params, _ = ci.load(ci.convert(tmp_path / "hub", tmp_path / "native"))
-    assert params.layers[0].attention.query.bias is not None
-    assert params.layers[0].attention.out.bias is None
-    tokens = np.random.default_rng(1).integers(3, 99, (2, 40))
-    with torch.no_grad():
-        expected = model(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(np.asarray(ci.forward(params, tokens)), expected, rtol=0, atol=TOLERANCE)
 
 
 def assert_same_until_a_tie(model, ours: np.ndarray, theirs: np.ndarray, prompt: int) -> None:

@@ -118,9 +118,10 @@ def _step(
     config, positions = params.config, position[:, None]
     family = family_of(config)
     normed = rms_norm if params.layers[0].mlp_norm.bias is None else layer_norm
-    x, context = family.embed(params, token[:, None], positions)
+    x, contexts = family.embed(params, token[:, None], positions, cache.capacity)
     written = []
-    for layer, chooser, past in zip(params.layers, choosers, zip(cache.keys, cache.values, strict=True), strict=True):
+    pasts = zip(cache.keys, cache.values, strict=True)
+    for layer, chooser, past, context in zip(params.layers, choosers, pasts, contexts, strict=True):
         attended, past = attention(
             normed(x, layer.attention_norm, config.norm_eps), layer.attention, past, positions, context, config
         )

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from coreinfer_jax.io.summary import Summary, summarise
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.stability import CoreConfig
 
 HELP = "say what a checkpoint is and what a token costs"
@@ -49,7 +50,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("MLP neurons", f"F {config.mlp_size} per layer"),
         ("attention", heads),
         ("vocabulary", f"V {config.vocab_size}, {'tied' if config.tied else 'untied'} output projection"),
-        ("positions", f"{config.max_positions}, {'learned' if config.rope is None else 'rotary'}"),
+        ("positions", _positions(config)),
         ("parameters", f"{summary.parameters:,}"),
         ("dtype", summary.dtype),
         ("bytes", ", ".join(f"{part} {_size(size)}" for part, size in summary.bytes_per_part.items())),
@@ -63,6 +64,13 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("fingerprint", summary.fingerprint),
         ("calibration", _calibration(summary)),
     ]
+
+
+def _positions(config: ModelConfig) -> str:
+    kind = "learned" if config.rope is None else "rotary"
+    windows = [window for window in config.windows if window is not None]
+    seen = f"; {len(windows)} of {config.num_layers} layers see a window of {windows[0]}" if windows else ""
+    return f"{config.max_positions}, {kind}{seen}"
 
 
 def setting_in_words(core: Mapping[str, Any] | None, facts: Mapping[str, Any], mlp_size: int) -> str:

@@ -61,7 +61,8 @@ def converse(
         params: dense weights.
         tokens: the whole conversation so far, for instance by the tokenizer's chat template.
         conversation: what came with the last chunk of the turn before; None for the first. Ids that do not continue
-            its own are read from the start, and so is everything where the model, `core` or `groups` differ, where
+            its own are read from the start, and so is everything where the model, `core` or `groups` differ, where the
+            conversation outgrows the length from which the model rotates otherwise (Phi-3 for long contexts), where
             votes have the budget `mean`, a mean over all tokens at once, or the way of choosing is `Auto`, which asks
             what the first half of the whole conversation votes.
         core: as for `generate`.
@@ -82,6 +83,9 @@ def converse(
     if past is not None:
         past.check_alive()
     request = make_request(params, [ids[past.read if past else 0 :]], core, options, past)
+    rope = params.config.rope
+    if past is not None and rope is not None and rope.is_long(request.capacity) != rope.is_long(past.cache.capacity):
+        request = make_request(params, [ids], core, options, None)  # its keys were rotated for shorter texts
     return ((chunk, Conversation(params, ids, known, groups, after)) for chunk, after in run(request, STREAM_CHUNK))
 
 

@@ -84,6 +84,12 @@ def insert_request(running: Running, row: int, begun: Begun) -> Running:
         raise CoreInferError(
             f"the request has {begun.rows.cache.capacity} positions, the state {capacity}: start one with more"
         )
+    rope = running.params.config.rope
+    if rope is not None and rope.is_long(capacity) != rope.is_long(begun.rows.cache.capacity):
+        raise CoreInferError(
+            f"the request has {begun.rows.cache.capacity} positions, the state {capacity}, and beyond "
+            f"{rope.original_max_positions} this model rotates otherwise: start a state on the same side"
+        )
     core = begun.chosen.core
     widths = None if core is None else core.kept(running.params.config.mlp_size)
     if widths != running.widths:

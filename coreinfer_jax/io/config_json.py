@@ -53,7 +53,8 @@ def model_config(fields: Fields, where: str = "config.json") -> ModelConfig:
             transformers takes for granted; one error names them all.
     """
     family = family_named(fields.get("model_type"), f"{where}: model_type")
-    fields = {name: value for name, value in fields.items() if value is not None}  # null is how absence is written
+    # Null is how absence is written.
+    fields = {name: value for name, value in fields.items() if value is not None or name in family.fields.nullable}
     problems = config_problems(fields, family.name, family.architectures, family.fields)
     if problems:
         raise CoreInferError(f"{where}: " + "; ".join(problems))

@@ -17,10 +17,11 @@ def write_hugging_face(directory: Path, params: Params, dtype: np.dtype) -> None
     """Write `params`, cast to `dtype`, into an existing directory, as transformers writes such a model."""
     config = params.config
     names = source_names(config)
-    tensors = {
-        names[leaf] if leaf == "unembedding" else f"model.{names[leaf]}": np.asarray(array).astype(dtype)
-        for leaf, array in named_leaves(params)
-    }
+    parts: dict[str, list[np.ndarray]] = {}
+    for leaf, array in named_leaves(params):
+        name = names[leaf] if leaf == "unembedding" else f"model.{names[leaf]}"
+        parts.setdefault(name, []).append(np.asarray(array).astype(dtype))
+    tensors = {name: np.concatenate(rows) if len(rows) > 1 else rows[0] for name, rows in parts.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     ids = write_special_ids(config)
     stored = next(name for name, known in DTYPES.items() if known == dtype)

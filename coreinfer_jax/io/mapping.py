@@ -1,7 +1,10 @@
 """Which stored tensor fills which leaf of `Params`, with everything that does not fit reported at once."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import accumulate
 from math import prod
 
 import jax.numpy as jnp
@@ -56,14 +59,34 @@ def map_tensors(stored: StoredTensors, config: ModelConfig, where: str) -> dict[
     wanted = source_names(config)
     missing = sorted(set(wanted.values()) - set(available))
     extra = sorted(set(available) - set(wanted.values()))
-    check_fit(
-        {leaf: available[source] for leaf, source in wanted.items() if source in available},
-        config,
-        missing,
-        extra,
-        where,
-    )
-    return {leaf: available[source] for leaf, source in wanted.items()}
+    found = _filled(available, wanted, leaf_shapes(config))
+    check_fit(found, config, missing, extra, where)
+    return found
+
+
+def _filled(
+    available: Mapping[str, StoredTensor], wanted: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, StoredTensor]:
+    """Leaf name -> its tensor, as far as there is one, or its rows of the tensor that it shares with other leaves."""
+    leaves = {source: [leaf for leaf in wanted if wanted[leaf] == source] for source in shared_names(wanted)}
+    found = {leaf: available[source] for leaf, source in wanted.items() if source in available}
+    for source, parts in leaves.items():
+        whole = available.get(source)
+        if whole is None or not whole.shape:
+            continue
+        ends = [0, *accumulate(shapes[leaf][0] for leaf in parts)]
+        ends[-1] = max(whole.shape[0], ends[-2])  # what is missing or left over shows in the last
+        found |= {leaf: _rows(whole, *ends[i : i + 2]) for i, leaf in enumerate(parts)}
+    return found
+
+
+def shared_names(names: Mapping[str, str]) -> list[str]:
+    """The names in checkpoints that hold several leaves."""
+    return [name for name, leaves in Counter(names.values()).items() if leaves > 1]
+
+
+def _rows(whole: StoredTensor, start: int, end: int) -> StoredTensor:
+    return replace(whole, shape=(end - start, *whole.shape[1:]), read=lambda: whole.read()[start:end].copy())
 
 
 def check_layers(config: ModelConfig, tensors: int, where: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,18 @@ def write_native(
             save_file(shard, directory / _shard_name(number, len(files)))
         except SafetensorError as error:
             raise OSError(str(error)) from error
-    manifest = {"format": "coreinfer_jax", "version": VERSION, "dtype": dtype.name, "config": asdict(config)}
+    manifest = {"format": "coreinfer_jax", "version": VERSION, "dtype": dtype.name, "config": _stored(config)}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored(config: ModelConfig | Rope) -> dict[str, Any]:
+    """The fields that a manifest holds, so that the first release reads what it can compute."""
+    values = {one.name: (one, getattr(config, one.name)) for one in fields_of(config)}
+    return {
+        name: _stored(value) if isinstance(value, Rope) else value
+        for name, (one, value) in values.items()
+        if not one.metadata.get("later") or value != one.default
+    }
 
 
 def _shard_name(number: int, total: int) -> str:
@@ -92,10 +102,9 @@ def _read_manifest(path: Path) -> ModelConfig:
         found = f"format {shown(manifest.get('format'))}, version {shown(manifest.get('version'))}"
         raise CoreInferError(f"{path}: {found}; this release reads version {VERSION}, convert the checkpoint again")
     try:
-        fields: dict[str, Any] = dict(manifest.get("config") or {})
-        rope = fields.pop("rope")
-        eos_ids = tuple(fields.pop("eos_ids"))
-        config = ModelConfig(**fields, rope=None if rope is None else Rope(**rope), eos_ids=eos_ids)
+        fields = _with_tuples(dict(manifest.get("config") or {}))
+        stated = {name: fields[name] for name in ("rope", "local_rope") if fields.get(name) is not None}
+        config = ModelConfig(**fields | {name: Rope(**_with_tuples(rope)) for name, rope in stated.items()})
         # What no config.json could have said was not written by a conversion.
         if model_config(hugging_face_fields(config) | write_special_ids(config), "config") != config:
             raise ValueError("its fields contradict each other")
@@ -104,3 +113,8 @@ def _read_manifest(path: Path) -> ModelConfig:
             f"{path}: its config is not a model's ({shown_name(str(error))}); convert the checkpoint again"
         ) from error
     return config
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a config holds as tuples and JSON as lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -18,6 +18,7 @@ class KVCache:
 
     Rows of a batch are stored from slot 0 whatever their lengths, so a query at position p may attend to slots
     0 .. p and needs no other mask; what padding wrote beyond a row's length is overwritten before it can be seen.
+    Layers that see only a window keep all slots too, so that a slot is a position in every layer.
 
     Attributes:
         keys: L arrays [B, G, S, H], in the model's dtype.

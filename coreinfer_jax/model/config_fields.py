@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from coreinfer_jax.errors import shown, shown_name
 from coreinfer_jax.model.config import ModelConfig
@@ -30,7 +30,7 @@ _HARMLESS = frozenset(
         *("repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
         *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
         *("forced_eos_token_id", "remove_invalid_values", "num_return_sequences", "return_dict_in_generate"),
-        "output_scores",
+        *("output_scores", "cache_implementation"),
     )
 )
 # How many fields that nobody knows an error names.
@@ -49,15 +49,30 @@ class ConfigFields:
         fixed: fields that change the computation, with the one value that is implemented.
         checked: fields that `problems` checks.
         problems: what is wrong with those, each in a few words.
+        nullable: fields in which null is a value of its own, not how absence is written.
     """
 
-    required: tuple[str, ...]
+    required: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     switches: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     checked: tuple[str, ...] = ()
     problems: Callable[[Fields], list[str]] = lambda fields: []
+    nullable: tuple[str, ...] = ()
+
+    def joined(self, other: "ConfigFields") -> "ConfigFields":
+        """These and the fields of `other`, whose fixed values replace those of the same name here."""
+        return ConfigFields(
+            required=self.required + other.required,
+            counts=self.counts + other.counts,
+            switches=self.switches + other.switches,
+            numbers=self.numbers + other.numbers,
+            fixed={**self.fixed, **other.fixed},
+            checked=self.checked + other.checked,
+            problems=lambda fields: [*self.problems(fields), *other.problems(fields)],
+            nullable=self.nullable + other.nullable,
+        )
 
     @property
     def known(self) -> frozenset[str]:
@@ -67,7 +82,7 @@ class ConfigFields:
 
 
 def config_problems(fields: Fields, family: str, architectures: tuple[str, ...], known: ConfigFields) -> list[str]:
-    """Everything that is wrong with the fields of a config.json; null ones must have been left out.
+    """Everything that is wrong with the fields of a config.json; null ones must have been left out, but `nullable`.
 
     Args:
         fields: what is stated.
@@ -76,6 +91,7 @@ def config_problems(fields: Fields, family: str, architectures: tuple[str, ...],
         known: the fields of the family.
     """
     absent = [name for name in known.required if name not in fields]
+    stated = {name: value for name, value in fields.items() if value is not None}
     unimplemented = [
         *_other_values(fields, _FIXED | dict(known.fixed)),
         *known.problems(fields),
@@ -84,8 +100,8 @@ def config_problems(fields: Fields, family: str, architectures: tuple[str, ...],
     ]
     return [
         *([f"missing {', '.join(absent)}"] if absent else []),
-        *_bad_counts(fields, (*known.required, *known.counts)),
-        *_bad_values(fields, known),
+        *_bad_counts(stated, (*known.required, *known.counts)),
+        *_bad_values(stated, known),
         *([f"not implemented: {', '.join(unimplemented)}"] if unimplemented else []),
     ]
 
@@ -95,7 +111,7 @@ def _bad_counts(fields: Fields, names: tuple[str, ...]) -> list[str]:
     wrong = [
         f"{name}={shown(value)} (give a whole number above 0 and below 2**31)"
         for name, value in given.items()
-        if not _is_count(value)
+        if not is_count(value)
     ]
     if wrong:
         return wrong
@@ -136,7 +152,10 @@ def _unknown(fields: Fields, family: str, known: frozenset[str]) -> list[str]:
         return []
     from transformers import AutoConfig  # takes seconds, and hardly a checkpoint has such fields
 
-    usual = AutoConfig.for_model(family).to_dict()
+    try:
+        usual = AutoConfig.for_model(family).to_dict()
+    except ValueError:  # a family with code of its own
+        usual = {}
     found = [
         f"{shown_name(name)}={shown(value)}"
         for name, value in further.items()
@@ -145,7 +164,8 @@ def _unknown(fields: Fields, family: str, known: frozenset[str]) -> list[str]:
     return found if len(found) <= _MOST_NAMED else [*found[:_MOST_NAMED], f"and {len(found) - _MOST_NAMED} more"]
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number above 0 that an int32 holds."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 

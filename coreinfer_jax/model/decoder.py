@@ -10,6 +10,7 @@ from jax import Array
 from coreinfer_jax.model.backends import before_the_next, matmul
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.families import family_of
+from coreinfer_jax.model.layers import soft_capped
 from coreinfer_jax.model.weights import Layer, Params
 
 Observed = TypeVar("Observed")
@@ -59,9 +60,10 @@ def extend(
     """
     family = family_of(params.config)
     positions = start[:, None] + jax.lax.iota(start.dtype, tokens.shape[1])[None, :]
-    x, context = family.embed(params, tokens, positions)
+    x, contexts = family.embed(params, tokens, positions, cache.capacity)
     written, observed = [], []
-    for l, (layer, past) in enumerate(zip(params.layers, zip(cache.keys, cache.values, strict=True), strict=True)):
+    pasts = zip(cache.keys, cache.values, strict=True)
+    for l, (layer, past, context) in enumerate(zip(params.layers, pasts, contexts, strict=True)):
         own_edit = partial(edit, l, layer)
         x, extended, activations = family.block(x, layer, past, positions, context, own_edit, params.config)
         written.append(extended)
@@ -75,4 +77,4 @@ def extend(
 def unembed(params: Params, hidden: Array) -> Array:
     """Logits float32 [B, T, V] of hidden states [B, T, E]."""
     table = params.token_embedding if params.unembedding is None else params.unembedding
-    return matmul(hidden, table)
+    return soft_capped(matmul(hidden, table), params.config.logit_cap)

@@ -1,19 +1,36 @@
 """What a model family is: all that the package knows of it, stated in one file of `coreinfer_jax.model.families`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from jax import Array
 
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
+from coreinfer_jax.model.layers import LayerContext
 from coreinfer_jax.model.weights import Layer, Params
 
-Embed = Callable[[Params, Array, Array], tuple[Array, Any]]
+Embed = Callable[[Params, Array, Array, int], tuple[Array, tuple[LayerContext, ...]]]
 Past = tuple[Array, Array]
 BlockEdit = Callable[[Array, Array], Array]
-Block = Callable[[Array, Layer, Past, Array, Any, BlockEdit, ModelConfig], tuple[Array, Past, Array]]
+Block = Callable[[Array, Layer, Past, Array, LayerContext, BlockEdit, ModelConfig], tuple[Array, Past, Array]]
+
+
+@dataclass(frozen=True)
+class GgufFacts:
+    """What a family reads of a GGUF file beside the fields that `GgufNames` maps.
+
+    Attributes:
+        metadata: its keys without the architecture.
+        fields: the fields of config.json that they state directly.
+        tensor: reads a tensor by its name; None where there is none.
+    """
+
+    metadata: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    tensor: Callable[[str], np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -24,14 +41,21 @@ class GgufNames:
         architecture: `general.architecture`, which also begins the keys of its metadata.
         fields: field of config.json -> the key, without the architecture, that holds it.
         tensors: our name of each weight -> its name there, as in `Family.tensors`.
-        by_pairs: our names of projections whose outputs stand, in each head, rotated pair by rotated pair: (0, H/2),
-            (1, H/2 + 1) and so on; the query's have N heads, others G.
+        further_keys: keys, without the architecture, that `further_fields` reads.
+        further_tensors: tensors that it reads, which are no weights.
+        further_fields: the fields of config.json that follow from these.
+        as_checkpoints: of weights that checkpoints hold otherwise: our name -> (what is stored, the config) to those.
+
+    A file's key or tensor that none of these names is refused.
     """
 
     architecture: str
     fields: Mapping[str, str]
     tensors: Mapping[str, str]
-    by_pairs: tuple[str, ...] = ()
+    further_keys: tuple[str, ...] = ()
+    further_tensors: tuple[str, ...] = ()
+    further_fields: Callable[[GgufFacts], dict[str, Any]] = lambda facts: {}
+    as_checkpoints: Mapping[str, Callable[[np.ndarray, ModelConfig], np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +69,16 @@ class Family:
         read_config: `ModelConfig` of the checked fields of a config.json, those that are null left out.
         write_config: the fields that `read_config` reads, besides those that every family has.
         tensors: our name of each weight -> that in checkpoints, `{l}` standing for the layer's number, theirs without
-            the leading `model.` that some checkpoints have and others lack. A model of the family has no weights but
+            the leading `model.` that some checkpoints have and others lack. Weights with one name there are its rows,
+            in the order of `Params`. A model of the family has no weights but
             these; which of them one has is decided by its config. No tensor changes shape: both sides store weights
             [out, in].
         ignored_tensors: regular expressions for stored tensors that hold nothing the model computes with.
         gguf: how GGUF files spell it; None where they are not read.
         position_offset: rows of the position table, where there is one, before that of position 0.
-        embed: (params, tokens [B, T], positions [B, T]) to x [B, T, D] and a context that every layer is told.
-        block: one layer: (x [B, T, D], its weights, its cached keys and values [B, G, S, H], positions [B, T], the
+        embed: (params, tokens [B, T], positions [B, T], the positions S that there is room for) to x [B, T, D] and what
+            each of the L layers is told of the tokens: their rotation there, and how far it sees.
+        block: one layer: (x [B, T, D], its weights, its cached keys and values [B, G, S, H], positions [B, T], its
             context, an edit, the config) to the new x, the extended keys and values, and the MLP activations [B, T, F].
             The down projection reads what the edit makes of the activations and of what the activation function gave.
         finish: (params, x [B, T, D]) to what the output projection reads, [B, T, E].

@@ -1,5 +1,9 @@
 """Primitives that model families share. Axis letters are listed in `coreinfer_jax.model.weights`."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,19 @@ from jax import Array, lax
 from coreinfer_jax.model.backends import write
 from coreinfer_jax.model.config import ModelConfig, Rope
 from coreinfer_jax.model.weights import Attention, Mlp, Norm
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What one layer is told of the tokens that it reads, beside their hidden states.
+
+    Attributes:
+        rotation: cosines and sines of their positions, as `rotation` gives them; None where nothing is rotated.
+        window: how many tokens a query sees, itself among them; None for all before it.
+    """
+
+    rotation: tuple[Array, Array] | None = None
+    window: int | None = None
 
 
 def layer_norm(x: Array, norm: Norm, eps: float) -> Array:
@@ -21,15 +38,34 @@ def layer_norm(x: Array, norm: Norm, eps: float) -> Array:
 
 
 def rms_norm(x: Array, norm: Norm, eps: float) -> Array:
-    """RMSNorm over the last axis of x [B, T, D]: normalised in float32, scaled in x's dtype as LLaMA does."""
+    """RMSNorm over the last axis of x [B, T, ..., D]: normalised in float32, scaled in x's dtype as LLaMA does."""
     wide = x.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * norm.scale[None, None, :]
+    return normed.astype(x.dtype) * norm.scale[(None,) * (x.ndim - 1)]
 
 
-def rope_frequencies(head_size: int, rope: Rope) -> np.ndarray:
-    """Angle per position of each of the H/2 rotated pairs: float32 [H/2]."""
-    frequencies = 1.0 / rope.theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+def rms_normed(x: Array, norm: Norm | None, config: ModelConfig) -> Array:
+    """RMSNorm over the last axis of x [B, T, ..., D] as the model's family does; x itself without a norm."""
+    if norm is None:
+        return x
+    if not config.norm_plus_one:
+        return rms_norm(x, norm, config.norm_eps)
+    # Scaled before it is rounded, unlike LLaMA's.
+    one = Norm(scale=norm.scale.astype(jnp.float32) + 1.0)
+    return rms_norm(x.astype(jnp.float32), one, config.norm_eps).astype(x.dtype)
+
+
+def soft_capped(x: Array, cap: float | None) -> Array:
+    """x pressed between -cap and cap, whatever its shape."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope_frequencies(head_size: int, rope: Rope, is_long: bool = False) -> np.ndarray:
+    """Angle per position of each of the rotated pairs, H/2 where the whole head rotates: float32 [H/2]."""
+    size = int(head_size * rope.part)
+    frequencies = 1.0 / rope.theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
+    if rope.scaling == "longrope":
+        frequencies = frequencies / np.asarray(rope.long_factors if is_long else rope.short_factors)
     if rope.scaling == "linear":
         frequencies = frequencies / rope.factor
     if rope.scaling == "llama3":
@@ -44,16 +80,27 @@ def _llama3_frequencies(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
     return kept * frequencies + (1 - kept) * frequencies / rope.factor
 
 
-def rotation(positions: Array, head_size: int, rope: Rope) -> tuple[Array, Array]:
-    """Cosines and sines for positions [B, T]: two float32 arrays [B, T, 1, H/2], broadcastable over heads."""
-    frequencies = jnp.asarray(rope_frequencies(head_size, rope))
+def rotation(positions: Array, head_size: int, rope: Rope, capacity: int) -> tuple[Array, Array]:
+    """Cosines and sines for positions [B, T]: two float32 arrays [B, T, 1, H/2], broadcastable over heads.
+
+    Where a part of each head rotates, they are as many as there are rotated pairs. `capacity` (S) is what the run has
+    room for.
+    """
+    frequencies = jnp.asarray(rope_frequencies(head_size, rope, rope.is_long(capacity)))
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if rope.attention_factor == 1.0 else (cos * rope.attention_factor, sin * rope.attention_factor)
 
 
 def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
-    """Apply RoPE to x [B, T, heads, H]; pair i is (x[i], x[i + H/2]), the layout of Hugging Face checkpoints."""
+    """Apply RoPE to x [B, T, heads, H]; pair i is (x[i], x[i + H/2]), the layout of Hugging Face checkpoints.
+
+    With fewer pairs than H/2 only the first entries rotate.
+    """
     cos, sin = cos_sin
+    size = 2 * cos.shape[-1]
+    if size < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :size], cos_sin), x[..., size:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -63,7 +110,7 @@ def attention(
     layer: Attention,
     past: tuple[Array, Array],
     positions: Array,
-    cos_sin: tuple[Array, Array] | None,
+    context: LayerContext,
     config: ModelConfig,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Self-attention of x [B, T, D] at `positions` [B, T], written into and read from the cache.
@@ -73,8 +120,8 @@ def attention(
         layer: the projections.
         past: one layer's cached keys and values, each [B, G, S, H].
         positions: position of every token.
-        cos_sin: rotation of queries and keys; None for models with learned positions.
-        config: head counts.
+        context: the rotation of queries and keys, and how far the layer sees.
+        config: head counts, and how scores are scaled.
 
     Returns:
         The block's output [B, T, D] and the cache with the new keys and values.
@@ -83,24 +130,31 @@ def attention(
     query = layer.query(x).reshape(B, T, config.num_heads, config.head_size)
     key = layer.key(x).reshape(B, T, config.num_kv_heads, config.head_size)
     value = layer.value(x).reshape(B, T, config.num_kv_heads, config.head_size)
-    if cos_sin is not None:
-        query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+    query, key = rms_normed(query, layer.query_norm, config), rms_normed(key, layer.key_norm, config)
+    if context.rotation is not None:
+        query, key = rotate(query, context.rotation), rotate(key, context.rotation)
     keys, values = write(past[0], key, positions), write(past[1], value, positions)
-    return layer.out(attend(query, keys, values, positions)), (keys, values)
+    return layer.out(attend(query, keys, values, positions, context.window, config)), (keys, values)
 
 
-def attend(query: Array, keys: Array, values: Array, positions: Array) -> Array:
+def attend(
+    query: Array, keys: Array, values: Array, positions: Array, window: int | None, config: ModelConfig
+) -> Array:
     """Causal attention of query [B, T, N, H] at `positions` [B, T] over keys and values [B, G, S, H]: [B, T, N H].
 
     Query head n reads key/value head n // (N / G). Scores and softmax are float32. Slot s is visible to a query at
-    position p when s <= p, so at least one slot always is and no row of the softmax is empty.
+    position p when p - window < s <= p, so at least one slot always is and no row of the softmax is empty.
     """
     B, T, N, H = query.shape
     G, S = keys.shape[1], keys.shape[2]
     # One batch axis B G and rows T N/G: XLA's CPU code has no bfloat16 product with two batch axes.
     grouped = query.reshape(B, T, G, N // G, H).swapaxes(1, 2).reshape(B * G, T * (N // G), H)
-    scores = _batched(grouped, keys.reshape(B * G, S, H), contract=(2, 2)) * (H**-0.5)
-    visible = jnp.arange(S)[None, None, :] <= positions[:, :, None]
+    scores = _batched(grouped, keys.reshape(B * G, S, H), contract=(2, 2)) * ((config.query_scalar or H) ** -0.5)
+    scores = soft_capped(scores, config.score_cap)
+    slots = jnp.arange(S)[None, None, :]
+    visible = slots <= positions[:, :, None]
+    if window is not None:
+        visible &= slots > positions[:, :, None] - window
     masked = jnp.where(visible[:, None, :, None, :], scores.reshape(B, G, T, N // G, S), -jnp.inf)
     weights = jax.nn.softmax(masked, axis=-1).astype(values.dtype).reshape(B * G, T * (N // G), S)
     mixed = _batched(weights, values.reshape(B * G, S, H), contract=(2, 1))
@@ -113,15 +167,26 @@ def _batched(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
 def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> tuple[Array, Array]:
     """Activations a [B, T, F], the input of the down projection, and what the activation function gave.
 
-    Both are act(up x) without a gate; with one they are act(gate x) * up x and act(gate x).
+    Both are act(up x) without a gate; with one they are act(gate x) * up x and act(gate x), or with `activates_up`
+    act(gate x) * act(up x) and act(gate x).
     """
-    act = jax.nn.relu if config.activation == "relu" else jax.nn.silu
+    act = ACTIVATIONS[config.activation]
     up = mlp.up(x)
     gated = act(up if mlp.gate is None else mlp.gate(x))
-    return (gated if mlp.gate is None else gated * up), gated
+    if mlp.gate is None:
+        return gated, gated
+    return gated * (act(up) if config.activates_up else up), gated
 
 
 def lookup(table: Array, ids: Array) -> Array:

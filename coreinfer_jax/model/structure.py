@@ -27,6 +27,9 @@ def build_params(config: ModelConfig, leaf: Callable[[tuple[int, ...]], Array]) 
         has_bias = f"{name}.bias" in family.tensors
         return Norm(scale=leaf((c.hidden_size,)), bias=leaf((c.hidden_size,)) if has_bias else None)
 
+    def optional_norm(name: str, size: int) -> Norm | None:
+        return Norm(scale=leaf((size,))) if f"{name}.scale" in family.tensors else None
+
     def layer() -> Layer:
         attention, mlp = "layers.{l}.attention", "layers.{l}.mlp"
         has_gate = f"{mlp}.gate.weight" in family.tensors
@@ -37,6 +40,8 @@ def build_params(config: ModelConfig, leaf: Callable[[tuple[int, ...]], Array]) 
                 key=linear(f"{attention}.key", G_H, c.hidden_size, c.attention_bias),
                 value=linear(f"{attention}.value", G_H, c.hidden_size, c.attention_bias),
                 out=linear(f"{attention}.out", c.hidden_size, N_H, c.attention_bias),
+                query_norm=optional_norm(f"{attention}.query_norm", c.head_size),
+                key_norm=optional_norm(f"{attention}.key_norm", c.head_size),
             ),
             mlp_norm=norm(f"{mlp}_norm"),
             mlp=Mlp(
@@ -44,6 +49,8 @@ def build_params(config: ModelConfig, leaf: Callable[[tuple[int, ...]], Array]) 
                 up=linear(f"{mlp}.up", c.mlp_size, c.hidden_size, c.mlp_bias),
                 down=linear(f"{mlp}.down", c.hidden_size, c.mlp_size, c.mlp_bias),
             ),
+            attention_out_norm=optional_norm(f"{attention}_out_norm", c.hidden_size),
+            mlp_out_norm=optional_norm(f"{mlp}_out_norm", c.hidden_size),
         )
 
     projected = c.embed_size != c.hidden_size

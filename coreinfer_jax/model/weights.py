@@ -122,12 +122,14 @@ class Norm:
 
 @struct.dataclass
 class Attention:
-    """Projections: query [N H, D], key [G H, D], value [G H, D], out [D, N H]."""
+    """Projections: query [N H, D], key [G H, D], value [G H, D], out [D, N H]; norms of heads' queries and keys [H]."""
 
     query: Linear
     key: Linear
     value: Linear
     out: Linear
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
 
 
 @struct.dataclass
@@ -151,12 +153,17 @@ class Mlp:
 
 @struct.dataclass
 class Layer:
-    """One transformer block; where its norms act depends on `ModelConfig.norm_first`."""
+    """One transformer block; where its norms act depends on `ModelConfig.norm_first`.
+
+    Some families also normalise what the attention and the MLP add to the residual stream.
+    """
 
     attention_norm: Norm
     attention: Attention
     mlp_norm: Norm
     mlp: Mlp
+    attention_out_norm: Norm | None = None
+    mlp_out_norm: Norm | None = None
 
 
 @struct.dataclass

@@ -2,10 +2,24 @@
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.families import llama, opt
+from coreinfer_jax.model.families import bamboo, gemma2, gemma3, llama, mistral, opt, phi3, qwen2, qwen3, smollm3
 from coreinfer_jax.model.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (opt.FAMILY, llama.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        opt.FAMILY,
+        llama.FAMILY,
+        mistral.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+        gemma2.FAMILY,
+        gemma3.FAMILY,
+        smollm3.FAMILY,
+        phi3.FAMILY,
+        bamboo.FAMILY,
+    )
+}
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -24,6 +38,6 @@ def family_named(name: object, what: str) -> Family:
         CoreInferError: there is none.
     """
     if not isinstance(name, str) or name not in FAMILIES:
-        known = " and ".join(map(repr, FAMILIES))
+        known = ", ".join(map(repr, FAMILIES))
         raise CoreInferError(f"{what} {shown(name)} is not implemented; supported are {known}")
     return FAMILIES[name]

@@ -9,7 +9,7 @@ from jax import Array
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields, read_special_ids
 from coreinfer_jax.model.family import Family
-from coreinfer_jax.model.layers import attention, layer_norm, lookup, mlp_activations
+from coreinfer_jax.model.layers import LayerContext, attention, layer_norm, lookup, mlp_activations
 from coreinfer_jax.model.weights import Layer, Norm, Params
 
 # Rows 0 and 1 of OPT's position table are leftovers of its padding scheme.
@@ -90,13 +90,14 @@ TENSORS = {
 }
 
 
-def embed(params: Params, tokens: Array, positions: Array) -> tuple[Array, None]:
+def embed(params: Params, tokens: Array, positions: Array, capacity: int) -> tuple[Array, tuple[LayerContext, ...]]:
     """Token plus position embeddings of tokens [B, T] at `positions` [B, T]: [B, T, D]."""
     x = lookup(params.token_embedding, tokens)
     if params.project_in is not None:
         x = params.project_in(x)
     assert params.position_embedding is not None, "an OPT model has a position table"
-    return x + lookup(params.position_embedding, positions + POSITION_OFFSET), None
+    x = x + lookup(params.position_embedding, positions + POSITION_OFFSET)
+    return x, (LayerContext(),) * params.config.num_layers
 
 
 @jax.named_scope("block")
@@ -105,7 +106,7 @@ def block(
     layer: Layer,
     past: tuple[Array, Array],
     positions: Array,
-    context: None,
+    context: LayerContext,
     edit: Callable[[Array, Array], Array],
     config: ModelConfig,
 ) -> tuple[Array, tuple[Array, Array], Array]:

@@ -1,0 +1,57 @@
+"""The computation of decoders with rotary positions, RMSNorm and a gated MLP: LLaMA and its relatives."""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array
+
+from coreinfer_jax.model.config import ModelConfig, Rope
+from coreinfer_jax.model.layers import LayerContext, attention, lookup, mlp_activations, rms_normed, rotation
+from coreinfer_jax.model.weights import Layer, Params
+
+
+def embed(params: Params, tokens: Array, positions: Array, capacity: int) -> tuple[Array, tuple[LayerContext, ...]]:
+    """Token embeddings [B, T, D] of tokens [B, T]; the rotation of `positions` [B, T] and the window of each layer."""
+    return lookup(params.token_embedding, tokens), layer_contexts(positions, capacity, params.config)
+
+
+def layer_contexts(positions: Array, capacity: int, config: ModelConfig) -> tuple[LayerContext, ...]:
+    """What each layer is told of tokens at `positions` [B, T], in a run with room for `capacity` (S)."""
+    assert config.rope is not None, "the model has rotary positions"
+
+    def turned_by(rope: Rope) -> tuple[Array, Array]:
+        return rotation(positions, config.head_size, rope, capacity)
+
+    turned = turned_by(config.rope)
+    local = turned if config.local_rope is None else turned_by(config.local_rope)
+    windows = config.windows or (None,) * config.num_layers
+    rotated = config.rotated or (True,) * config.num_layers
+    return tuple(
+        LayerContext((turned if window is None else local) if rotates else None, window)
+        for window, rotates in zip(windows, rotated, strict=True)
+    )
+
+
+@jax.named_scope("block")
+def block(
+    x: Array,
+    layer: Layer,
+    past: tuple[Array, Array],
+    positions: Array,
+    context: LayerContext,
+    edit: Callable[[Array, Array], Array],
+    config: ModelConfig,
+) -> tuple[Array, tuple[Array, Array], Array]:
+    """One layer over x [B, T, D]: the new x, the extended keys and values, the MLP activations [B, T, F]."""
+    normed = rms_normed(x, layer.attention_norm, config)
+    attended, past = attention(normed, layer.attention, past, positions, context, config)
+    x = x + rms_normed(attended, layer.attention_out_norm, config)
+    activations, gated = mlp_activations(rms_normed(x, layer.mlp_norm, config), layer.mlp, config)
+    added = layer.mlp.down(edit(activations, gated))
+    return x + rms_normed(added, layer.mlp_out_norm, config), past, activations
+
+
+def finish(params: Params, x: Array) -> Array:
+    """Last norm: x [B, T, D] to [B, T, D]."""
+    assert params.final_norm is not None, "the model has a final norm"
+    return rms_normed(x, params.final_norm, params.config)
