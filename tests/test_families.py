@@ -1,5 +1,6 @@
 """Batches, choosers, conversion and export of every family with rotary positions, against transformers."""
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
@@ -101,6 +103,18 @@ def test_gemma_is_rounded_to_16_bits_where_transformers_rounds(family: str) -> N
     half = params.replace(token_embedding=params.token_embedding.astype(jnp.bfloat16))
     embedded, _ = family_of(config).embed(half, jnp.asarray(tokens), jnp.arange(5)[None], 64)
     np.testing.assert_array_equal(embedded.astype(jnp.float32), looked_up)
+
+
+@pytest.mark.parametrize(("rows", "found"), [(63, "value.weight has shape [15, 32]"), (65, "has shape [17, 32]")])
+def test_a_joined_tensor_of_another_size_is_refused(rows: int, found: str, tmp_path: Path) -> None:
+    model, _ = pair("Phi3")
+    model.save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.1.self_attn.qkv_proj.weight"
+    assert len(tensors[name]) == 64
+    tensors[name] = np.resize(tensors[name], (rows, 32))
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ci.CoreInferError, match=re.escape(found)):
+        ci.load(tmp_path)
 
 
 def groups_of(params: ci.Params, core) -> ci.Groups:
