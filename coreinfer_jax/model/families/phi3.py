@@ -68,10 +68,11 @@ def _with_joined(tensors: Mapping[str, str], attention: str, mlp: str) -> dict[s
 def gguf_rope(facts: GgufFacts) -> dict[str, Any]:
     """The fields of rotation, and the window, which a file that has none calls 0."""
     D, N = (facts.fields.get(name) for name in ("hidden_size", "num_attention_heads"))
+    H = D // N if D and N else 0
     turned, window = facts.metadata.get("rope.dimension_count"), facts.metadata.get("attention.sliding_window")
     stated: dict[str, Any] = {"sliding_window": window} if window else {}
-    if turned and D and N and turned != D // N:
-        stated["partial_rotary_factor"] = turned / (D // N)
+    if H and turned != H and turned is not None:
+        stated["partial_rotary_factor"] = turned / H
     short, long = facts.tensor("rope_factors_short.weight"), facts.tensor("rope_factors_long.weight")
     if short is None or long is None:
         return stated
