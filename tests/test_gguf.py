@@ -109,7 +109,7 @@ def test_logits_equal_those_of_transformers_own_reader(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     file = write(tmp_path / "model.gguf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
-    params, tokenizer = ci.load(file)
+    params, tokenizer = ci.load(file, "float32")
     assert tokenizer is None
     tokens = np.random.default_rng(1).integers(0, V, (2, 20))
     with torch.no_grad():

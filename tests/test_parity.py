@@ -142,7 +142,8 @@ def random_reference(family: str, changes: dict[str, object], directory: Path):
     torch.manual_seed(0)
     fields = (TINY_OPT if family == "OPT" else TINY_LLAMA) | changes
     config, kind = {"Gemma3": ("Gemma3Text", "Gemma3"), "Bamboo": ("Mistral", "Mistral")}.get(family, (family, family))
-    config = getattr(transformers, f"{config}Config")(**fields)
+    # Written out: some releases leave Gemma's cap of scores away where they fuse attention.
+    config = getattr(transformers, f"{config}Config")(**fields, attn_implementation="eager")
     model = as_family(getattr(transformers, f"{kind}ForCausalLM")(config).eval(), family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -168,7 +169,7 @@ def as_family(model, family: str):
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
 def test_logits_and_greedy_tokens_equal_transformers(family: str, changes: dict[str, object], tmp_path: Path) -> None:
     model = random_reference(family, changes, tmp_path)
-    params, _ = ci.load(tmp_path)
+    params, _ = ci.load(tmp_path, "float32")
     tokens = np.random.default_rng(1).integers(3, 99, (2, 40))
     with torch.no_grad():
         expected = model(torch.tensor(tokens)).logits.numpy()
@@ -197,7 +198,7 @@ def assert_same_until_a_tie(model, ours: np.ndarray, theirs: np.ndarray, prompt:
 
 def test_tinystories_logits_equal_transformers(tinystories: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tinystories, dtype=torch.float32).eval()
-    params, tokenizer = ci.load(tinystories)
+    params, tokenizer = ci.load(tinystories, "float32")
     assert tokenizer is not None
     tokens = np.array([tokenizer.encode("Once upon a time, there was a little girl named Lily. She liked to play.")])
     with torch.no_grad():
@@ -207,7 +208,7 @@ def test_tinystories_logits_equal_transformers(tinystories: Path) -> None:
 
 def test_200_greedy_tinystories_tokens_equal_transformers(tinystories: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tinystories, dtype=torch.float32).eval()
-    params, tokenizer = ci.load(tinystories)
+    params, tokenizer = ci.load(tinystories, "float32")
     assert tokenizer is not None
     tokens = np.array([tokenizer.encode("Once upon a time, there was a little")])
     with torch.no_grad():
