@@ -490,7 +490,7 @@ def test_byte_level_ids_are_those_of_the_tokenizer_it_was_made_from(pre: str, da
 
     ours = load_tokenizer(unpacked(write(tmp_path / "model.gguf", facts)))
     assert ours is not None
-    for line in LINES + (data / "text" / "prose.txt").read_text(encoding="utf-8").splitlines()[:300]:
+    for line in LINES + (data / "text" / "wiki.txt").read_text(encoding="utf-8").splitlines()[:10]:
         assert ours.encode(line) == theirs.encode(line).ids
         assert ours.decode(ours.encode(line)) == theirs.decode(theirs.encode(line).ids)
     assert ours.special_id("<|im_end|>") == 1
@@ -529,7 +529,7 @@ def test_sentencepiece_ids_are_those_of_the_model_it_was_made_from(data: Path, t
 
     ours = load_tokenizer(unpacked(write(tmp_path / "model.gguf", facts)))
     assert ours is not None
-    for line in LINES + (data / "text" / "prose.txt").read_text(encoding="utf-8").splitlines()[:300]:
+    for line in LINES + (data / "text" / "wiki.txt").read_text(encoding="utf-8").splitlines()[:10]:
         ids = theirs.encode(line)
         assert ours.encode(line) == [theirs.bos_id(), *ids]
         assert ours.decode(ids) == theirs.decode(ids)
@@ -584,9 +584,13 @@ def test_folders_of_files_that_are_gone_or_changed_are_removed(cache: Path, tmp_
     write(files["changed"], lambda writer: writer.add_eos_token_id(3))
     other = cache / "coreinfer_jax" / "gguf" / "not-ours"
     other.mkdir()
-    assert {folder.name for folder in other.parent.iterdir()} == {other.name, *(f.name for f in folders.values())}
+    written = other.with_name(".new.partial-1")
+    written.mkdir()
+    (written / "model.gguf").symlink_to(files["gone"])
+    ours = {folder.name for folder in folders.values()}
+    assert {folder.name for folder in other.parent.iterdir()} == {*ours, other.name, written.name}
     new = unpacked(files["changed"])
-    left = {folders["calibrated"].name, folders["there"].name, other.name, new.name}
+    left = {folders["calibrated"].name, folders["there"].name, other.name, written.name, new.name}
     assert {folder.name for folder in other.parent.iterdir()} == left
 
 

@@ -92,7 +92,7 @@ def _folder(whole: Path) -> Path:
 
 def _remove_stale(cache: Path) -> None:
     """Remove the folders of files that are gone or have changed since; but not a calibration, which took work."""
-    for folder in cache.iterdir():
+    for folder in cache.glob("[!.]*"):  # hidden are those that are being written
         link = folder / WEIGHTS
         if link.is_symlink() and not (folder / CALIBRATION).exists() and not _is_of(link.readlink(), folder):
             shutil.rmtree(folder, ignore_errors=True)
