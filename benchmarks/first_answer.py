@@ -7,6 +7,7 @@ import numpy as np
 import coreinfer_jax as ci
 from benchmarks.environment import environment, read_results
 from benchmarks.tables import made_on, markdown
+from coreinfer_jax.lab.evaluation.speed import milliseconds_per_token
 from coreinfer_jax.sparsity.choosers import Core, resolved, settings_of
 from coreinfer_jax.sparsity.stability import CoreConfig
 
@@ -32,11 +33,7 @@ def measure() -> dict[str, Any]:
         "80 %": CoreConfig(beta=0.8),
         "50 %": CoreConfig(beta=0.5),
     }
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(1 + ROUNDS):
-        for name, core in ways.items():
-            stats = ci.generate(params, [prompt], core, max_new_tokens=TIMED_TOKENS).stats
-            taken[name].append(1000 * stats.decode_seconds / stats.decode_steps)
+    taken = milliseconds_per_token(params, prompt, ways, TIMED_TOKENS, ROUNDS)
     answers = {}
     for name, core in ways.items():
         out = ci.generate(params, [prompt], core, max_new_tokens=40, eos_ids=params.config.eos_ids)
@@ -44,7 +41,7 @@ def measure() -> dict[str, Any]:
             "core": None if core is None or isinstance(core, ci.CoreNeurons) else settings_of(core),
             "answer": tokenizer.decode(out.tokens[0, : out.lengths[0]].tolist()),
             "kept_share": float(np.mean(out.stats.kept_neurons)) / params.config.mlp_size,
-            "ms_per_token": taken[name][1:],  # the first round compiles
+            "ms_per_token": taken[name],
         }
     return environment() | {"model": MODEL, "question": QUESTION, "answers": answers}
 

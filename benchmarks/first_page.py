@@ -15,7 +15,7 @@ SHOWN: dict[str, Side] = {
     "coreinfer_jax, 20 % of the neurons, bfloat16": Side(OURS, 0.2, "bfloat16"),
 }
 # Of what keep-ratio.jsonl measured: how neurons are chosen, which shares of them, after prompts of how many tokens.
-WAYS = {"paper": "chosen as in the paper", "recommended": "default", "calibrated": "default, calibrated"}
+WAYS = {"paper": "chosen as in the paper", "recommended": "`CoreConfig()`", "calibrated": "`CoreConfig()`, calibrated"}
 KEEPS, PROMPT = ("0.8", "0.5", "0.4", "0.2"), "64"
 
 

@@ -1,6 +1,7 @@
 """What a calibration says of a model, where it lies, and how generation goes by it."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
-from coreinfer_jax.io.calibration_file import CALIBRATION
+from coreinfer_jax.io.calibration_file import CALIBRATION, SHIPPED, read_calibration, read_facts
 from coreinfer_jax.lab.evaluation import Bound, Texts, calibrate
 from coreinfer_jax.lab.evaluation.material import own_answers
 from coreinfer_jax.model.weights import named_leaves, params_bytes
@@ -236,6 +238,26 @@ def test_answers_that_are_too_short_are_refused():
         own_answers(ends_at_once, Lengths(), OWN)
 
 
+def test_prompts_that_a_model_has_no_room_for_are_left_out():
+    small = random_model(replace(OPT, max_positions=20, eos_ids=()))
+    found = calibrate(small, Lengths(), texts=OWN)
+    assert max(found.facts["texts"]["prompt_tokens"]) <= 20 - 5
+    with pytest.raises(ci.CoreInferError, match="7 positions have no room for the prompts of the package"):
+        own_answers(random_model(replace(OPT, max_positions=7)), Lengths(), OWN)
+
+
+def test_every_calibration_of_the_package_can_be_read():
+    for path in SHIPPED.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            L, (F,) = file.get_slice("gains").get_shape()[0], file.get_slice("layers.0.total").get_shape()
+            model = file.metadata()["model"]
+        config = replace(OPT, num_layers=L, mlp_size=F)
+        assert read_calibration(Path("nowhere"), config, lambda model=model: model) is not None
+        assert read_facts(Path("nowhere"), config, lambda model=model: model) is not None
+        assert read_calibration(Path("nowhere"), config, lambda: "another") is None
+    assert path.name == "smollm2-135m-instruct-q4_1.safetensors"
+
+
 def test_a_calibration_comes_with_the_package_for_a_model_that_does_not(tmp_path, monkeypatch):
     own = ci.convert("embedded:llama", tmp_path / "own")
     monkeypatch.setattr("coreinfer_jax.io.calibration_file.SHIPPED", tmp_path / "shipped")
@@ -335,6 +357,28 @@ def test_mistakes_get_one_line_and_leave_what_is_there(arguments, said, model, s
     assert (model / CALIBRATION).read_bytes() == before
 
 
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_model_is_calibrated_without_texts(model, tmp_path, capsys, json_too):
+    directory = shutil.copytree(model, tmp_path / "mine")
+    (directory / CALIBRATION).unlink()
+    small = ["--texts", "4", "--continuation", "4", "--max-kl", "1e6"]
+    assert main(["calibrate", "--model", str(directory), *small, *(["--json"] if json_too else [])]) == 0
+    out = capsys.readouterr().out
+    core, facts = read_facts(directory, ci.load(directory)[0].config, str)
+    assert core["beta"] == 0.05
+    assert facts["data"] == "the model's own answers"
+    assert min(facts["speed"][way] for way in ("all", "core")) > 0
+    if json_too:
+        assert json.loads(out)["facts"] == facts
+        return
+    assert re.search(
+        r"\nIt costs \d+\.\d+ nats per token against the full model, whose choice it shares for \d+% of", out
+    )
+    assert f"A token takes {facts['speed']['core']:.1f} ms instead of {facts['speed']['all']:.1f}" in out
+    assert main(["info", str(directory)]) == 0
+    assert "from the model's own answers, within max_kl 1e+06; " in capsys.readouterr().out
+
+
 def test_prompt_lengths_are_of_texts_in_a_file(model, capsys):
     assert main(["calibrate", "--model", str(model), "--prompt-tokens", "16"]) == 2
     assert "--prompt-tokens: is of texts in a file; add --data FILE" in capsys.readouterr().err
@@ -347,8 +391,6 @@ def test_an_embedded_model_is_not_written_into(stories, capsys):
 
 def rewritten(directory: Path, source: Path, change) -> Path:
     """A copy of a model whose calibration `change`(arrays, metadata) has been at."""
-    from safetensors import safe_open
-
     for file in source.iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
     arrays = load_file(directory / CALIBRATION)

@@ -18,6 +18,7 @@ from coreinfer_jax.cli import main
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.loop import begin
 from coreinfer_jax.engine.running import insert_request, start
+from coreinfer_jax.io import mapping
 from coreinfer_jax.io.export import write_hugging_face
 from coreinfer_jax.model.families import family_of
 from coreinfer_jax.model.fingerprint import fingerprint
@@ -167,6 +168,18 @@ def only(kept: np.ndarray):
         return (torch.where(is_kept, a, 0.0),) if a.shape[1] == 1 else None
 
     return hook
+
+
+@pytest.mark.parametrize("family", CHOSEN)
+@pytest.mark.parametrize("chunk", [1, 500])
+def test_large_tensors_are_read_by_rows(
+    family: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, params = pair(family)
+    random_reference(family, CHOSEN[family], tmp_path)
+    monkeypatch.setattr(mapping, "CHUNK", chunk)
+    read, _ = ci.load(tmp_path, "float32")
+    assert jax.tree.all(jax.tree.map(np.array_equal, read, params))
 
 
 @pytest.mark.parametrize("family", CHOSEN)

@@ -269,6 +269,8 @@ def test_rotation_of_llama_3_is_recognised(factor: float, tmp_path: Path) -> Non
 
 
 def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
+    named = write(tmp_path / "bamboo.gguf", lambda writer: writer.add_name("TurboSparse-Mistral"))
+    assert "'TurboSparse-Mistral' is not implemented in GGUF" in refusal(lambda: ci.load(named))
     assert "'falcon'" in refusal(lambda: ci.load(write(tmp_path / "a.gguf", architecture="falcon")))
     scaled = write(tmp_path / "b.gguf", lambda writer: writer.add_float32("llama.attention.scale", 0.5))
     assert "llama.attention.scale=0.5" in refusal(lambda: ci.load(scaled))

@@ -189,7 +189,8 @@ def load_model(options: argparse.Namespace, calibrated: bool = True) -> tuple[Pa
         params, tokenizer = load_uncalibrated(model_path(options.model), options.dtype)
     if tokenizer is None:
         raise CoreInferError(
-            f"{options.model}: has no tokenizer; add tokenizer.json or tokenizer.model beside the weights"
+            f"{options.model}: has no tokenizer; add tokenizer.json or tokenizer.model beside the weights of a "
+            "directory, or take a GGUF file that holds one"
         )
     return params, tokenizer
 
@@ -213,7 +214,7 @@ def preset(options: argparse.Namespace, params: Params | None = None) -> CoreCon
 
 
 def recommended(params: Params | None) -> CoreConfig:
-    """How core neurons are chosen where the user names nothing: as calibrated, if that is not with all neurons."""
+    """What options of core neurons start from: what was calibrated, if that is not all neurons, else `CoreConfig()`."""
     known = None if params is None else calibration_of(params)
     return known.core if known is not None and isinstance(known.core, CoreConfig) else CoreConfig()
 

@@ -8,21 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from coreinfer_jax.cli import arguments
 from coreinfer_jax.cli.eval_texts import table
 from coreinfer_jax.cli.info import setting_in_words
-from coreinfer_jax.engine.generation import generate
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.files import is_directory, to_path
 from coreinfer_jax.io.calibration_file import CALIBRATION, write_calibration
 from coreinfer_jax.io.embedded import PREFIX
 from coreinfer_jax.io.loading import model_path, open_model, stored_fingerprint
 from coreinfer_jax.lab.evaluation.calibrating import BOUND, TEXTS, Bound, Calibrated, calibrate
+from coreinfer_jax.lab.evaluation.speed import milliseconds_per_token
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.choice import Chooser
-from coreinfer_jax.sparsity.choosers import settings_of
+from coreinfer_jax.sparsity.choosers import Core, settings_of
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import read_documents
 
@@ -62,15 +62,17 @@ def _run(options: argparse.Namespace) -> None:
         raise CoreInferError("--prompt-tokens: is of texts in a file; add --data FILE, or leave it out")
     params, tokenizer = arguments.load_model(options, calibrated=False)
     found = calibrate(params, tokenizer, documents, bound, texts)
-    facts = found.facts | {"ms_per_token": _speed(params, tokenizer, found)}
-    write_calibration(directory, stored_fingerprint(*open_model(directory)), found.calibration, facts)
+    stored = stored_fingerprint(*open_model(directory))
+    write_calibration(directory, stored, found.calibration, found.facts)
+    facts = found.facts | {"speed": _speed(params, tokenizer, found)}
+    write_calibration(directory, stored, found.calibration, facts)
     core = None if found.calibration.core is None else settings_of(found.calibration.core)
     if options.json:
         print(json.dumps({"model": options.model, "core": core, "facts": facts, "settings": found.results}))
         return
     print(f"{table(found.results)}\n")
     print(setting_in_words(core, facts, params.config.mlp_size))
-    print(_verdict(found, facts))
+    print(_verdict(found, facts["speed"]))
     print(f"Written to {directory / CALIBRATION}")
 
 
@@ -86,34 +88,34 @@ def _writable(model: str) -> Path:
     return directory
 
 
-def _speed(params: Params, tokenizer: Tokenizer, found: Calibrated) -> dict[str, float]:
-    """Milliseconds per new token with all neurons and with those that a calibration keeps, taken in turns."""
+def _speed(params: Params, tokenizer: Tokenizer, found: Calibrated) -> dict[str, Any]:
+    """Milliseconds per new token with all neurons and with those that a calibration keeps; nothing where these are all.
+
+    What was timed is cut to the room that the model has.
+    """
     if found.calibration.core is None:
         return {}
-    prompt = tokenizer.encode(TIMED_PROMPT)
-    calibrated = replace(params, calibration=found.calibration)
-    ways: dict[str, Chooser | None] = {"all": None, "core": found.calibration.core}
-    taken: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(1 + ROUNDS):
-        for way, core in ways.items():
-            stats = generate(calibrated, [prompt], core, max_new_tokens=TIMED_TOKENS).stats
-            taken[way].append(1000 * stats.decode_seconds / stats.decode_steps)
-    # The first round compiles.
-    return {way: float(np.median(times[1:])) for way, times in taken.items()}
+    prompt = tokenizer.encode(TIMED_PROMPT)[: params.config.max_positions // 2]
+    new_tokens = min(TIMED_TOKENS, params.config.max_positions - len(prompt))
+    ways: dict[str, Core] = {"all": None, "core": found.calibration.core}
+    taken = milliseconds_per_token(replace(params, calibration=found.calibration), prompt, ways, new_tokens, ROUNDS)
+    medians = {way: float(np.median(times)) for way, times in taken.items()}
+    return medians | {"device": jax.devices()[0].device_kind, "dtype": params.dtype.name}
 
 
-def _verdict(found: Calibrated, facts: Mapping[str, Any]) -> str:
-    """What that costs and what it buys, in a plain sentence."""
+def _verdict(found: Calibrated, speed: Mapping[str, Any]) -> str:
+    """What that costs and what it buys, in plain sentences."""
     if not found.chosen:
-        nearest = found.results[-1]
+        most = max(result["keep"] for result in found.results)
+        nearest = [result for result in found.results if result["keep"] == most]
         return (
-            f"No keep ratio stays within the bound, so the model goes on with all its neurons. At {nearest['keep']:g} "
-            f"it would lose {_loss([nearest])}."
+            "No keep ratio stays within the bound, so the model goes on with all its neurons. "
+            f"At {most:g} it would lose {_loss(nearest)}."
         )
-    all_neurons, core = facts["ms_per_token"]["all"], facts["ms_per_token"]["core"]
+    gain = speed["all"] / speed["core"]
+    bought = f"{gain:.2f} times as fast" if gain > 1 else "which gains nothing"
     return (
-        f"It costs {_loss(found.chosen)}. A token takes {core:.1f} ms instead of {all_neurons:.1f} "
-        f"({all_neurons / core:.2f} times as fast)."
+        f"It costs {_loss(found.chosen)}. A token takes {speed['core']:.1f} ms instead of {speed['all']:.1f}, {bought}."
     )
 
 

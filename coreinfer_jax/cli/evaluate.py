@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=arguments.PRESETS,
         default="default",
-        help="what is not named: by the paper, or as recommended for the model",
+        help="what is not named: by the paper, or as calibrated and else by CoreConfig()",
     )
     rules = (*RANKINGS, *PER_TOKEN)
     parser.add_argument("--rule", nargs="+", choices=rules, metavar="RULE", help=", ".join(rules))

@@ -90,8 +90,11 @@ def _calibration(summary: Summary) -> str:
     met = "within" if facts.get("met") else "as no keep ratio is within"
     if bounds:
         found += f", {met} {' and '.join(f'{name} {bound:g}' for name, bound in bounds.items())}"
-    speed = facts.get("ms_per_token")
-    return found + (f"; {speed['core']:.1f} ms per token instead of {speed['all']:.1f}" if speed else "")
+    speed = facts.get("speed")
+    if speed:
+        where = f"{speed['dtype']} on {speed['device']}"
+        found += f"; {speed['core']:.1f} ms per token instead of {speed['all']:.1f}, {where}"
+    return found
 
 
 def _tokenizer(summary: Summary) -> str:

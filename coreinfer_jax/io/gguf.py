@@ -193,6 +193,12 @@ def _family(gguf: Gguf, where: str) -> tuple[Family, GgufNames]:
     if family is None or family.gguf is None:
         known = ", ".join(readable)
         raise CoreInferError(f"{where}: architecture {shown(architecture)} is not implemented in GGUF; {known} is")
+    name = str(gguf.metadata.get("general.name", ""))
+    if any(other in name.lower() for other in family.gguf.others):
+        raise CoreInferError(
+            f"{where}: {shown(name)} is not implemented in GGUF, where it is not told from {architecture}; "
+            "take its Hugging Face directory"
+        )
     return family, family.gguf
 
 

@@ -86,7 +86,17 @@ def shared_names(names: Mapping[str, str]) -> list[str]:
 
 
 def _rows(whole: StoredTensor, start: int, end: int) -> StoredTensor:
-    return replace(whole, shape=(end - start, *whole.shape[1:]), read=lambda: whole.read()[start:end].copy())
+    """Rows `start` to before `end` of a tensor, and their share of its bytes."""
+    rows, by_rows = end - start, whole.read_rows
+    stored = whole.stored and (whole.stored[0], whole.stored[1] * rows // max(1, whole.shape[0]))
+    found = StoredTensor((rows, *whole.shape[1:]), whole.dtype, lambda: whole.read()[start:end].copy(), stored)
+    if by_rows is None:
+        return found
+    return replace(
+        found,
+        read=lambda: by_rows(start, end),
+        read_rows=lambda first, last: by_rows(start + first, start + last),
+    )
 
 
 def check_layers(config: ModelConfig, tensors: int, where: str) -> None:

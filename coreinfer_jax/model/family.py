@@ -44,6 +44,7 @@ class GgufNames:
         further_keys: keys, without the architecture, that `further_fields` reads.
         further_tensors: tensors that it reads, which are no weights.
         further_fields: the fields of config.json that follow from these.
+        others: words in `general.name` of models whose files name this architecture but which compute something else.
         as_checkpoints: of weights that checkpoints hold otherwise: our name -> (what is stored, the config) to those.
 
     A file's key or tensor that none of these names is refused.
@@ -52,6 +53,7 @@ class GgufNames:
     architecture: str
     fields: Mapping[str, str]
     tensors: Mapping[str, str]
+    others: tuple[str, ...] = ()
     further_keys: tuple[str, ...] = ()
     further_tensors: tuple[str, ...] = ()
     further_fields: Callable[[GgufFacts], dict[str, Any]] = lambda facts: {}

@@ -19,7 +19,7 @@ from coreinfer_jax.sparsity.rules import Contribution, Observer, Rule, Votes, ru
 
 @dataclass(frozen=True, kw_only=True)
 class CoreConfig(Chooser):
-    """Stability-guided: the prompt's own neurons. The default; `CoreConfig.paper()` is what the paper does.
+    """Stability-guided: the prompt's own neurons. `CoreConfig.paper()` is what the paper does.
 
     `layers`, `per_row` and `count_bos` are those of every `Chooser`.
 

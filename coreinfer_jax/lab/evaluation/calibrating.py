@@ -7,13 +7,12 @@ from typing import Any
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.lab.evaluation.comparison import Texts, check_settings, compare_on
-from coreinfer_jax.lab.evaluation.material import from_documents, own_answers
+from coreinfer_jax.lab.evaluation.material import Material, from_documents, own_answers
 from coreinfer_jax.lab.evaluation.measure import collect
 from coreinfer_jax.lab.evaluation.sensitivity import layer_gains
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import allocate
 from coreinfer_jax.sparsity.calibration import Calibration
-from coreinfer_jax.sparsity.choosers import settings_of
 from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.text import Tokenizer
@@ -76,9 +75,8 @@ class Calibrated:
     def chosen(self) -> list[dict[str, Any]]:
         """The results of the keep ratio that was taken, one for each length of prompt."""
         core = self.calibration.core
-        return (
-            [] if core is None else [result for result in self.results if result["keep"] == settings_of(core)["beta"]]
-        )
+        keep = core.beta if isinstance(core, CoreConfig) else None
+        return [result for result in self.results if result["keep"] == keep]
 
 
 def calibrate(
@@ -98,7 +96,7 @@ def calibrate(
         tokenizer: of the model.
         documents: texts like those to come; None for prompts of the package, each with the model's own answer.
         bound: what a setting may cost; None takes `CoreConfig()`, whatever that costs.
-        texts: which of them, and how much.
+        texts: which of them, and how much; the model's own answers have no use for `prompt_tokens` and `switched`.
 
     Returns:
         `Calibrated`; its `calibration.core` is None, all neurons, where no keep ratio meets the bound.
@@ -110,11 +108,7 @@ def calibrate(
     check_dense(params)
     default = CoreConfig()
     settings = [replace(default, beta=keep) for keep in KEEPS]
-    check_settings(params, settings, texts)
-    if documents is None:
-        material = own_answers(params, tokenizer, texts)
-    else:
-        material = from_documents(documents, tokenizer, texts, params.config)
+    material = _material(params, tokenizer, documents, settings, texts)
     prior = collect(params, material.known, [default.ranking])
     gains = layer_gains(params, material.tried.rows, material.tried.context, prior)
     [sums] = prior.values()
@@ -131,12 +125,28 @@ def calibrate(
         "prior_texts": len(material.known.rows),
         "prior_tokens": int(material.known.lengths.sum()),
         "layer_texts": len(material.tried.rows),
-        "texts": asdict(texts) | {"texts": len(material.held_out[0].rows)},
+        "texts": asdict(texts)
+        | {"texts": len(material.held_out[0].rows), "prompt_tokens": [own.length for own in material.held_out]},
         "bound": {} if bound is None else asdict(bound),
         "met": core is not None,
         "kept_neurons": None if core is None else allocate(core, params.config, gains),
     }
     return Calibrated(replace(found, core=core), facts, results)
+
+
+def _material(
+    params: Params,
+    tokenizer: Tokenizer,
+    documents: Documents | None,
+    settings: Sequence[CoreConfig],
+    texts: Texts,
+) -> Material:
+    """The texts to read, if these sizes fit the model."""
+    if documents is None:
+        check_settings(params, settings, replace(texts, prompt_tokens=(1,)))  # prompts have lengths of their own
+        return own_answers(params, tokenizer, texts)
+    check_settings(params, settings, texts)
+    return from_documents(documents, tokenizer, texts, params.config)
 
 
 def _cheapest(results: Sequence[dict[str, Any]], bound: Bound) -> CoreConfig | None:

@@ -72,6 +72,11 @@ class Excerpts:
     context: int | np.ndarray
     too_short: int
 
+    @property
+    def length(self) -> int:
+        """Tokens of a context, on average."""
+        return round(float(np.mean(self.context)))
+
 
 def evaluate(
     params: Params,
@@ -130,8 +135,9 @@ def compare_on(
     params: Params, excerpts: Excerpts, settings: Sequence[Setting], seed: int, prior: Prior | None
 ) -> list[dict[str, Any]]:
     """What each setting costs on `excerpts`, with intervals of this seed; see `evaluate`."""
-    rows, length = excerpts.rows, round(float(np.mean(excerpts.context)))
-    full, measured = measure(params, rows, excerpts.context, settings, prior=prior, name=f"{length} tokens")
+    rows, length = excerpts.rows, excerpts.length
+    name = f"comparing settings, prompts of {length} tokens"
+    full, measured = measure(params, rows, excerpts.context, settings, prior=prior, name=name)
     dense = {
         "dense_perplexity": perplexity(full, seed),
         "dense_perplexity_by_position": perplexity_by_position(full),

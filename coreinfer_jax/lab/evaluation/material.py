@@ -1,7 +1,7 @@
 """What a calibration reads: documents that the user gives, or prompts of the package and what the model makes of them.
 
 A model's own answers are what decoding reads, in the form in which the model was trained to give them. Plain texts are
-neither: on SmolLM2, a chat model, a calibration from an encyclopedia did little for its answers.
+neither.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,10 @@ def from_documents(documents: Documents, tokenizer: Tokenizer, texts: Texts, con
 
 
 def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
-    """What the full model answers to the prompts of the package, in its chat template where it has one.
+    """What the full model makes of the prompts of the package.
+
+    These are questions, in the model's chat template where it has one, and openings of texts, as they are. Those that
+    the model has no room for are left out.
 
     Args:
         params: dense weights.
@@ -69,7 +72,13 @@ def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
     Raises:
         CoreInferError: a model without room for the prompts and answers, or one whose answers are too short.
     """
-    prompts = _prompts(tokenizer)
+    room = params.config.max_positions - texts.continuation - 1
+    prompts = [prompt for prompt in _prompts(tokenizer) if len(prompt) <= room]
+    if len(prompts) < 2 * LEAST_TEXTS:
+        raise CoreInferError(
+            f"{params.config.max_positions} positions have no room for the prompts of the package and answers of "
+            f"{texts.continuation + 1} tokens; take shorter continuations, or texts of your own"
+        )
     order = np.random.default_rng(texts.seed).permutation(len(prompts))
     answered = _answered(params, [prompts[i] for i in order], texts)
     middle = len(answered) // 2
@@ -121,7 +130,7 @@ def _excerpts(answered: Sequence[Answered], most: int, continuation: int) -> Exc
     if len(long) < LEAST_TEXTS:
         raise CoreInferError(
             f"{len(long)} of {len(answered)} answers have more than {continuation} tokens, and at least {LEAST_TEXTS} "
-            "are needed; take a smaller --continuation, or --data FILE"
+            "are needed; take shorter continuations, or texts of your own"
         )
     chosen = long[:most]
     rows = Beginnings.of([[*prompt, *answer] for prompt, answer in chosen]).rows

@@ -34,7 +34,7 @@ def layer_gains(params: Params, rows: np.ndarray, context: int | np.ndarray, pri
     settings = [
         CoreConfig(beta=share, layers=(l / L, (l + 1) / L), allocation="equal") for l in range(L) for share in SHARES
     ]
-    _, measured = measure(params, rows, context, settings, prior=prior, name="layer by layer")
+    _, measured = measure(params, rows, context, settings, prior=prior, name="narrowing layer by layer")
     kl = np.array([one.kl.mean() for one in measured], np.float64).reshape(L, len(SHARES))
     return np.stack([_falling(_lost(layer)) for layer in kl]).astype(np.float32)
 

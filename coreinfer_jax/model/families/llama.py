@@ -103,6 +103,7 @@ FAMILY = Family(
         further_keys=GGUF_SCALING,
         further_tensors=(_DIVISORS,),
         further_fields=scaling_by_divisors,
+        others=("bamboo", "turbosparse"),  # whose MLP has a ReLU on both sides
         as_checkpoints=FROM_PAIRS,
     ),
 )
