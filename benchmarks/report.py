@@ -17,6 +17,7 @@ from benchmarks import (
     model_card,
     performance,
     quality_page,
+    shipped_calibrations,
 )
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.tables import made_on, shown_range
@@ -47,7 +48,11 @@ def current() -> dict[Path, str]:
         core_neurons.PAGE: core_neurons.tables(),
         model_card.CARD: {"figures": model_card.figures, "held-out": model_card.held_out},
         performance.PAGE: {**performance.sections(), "gpu aims": gpu_aims.section},
-        quality_page.PAGE: {**quality_page.sections(), **_of_newest({"keep-ratio": _keep_ratio})},
+        quality_page.PAGE: {
+            **quality_page.sections(),
+            "smollm2": shipped_calibrations.smollm2_table,
+            **_of_newest({"keep-ratio": _keep_ratio}),
+        },
     }
     return {path: _filled(path, sections) for path, sections in documents.items()}
 

@@ -48,14 +48,16 @@ OF_METHODS = {
 }
 
 
+MODELS = "Hugging Face directory, hub id (org/name, org/name:FILE.gguf), FILE.gguf, package:NAME"
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, and where it runs."""
     parser.add_argument(
         "--model",
         metavar="MODEL",
         default=DEFAULT,
-        help="converted or Hugging Face directory, hub id (org/name, org/name:FILE.gguf), FILE.gguf, package:NAME, "
-        "embedded:llama or embedded:opt (default)",
+        help=f"converted directory, {MODELS}, embedded:llama or embedded:opt (default)",
     )
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default float32 on CPU, bfloat16 on GPU and TPU")
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the fastest there is")

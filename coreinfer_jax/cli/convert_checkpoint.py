@@ -2,6 +2,7 @@
 
 import argparse
 
+from coreinfer_jax.cli import arguments
 from coreinfer_jax.io import convert
 from coreinfer_jax.io.mapping import DTYPES
 
@@ -13,7 +14,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="Hugging Face directory, hub id (org/name, org/name:FILE.gguf), FILE.gguf, package:NAME",
+        help=arguments.MODELS,
     )
     parser.add_argument("destination", metavar="DST", help="new directory")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: the checkpoint's")

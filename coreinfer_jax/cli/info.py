@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from coreinfer_jax.cli import arguments
 from coreinfer_jax.io.summary import Summary, summarise
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.stability import CoreConfig
@@ -18,11 +19,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="converted or Hugging Face directory, hub id (org/name, org/name:FILE.gguf), FILE.gguf, package:NAME, "
-        "embedded:opt, embedded:llama",
+        help=f"converted directory, {arguments.MODELS}, embedded:opt, embedded:llama",
     )
     parser.add_argument(
-        "--beta", type=float, default=CoreConfig().beta, help="keep ratio to count bytes for, (0, 1] (%(default)s)"
+        "--beta",
+        type=float,
+        help=f"keep ratio to count bytes for, (0, 1] (as calibrated, without a calibration {CoreConfig().beta})",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
@@ -43,6 +45,11 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     heads = f"N {config.num_heads} query, G {config.num_kv_heads} key/value heads of H {config.head_size}"
     saved = summary.bytes_per_token / summary.core_bytes_per_token
     dense, core = _size(summary.bytes_per_token), _size(summary.core_bytes_per_token)
+    read = f"{dense} dense"
+    if summary.kept_neurons < config.mlp_size:
+        read += f"; {core} with {summary.kept_neurons} core neurons per layer on average ({saved:.2f}x less)"
+    if summary.read_dtype not in summary.dtype:
+        read += f", as {summary.read_dtype}"
     return [
         ("family", f"{config.family}, {config.activation}"),
         ("layers", f"L {config.num_layers}"),
@@ -54,11 +61,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("parameters", f"{summary.parameters:,}"),
         ("dtype", summary.dtype),
         ("bytes", ", ".join(f"{part} {_size(size)}" for part, size in summary.bytes_per_part.items())),
-        (
-            "read per token",
-            f"{dense} dense; {core} with {summary.kept_neurons} core neurons per layer on average ({saved:.2f}x less)"
-            + ("" if summary.read_dtype in summary.dtype else f", as {summary.read_dtype}"),
-        ),
+        ("read per token", read),
         ("KV cache", f"{_size(summary.cache_bytes_per_position)} per position, read besides"),
         ("tokenizer", _tokenizer(summary)),
         ("fingerprint", summary.fingerprint),

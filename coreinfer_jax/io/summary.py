@@ -17,6 +17,7 @@ from coreinfer_jax.io.tensors import StoredTensor
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import weight_bytes_per_step
+from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.sparsity.votes import kept_neurons
 from coreinfer_jax.text import Tokenizer, load_tokenizer
 
@@ -58,20 +59,23 @@ class Summary:
     calibration: tuple[dict[str, Any] | None, Mapping[str, Any]] | None
 
 
-def summarise(model: str | os.PathLike[str], beta: float) -> Summary:
+def summarise(model: str | os.PathLike[str], beta: float | None = None) -> Summary:
     """Read a checkpoint's facts; of the weights only the few matrices of the fingerprint.
 
     Args:
         model: as for `load`.
-        beta: keep ratio, in (0, 1].
+        beta: keep ratio, in (0, 1]; None for that of the model's calibration, or `CoreConfig()`'s where it has none.
 
     Raises:
         CoreInferError: as `load`; a keep ratio outside its range.
     """
-    check_fraction("beta", beta)
+    if beta is not None:
+        check_fraction("beta", beta)
     path = model_path(model)
     config, tensors = open_model(path)
-    kept, fingerprint = kept_neurons(beta, config.mlp_size), stored_fingerprint(config, tensors)
+    fingerprint = stored_fingerprint(config, tensors)
+    calibration = read_facts(path, config, lambda: fingerprint)
+    kept = kept_neurons(_calibrated_beta(calibration) if beta is None else beta, config.mlp_size)
     widest = jnp.dtype(max((_dtype(tensor) for tensor in tensors.values()), key=lambda dtype: dtype.itemsize))
     return Summary(
         config=config,
@@ -85,8 +89,15 @@ def summarise(model: str | os.PathLike[str], beta: float) -> Summary:
         cache_bytes_per_position=2 * config.num_layers * config.num_kv_heads * config.head_size * widest.itemsize,
         tokenizer=load_tokenizer(path),
         fingerprint=fingerprint,
-        calibration=read_facts(path, config, lambda: fingerprint),
+        calibration=calibration,
     )
+
+
+def _calibrated_beta(calibration: tuple[dict[str, Any] | None, Mapping[str, Any]] | None) -> float:
+    if calibration is None:
+        return CoreConfig().beta
+    core, _ = calibration
+    return 1.0 if core is None else float(core["gamma"] if "gamma" in core else core["beta"])
 
 
 def _dtype(tensor: StoredTensor) -> jnp.dtype:
