@@ -20,6 +20,7 @@ from coreinfer_jax.engine.loop import begin
 from coreinfer_jax.engine.running import insert_request, start
 from coreinfer_jax.io import mapping
 from coreinfer_jax.io.export import write_hugging_face
+from coreinfer_jax.lab.evaluation.measure import measure
 from coreinfer_jax.model.families import family_of
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.layers import rms_normed
@@ -168,6 +169,19 @@ def only(kept: np.ndarray):
         return (torch.where(is_kept, a, 0.0),) if a.shape[1] == 1 else None
 
     return hook
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Gemma3"])
+def test_offsets_come_before_the_norm_behind_the_mlp(family: str) -> None:
+    """Narrowed weights, whose offset is the bias of the down projection, against masks over the full model's."""
+    _, params = pair(family)
+    core, context = ci.CoreConfig(beta=0.4, rule=ci.rules.Contribution(prior_tokens=0)), 23
+    row = np.array([prompt(40)], np.int32)
+    _, (masked,) = measure(params, row, context, [core])
+    scores = ci.score_continuations(params, [row[0, :context]], [row[0, context:]], core)
+    np.testing.assert_allclose(scores.logprobs[0][1:], -masked.loss[0], rtol=1e-4, atol=1e-4)
+    plain = ci.score_continuations(params, [row[0, :context]], [row[0, context:]], replace(core, compensation=0.0))
+    assert np.abs(plain.logprobs[0][1:] + masked.loss[0]).max() > 1e-2
 
 
 @pytest.mark.parametrize("family", CHOSEN)
