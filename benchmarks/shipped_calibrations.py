@@ -26,7 +26,7 @@ SMOLLM2_FILE = "smollm2-135m-instruct-q4_1.safetensors"
 
 def write_smollm2() -> dict[str, Any]:
     """Calibrate SmolLM2 as `coreinfer calibrate` does without options, and write the result into the package."""
-    path = model_path(SMOLLM2)
+    path, made_on = model_path(SMOLLM2), environment()  # which says whether files are changed, as one will be
     params, tokenizer = load_uncalibrated(path, "float32")
     assert tokenizer is not None, "GGUF files have tokenizers"
     found = calibrate(params, tokenizer)
@@ -34,7 +34,7 @@ def write_smollm2() -> dict[str, Any]:
         write_calibration(Path(folder), stored_fingerprint(*open_model(path)), found.calibration, found.facts)
         SHIPPED.mkdir(exist_ok=True)
         shutil.copy(Path(folder) / CALIBRATION, SHIPPED / SMOLLM2_FILE)
-    return environment() | found.facts | {"settings": found.results}
+    return made_on | found.facts | {"settings": found.results}
 
 
 def smollm2_table() -> str:

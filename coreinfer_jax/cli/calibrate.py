@@ -115,7 +115,7 @@ def _verdict(found: Calibrated, speed: Mapping[str, Any]) -> str:
     gain = speed["all"] / speed["core"]
     bought = f"{gain:.2f} times as fast" if gain > 1 else "which gains nothing"
     return (
-        f"It costs {_loss(found.chosen)}. A token takes {speed['core']:.1f} ms instead of {speed['all']:.1f}, {bought}."
+        f"It costs {_loss(found.chosen)}. A token takes {speed['core']:.3g} ms instead of {speed['all']:.3g}, {bought}."
     )
 
 

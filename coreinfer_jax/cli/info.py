@@ -96,7 +96,7 @@ def _calibration(summary: Summary) -> str:
     speed = facts.get("speed")
     if speed:
         where = f"{speed['dtype']} on {speed['device']}"
-        found += f"; {speed['core']:.1f} ms per token instead of {speed['all']:.1f}, {where}"
+        found += f"; {speed['core']:.3g} ms per token instead of {speed['all']:.3g}, {where}"
     return found
 
 
