@@ -19,7 +19,8 @@ import coreinfer_jax as ci
 from benchmarks.environment import environment
 from benchmarks.tables import made_on, markdown
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.io.gguf import Gguf, gguf_of_package, open_gguf
+from coreinfer_jax.io.gguf import Gguf, open_gguf
+from coreinfer_jax.io.gguf_folder import gguf_of_package
 from coreinfer_jax.io.mapping import source_names
 from coreinfer_jax.model.weights import named_leaves
 from coreinfer_jax.text import Tokenizer

@@ -20,7 +20,8 @@ import coreinfer_jax as ci
 from coreinfer_jax.cli import main
 from coreinfer_jax.io import mapping
 from coreinfer_jax.io.calibration_file import CALIBRATION
-from coreinfer_jax.io.gguf import open_gguf, unpacked
+from coreinfer_jax.io.gguf import open_gguf
+from coreinfer_jax.io.gguf_folder import unpacked
 from coreinfer_jax.io.loading import open_model
 from coreinfer_jax.model.weights import named_leaves
 from coreinfer_jax.text import load_tokenizer

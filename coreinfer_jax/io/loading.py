@@ -15,7 +15,8 @@ from coreinfer_jax.files import check_directory, is_directory, to_path
 from coreinfer_jax.io.calibration_file import read_calibration
 from coreinfer_jax.io.config_json import read_model_config
 from coreinfer_jax.io.embedded import DEFAULT, locate
-from coreinfer_jax.io.gguf import WEIGHTS, gguf_of_package, stored_tensors, unpacked
+from coreinfer_jax.io.gguf import stored_tensors
+from coreinfer_jax.io.gguf_folder import WEIGHTS, gguf_of_package, unpacked
 from coreinfer_jax.io.hub import fetch, looks_like_hub_id
 from coreinfer_jax.io.mapping import map_tensors, parse_dtype, read_as
 from coreinfer_jax.io.native import MANIFEST, is_native, open_native
