@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from benchmarks import (
+    compiled,
     continuations,
     decode,
     first_answer,
@@ -26,6 +27,7 @@ from benchmarks import (
     sweeps,
 )
 from benchmarks.contenders import CONTENDERS
+from benchmarks.described import DEVICES
 from benchmarks.environment import RESULTS
 from benchmarks.shapes import SHAPES
 from coreinfer_jax.errors import CoreInferError
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "decode", "decoding side by side with other libraries", _decode, _add_decode_options)
     _add(commands, "sweep", "cost against one thing that grows", _sweep, _add_sweep_options)
     _add(commands, "profile", "where the time of a decode step goes", _profile, _add_profile_options)
+    _add(commands, "compile", "programs for a device that is not there", _compile, _add_compile_options)
     _add(commands, "static-argument", "core neurons as a static argument", lambda _: [static_argument.measure()])
     _add(commands, "group-switch", "what another group costs", lambda _: [group_switch.measure()])
     _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
@@ -189,6 +192,31 @@ def _add_profile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--dtype", default="float32", choices=decode.DTYPES, help="(%(default)s)")
     parser.add_argument("--keep", type=float, help="keep ratio; all neurons without")
+
+
+def _add_compile_options(parser: argparse.ArgumentParser) -> None:
+    asked = compiled.Asked("", "")
+    parser.add_argument("--device", choices=tuple(DEVICES), required=True)
+    parser.add_argument("--model", required=True, help="as for decode")
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument("--keeps", nargs="+", type=float, default=asked.keeps, help="keep ratios (%(default)s)")
+    parser.add_argument("--rows", type=int, default=asked.rows, help="batch size (%(default)s)")
+    parser.add_argument("--prefill", type=int, default=asked.prompt_tokens, metavar="TOKENS", help="(%(default)s)")
+    parser.add_argument("--capacity", type=int, default=asked.capacity, help="positions of the cache (%(default)s)")
+
+
+def _compile(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    return compiled.measure(
+        compiled.Asked(
+            options.device,
+            options.model,
+            options.layers,
+            tuple(options.keeps),
+            options.rows,
+            options.prefill,
+            options.capacity,
+        )
+    )
 
 
 def _profile(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
