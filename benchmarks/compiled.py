@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.described import DEVICES, placed_on
-from benchmarks.environment import environment
+from benchmarks.environment import environment, read_results
 from benchmarks.hlo import loop_kernels
 from benchmarks.shapes import shape_config, shape_fields
+from benchmarks.tables import made_on, markdown
 from coreinfer_jax.engine.options import GREEDY
 from coreinfer_jax.engine.programs import decode, no_sums, prefill
 from coreinfer_jax.engine.rows import first_drawn
@@ -154,3 +155,25 @@ def _prefill(asked: Asked, params: Params, keep: float | None, place: Place) -> 
 
 def _temporary_bytes(program: Any) -> int:
     return int(program.memory_analysis().temp_size_in_bytes)
+
+
+def table() -> str:
+    """Decode steps of the last results, for docs/performance.md."""
+    results = {(r["device"], r["model"], r["keep"]): r for r in read_results("compile") if r["program"] == "decode"}
+    head = ("needed, GB", "moved, GB", "kernels per layer", "temporaries, MB", "bound, ms", "to all neurons")
+    rows = [["compiled for", "neurons", *head]]
+    for (device, model, keep), found in results.items():
+        gain = results[device, model, None]["bound_seconds"] / found["bound_seconds"]
+        rows.append(
+            [
+                f"{device}, {model}",
+                "all" if keep is None else f"{keep:.0%}",
+                f"{found['bytes_needed'] / 1e9:.2f}",
+                f"{found['bytes_moved'] / 1e9:.2f}",
+                f"{found['kernels_per_layer']:.1f}",
+                f"{found['temporary_bytes'] / 1e6:.1f}",
+                f"{1000 * found['bound_seconds']:.2f}",
+                "" if keep is None else f"x {gain:.2f}",
+            ]
+        )
+    return f"{markdown(rows)}\n\n{made_on(*results.values())}"

@@ -13,16 +13,14 @@ class Described:
     """A device.
 
     Attributes:
-        platform: `cuda` or `tpu`.
+        platform: `cuda`, the only one whose programs `benchmarks.hlo` can read.
         bandwidth: of its memory, bytes per second, as its maker states it.
-        topology: name of a topology that has it.
-        target: its description in XLA's text format; None where the topology says all.
+        target: its description in XLA's text format.
     """
 
     platform: str
     bandwidth: float
-    topology: str
-    target: str | None = None
+    target: str
 
 
 def _hopper(name: str, memory: int, bandwidth: int) -> Described:
@@ -37,19 +35,16 @@ def _hopper(name: str, memory: int, bandwidth: int) -> Described:
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 minor: 0 }}
 device_description_str: "{name}" """
-    return Described("cuda", bandwidth, "1x1x1", target)
+    return Described("cuda", bandwidth, target)
 
 
-# Bandwidths: NVIDIA's data sheets of H100 SXM and H200 SXM, Google Cloud's pages of v5e and v6e.
 DEVICES = {
     "h100": _hopper("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
     "h200": _hopper("NVIDIA H200", 150_754_820_096, 4_800_000_000_000),
-    "v5e": Described("tpu", 819e9, "v5e:2x2"),
-    "v6e": Described("tpu", 1_640e9, "v6e:2x2"),
 }
 
 
-_REMEDY = "pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm, or 'jax[tpu]' for a TPU"
+_REMEDY = "pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm"
 
 
 def placed_on(name: str) -> jax.sharding.SingleDeviceSharding:
@@ -59,11 +54,8 @@ def placed_on(name: str) -> jax.sharding.SingleDeviceSharding:
         CoreInferError: the plugin that compiles for it is not installed.
     """
     device = DEVICES[name]
-    facts = {"topology_name": device.topology}
-    if device.target is not None:
-        facts = {"topology": device.topology, "target_config": device.target}
     try:
-        found = topologies.get_topology_desc(platform=device.platform, **facts)
+        found = topologies.get_topology_desc(platform=device.platform, topology="1x1x1", target_config=device.target)
     except Exception as error:  # what a missing plugin raises differs by platform
         told = str(error).strip().splitlines() or [type(error).__name__]
         raise CoreInferError(f"--device {name}: JAX cannot compile for it here ({told[0]}); {_REMEDY}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import (
     charts,
+    compiled,
     core_neurons,
     first_answer,
     first_page,
@@ -47,7 +48,7 @@ def current() -> dict[Path, str]:
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
         core_neurons.PAGE: core_neurons.tables(),
         model_card.CARD: {"figures": model_card.figures, "held-out": model_card.held_out},
-        performance.PAGE: {**performance.sections(), "gpu aims": gpu_aims.section},
+        performance.PAGE: {**performance.sections(), "gpu aims": gpu_aims.section, "compile": compiled.table},
         quality_page.PAGE: {
             **quality_page.sections(),
             "smollm2": shipped_calibrations.smollm2_table,

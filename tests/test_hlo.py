@@ -96,7 +96,7 @@ def test_a_missing_plugin_is_one_line(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(described.topologies, "get_topology_desc", refuses)
     out = tmp_path / "out.jsonl"
-    assert main(["compile", "--device", "v6e", "--model", "opt-125m", "--layers", "1", "--out", str(out)]) == 2
+    assert main(["compile", "--device", "h200", "--model", "opt-125m", "--layers", "1", "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("benchmarks: --device v6e: JAX cannot compile for it here (no such platform); pip install")
+    assert error.startswith("benchmarks: --device h200: JAX cannot compile for it here (no such platform); pip install")
     assert error.count("\n") == 1
