@@ -25,6 +25,8 @@ def planned(texts: int, rows: int) -> list[tuple[np.ndarray, int]]:
 
     The last batch is filled up with its first text: one shape, so that one program serves them all.
     """
+    if not texts:
+        return []
     B = -(-texts // -(-texts // max(1, rows)))  # batches are about as full as each other
     parts = [np.arange(first, min(first + B, texts)) for first in range(0, texts, B)]
     return [(np.concatenate([part, np.full(B - len(part), part[0])]), len(part)) for part in parts]
