@@ -14,6 +14,7 @@ from coreinfer_jax.lab.evaluation.comparison import Texts, evaluate, interval, p
 from coreinfer_jax.lab.evaluation.free_running import departure, free_running, generating, repetition
 from coreinfer_jax.lab.evaluation.measure import Measured, collect, measure
 from coreinfer_jax.lab.evaluation.settings import PER_TOKEN, RANKINGS, Foreknown, PerToken, kept_by
+from coreinfer_jax.lab.reading import planned
 from coreinfer_jax.model import extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.weights import weight_bytes_per_step
@@ -96,6 +97,15 @@ def test_one_pass_equals_decoding_token_by_token_on_narrowed_weights(model, coun
     np.testing.assert_allclose(found.kl, kl, rtol=2e-3, atol=2e-5)
     np.testing.assert_allclose(found.loss, loss, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(found.agreement, agreement)
+
+
+def test_batches_are_about_as_full_as_each_other():
+    parts = planned(16, 10)
+    assert [real for _, real in parts] == [8, 8]
+    np.testing.assert_array_equal(np.concatenate([batch for batch, _ in parts]), np.arange(16))
+    [(first, _), (last, real)] = planned(5, 4)
+    assert (first.tolist(), last.tolist(), real) == ([0, 1, 2], [3, 4, 3], 2)
+    assert planned(0, 4) == []
 
 
 def test_contexts_of_several_lengths_are_each_measured_as_alone():
