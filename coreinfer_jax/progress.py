@@ -30,25 +30,23 @@ class _Lines:
 
 
 def progress(
-    items: Iterable[Item] | None = None,
+    items: Iterable[Item],
     *,
     desc: str,
     unit: str,
     total: int | None = None,
-    initial: int = 0,
     leave: bool = False,
 ) -> "tqdm[Item]":
-    """A bar over `items`, or one to be updated by hand, on standard error.
+    """A bar over `items`, or over none and to be updated by hand, on standard error.
 
     Args:
         items: to go through.
         desc: what is being done.
         unit: what is counted, in the singular.
         total: how many there are, where `items` does not tell.
-        initial: how many of them were done before.
         leave: whether a terminal keeps the finished bar.
     """
-    given: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial}
+    given: dict[str, Any] = {"desc": desc, "unit": unit, "total": total}
     if sys.stderr.isatty():
         return _Bar(items, **given, leave=leave)
     return _Bar(

@@ -212,10 +212,10 @@ def _choose_device(name: str | None) -> None:
 
 def preset(options: argparse.Namespace, params: Params | None = None) -> CoreConfig:
     """What `--preset` names, for `params` where they are loaded."""
-    return CoreConfig.paper() if options.preset == "paper" else recommended(params)
+    return CoreConfig.paper() if options.preset == "paper" else starting_point(params)
 
 
-def recommended(params: Params | None) -> CoreConfig:
+def starting_point(params: Params | None) -> CoreConfig:
     """What options of core neurons start from: what was calibrated, if that is not all neurons, else `CoreConfig()`."""
     known = None if params is None else calibration_of(params)
     return known.core if known is not None and isinstance(known.core, CoreConfig) else CoreConfig()
@@ -243,7 +243,7 @@ def core_config(options: argparse.Namespace, params: Params | None = None) -> Ch
         return None
     if not named:
         return "recommended"
-    usual = recommended(params)
+    usual = starting_point(params)
     if named.get("rule", usual.ranking.name) != usual.ranking.name:
         usual = replace(usual, rule=named["rule"])  # what was set for its rule is nothing to another
     core = chooser_of(settings_of(usual) | named)

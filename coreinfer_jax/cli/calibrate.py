@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
     params, tokenizer = arguments.load_model(options, calibrated=False)
     found = calibrate(params, tokenizer, documents, bound, texts)
     stored = stored_fingerprint(*open_model(directory))
-    write_calibration(directory, stored, found.calibration, found.facts)
+    write_calibration(directory, stored, found.calibration, found.facts)  # a failure of timing loses nothing
     facts = found.facts | {"speed": _speed(params, tokenizer, found)}
     write_calibration(directory, stored, found.calibration, facts)
     core = None if found.calibration.core is None else settings_of(found.calibration.core)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 from coreinfer_jax.errors import CoreInferError
@@ -68,6 +69,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
 def _copy_calibration(source: Path, target: Path, config: ModelConfig) -> None:
     """Give the model just written in `target` the calibration of the one in `source`, if there is any."""
 
+    @cache
     def fingerprint() -> str:
         return stored_fingerprint(*open_model(source))
 

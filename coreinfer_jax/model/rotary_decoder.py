@@ -1,12 +1,15 @@
 """The computation of decoders with rotary positions, RMSNorm and a gated MLP: LLaMA and its relatives."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from jax import Array
 
 from coreinfer_jax.model.config import ModelConfig, Rope
+from coreinfer_jax.model.family import Family
 from coreinfer_jax.model.layers import LayerContext, attention, lookup, mlp_activations, rms_normed, rotation
+from coreinfer_jax.model.rotary_tables import IGNORED_TENSORS
 from coreinfer_jax.model.weights import Layer, Params
 
 
@@ -55,3 +58,7 @@ def finish(params: Params, x: Array) -> Array:
     """Last norm: x [B, T, D] to [B, T, D]."""
     assert params.final_norm is not None, "the model has a final norm"
     return rms_normed(x, params.final_norm, params.config)
+
+
+# A family that computes as the functions above do, unless it names others.
+rotary_family = partial(Family, ignored_tensors=IGNORED_TENSORS, embed=embed, block=block, finish=finish)

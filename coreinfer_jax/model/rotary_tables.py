@@ -1,9 +1,10 @@
 """Tables of names for decoders with rotary positions, RMSNorm and a gated MLP: in checkpoints and in GGUF files."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from coreinfer_jax.model.family import GgufFacts
+from coreinfer_jax.model.family import GgufFacts, GgufNames
 
 ATTENTION = ("attention.query", "attention.key", "attention.value", "attention.out")
 MLP = ("mlp.gate", "mlp.up", "mlp.down")
@@ -75,3 +76,7 @@ def gguf_scaling(facts: GgufFacts) -> dict[str, Any]:
     if kind == "none" or (kind == "linear" and factor in (None, 1.0)):
         return {}
     return {"rope_scaling": {"rope_type": kind, "factor": factor}}
+
+
+# GGUF files of these families, unless they spell more.
+rotary_gguf = partial(GgufNames, fields=GGUF_FIELDS, further_keys=GGUF_SCALING, further_fields=gguf_scaling)

@@ -11,8 +11,9 @@ from coreinfer_jax.errors import shown
 from coreinfer_jax.model import rotary_decoder as decoder
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
-from coreinfer_jax.model.family import Family, GgufFacts, GgufNames
+from coreinfer_jax.model.family import GgufFacts, GgufNames
 from coreinfer_jax.model.layers import LayerContext
+from coreinfer_jax.model.rotary_decoder import rotary_family
 from coreinfer_jax.model.rotary_fields import (
     ACTIVATIONS,
     FULL,
@@ -32,7 +33,6 @@ from coreinfer_jax.model.rotary_tables import (
     GGUF_FIELDS,
     GGUF_SCALING,
     GGUF_TENSORS,
-    IGNORED_TENSORS,
     TENSORS,
     biases,
     gguf_scaling,
@@ -148,7 +148,7 @@ def scalar_of_size(facts: GgufFacts, largest: int) -> dict[str, Any]:
     return {"query_pre_attn_scalar": D // N if largest == L and D and N else H}
 
 
-FAMILY = Family(
+FAMILY = rotary_family(
     name="gemma2",
     architectures=("Gemma2ForCausalLM",),
     fields=SHARED.joined(OWN).joined(
@@ -159,10 +159,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     tensors=NORMED_TENSORS,
-    ignored_tensors=IGNORED_TENSORS,
     embed=embed,
-    block=decoder.block,
-    finish=decoder.finish,
     gguf=GgufNames(
         architecture="gemma2",
         fields={

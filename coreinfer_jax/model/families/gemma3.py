@@ -3,19 +3,18 @@
 from typing import Any
 
 from coreinfer_jax.errors import shown
-from coreinfer_jax.model import rotary_decoder as decoder
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
 from coreinfer_jax.model.families import gemma2
-from coreinfer_jax.model.family import Family, GgufNames
+from coreinfer_jax.model.family import GgufNames
 from coreinfer_jax.model.rope_fields import ROPE_FIELDS, read_rope, rope_problems
+from coreinfer_jax.model.rotary_decoder import rotary_family
 from coreinfer_jax.model.rotary_fields import FULL, SLIDING, UNROTATED, WHOLE_HEADS
 from coreinfer_jax.model.rotary_tables import (
     GGUF_FIELDS,
     GGUF_HEAD_NORMS,
     GGUF_SCALING,
     HEAD_NORMS,
-    IGNORED_TENSORS,
     gguf_scaling,
 )
 
@@ -62,7 +61,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**gemma2.write_gemma(config), "rope_local_base_freq": config.local_rope.theta}
 
 
-FAMILY = Family(
+FAMILY = rotary_family(
     name="gemma3_text",
     architectures=("Gemma3ForCausalLM",),
     fields=UNROTATED.joined(WHOLE_HEADS)
@@ -80,10 +79,7 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     tensors=gemma2.NORMED_TENSORS | HEAD_NORMS,
-    ignored_tensors=IGNORED_TENSORS,
     embed=gemma2.embed,
-    block=decoder.block,
-    finish=decoder.finish,
     gguf=GgufNames(
         architecture="gemma3",
         fields={

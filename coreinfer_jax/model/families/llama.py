@@ -6,22 +6,20 @@ from typing import Any
 import numpy as np
 
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.model import rotary_decoder as decoder
 from coreinfer_jax.model.config import ModelConfig, Rope
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
-from coreinfer_jax.model.family import Family, GgufFacts, GgufNames
+from coreinfer_jax.model.family import GgufFacts
 from coreinfer_jax.model.layers import rope_frequencies
+from coreinfer_jax.model.rotary_decoder import rotary_family
 from coreinfer_jax.model.rotary_fields import SHARED, read_shared, write_shared
 from coreinfer_jax.model.rotary_tables import (
     ATTENTION,
-    GGUF_FIELDS,
-    GGUF_SCALING,
     GGUF_TENSORS,
-    IGNORED_TENSORS,
     MLP,
     TENSORS,
     biases,
     gguf_scaling,
+    rotary_gguf,
 )
 
 
@@ -85,22 +83,16 @@ FROM_PAIRS = {
     for part in ("weight", "bias")
 }
 
-FAMILY = Family(
+FAMILY = rotary_family(
     name="llama",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     fields=SHARED.joined(ConfigFields(switches=("attention_bias", "mlp_bias"))),
     read_config=read_config,
     write_config=write_config,
     tensors=TENSORS | biases(TENSORS, *ATTENTION, *MLP),
-    ignored_tensors=IGNORED_TENSORS,
-    embed=decoder.embed,
-    block=decoder.block,
-    finish=decoder.finish,
-    gguf=GgufNames(
+    gguf=rotary_gguf(
         architecture="llama",
-        fields=GGUF_FIELDS,
         tensors=GGUF_TENSORS | biases(GGUF_TENSORS, *ATTENTION, *MLP),
-        further_keys=GGUF_SCALING,
         further_tensors=(_DIVISORS,),
         further_fields=scaling_by_divisors,
         others=("bamboo", "turbosparse"),  # whose MLP has a ReLU on both sides

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from coreinfer_jax.model import rotary_decoder as decoder
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
-from coreinfer_jax.model.family import Family
+from coreinfer_jax.model.rotary_decoder import rotary_family
 from coreinfer_jax.model.rotary_fields import (
     SHARED,
     SLIDING,
@@ -15,7 +14,7 @@ from coreinfer_jax.model.rotary_fields import (
     windows_of,
     write_shared,
 )
-from coreinfer_jax.model.rotary_tables import IGNORED_TENSORS, TENSORS
+from coreinfer_jax.model.rotary_tables import TENSORS
 
 FIELDS = SHARED.joined(
     ConfigFields(
@@ -40,16 +39,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**write_shared(config), "sliding_window": window_of(config)}
 
 
-FAMILY = Family(
+FAMILY = rotary_family(
     name="mistral",
     architectures=("MistralForCausalLM",),
     fields=FIELDS,
     read_config=read_config,
     write_config=write_config,
     tensors=TENSORS,
-    ignored_tensors=IGNORED_TENSORS,
-    embed=decoder.embed,
-    block=decoder.block,
-    finish=decoder.finish,
     # GGUF files of Mistral say that they are LLaMA.
 )

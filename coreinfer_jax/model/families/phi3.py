@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from coreinfer_jax.model import rotary_decoder as decoder
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
-from coreinfer_jax.model.family import Family, GgufFacts, GgufNames
+from coreinfer_jax.model.family import GgufFacts, GgufNames
 from coreinfer_jax.model.rope_fields import ROPE_FIELDS, rope_problems
+from coreinfer_jax.model.rotary_decoder import rotary_family
 from coreinfer_jax.model.rotary_fields import (
     SLIDING,
     UNROTATED,
@@ -17,7 +17,7 @@ from coreinfer_jax.model.rotary_fields import (
     windows_of,
     write_shared,
 )
-from coreinfer_jax.model.rotary_tables import GGUF_FIELDS, GGUF_TENSORS, IGNORED_TENSORS, TENSORS
+from coreinfer_jax.model.rotary_tables import GGUF_FIELDS, GGUF_TENSORS, TENSORS
 
 # Published files name the code that came with them; it computes what transformers' own does.
 _CODE = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
@@ -84,17 +84,13 @@ def gguf_rope(facts: GgufFacts) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
+FAMILY = rotary_family(
     name="phi3",
     architectures=("Phi3ForCausalLM",),
     fields=FIELDS,
     read_config=read_config,
     write_config=write_config,
     tensors=_with_joined(TENSORS, "layers.{l}.self_attn.qkv_proj.weight", "layers.{l}.mlp.gate_up_proj.weight"),
-    ignored_tensors=IGNORED_TENSORS,
-    embed=decoder.embed,
-    block=decoder.block,
-    finish=decoder.finish,
     gguf=GgufNames(
         architecture="phi3",
         fields=GGUF_FIELDS,

@@ -3,10 +3,9 @@
 from typing import Any
 
 from coreinfer_jax.errors import shown
-from coreinfer_jax.model import rotary_decoder as decoder
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
-from coreinfer_jax.model.family import Family, GgufNames
+from coreinfer_jax.model.rotary_decoder import rotary_family
 from coreinfer_jax.model.rotary_fields import (
     FULL,
     SHARED,
@@ -20,13 +19,10 @@ from coreinfer_jax.model.rotary_fields import (
     write_shared,
 )
 from coreinfer_jax.model.rotary_tables import (
-    GGUF_FIELDS,
-    GGUF_SCALING,
     GGUF_TENSORS,
-    IGNORED_TENSORS,
     TENSORS,
     biases,
-    gguf_scaling,
+    rotary_gguf,
 )
 
 PROJECTIONS = ("attention.query", "attention.key", "attention.value")
@@ -86,22 +82,15 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**write_shared(config), **write_windows(config)}
 
 
-FAMILY = Family(
+FAMILY = rotary_family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
     fields=SHARED.joined(WINDOWS).joined(ConfigFields(fixed={"use_mrope": False})),
     read_config=read_config,
     write_config=write_config,
     tensors=TENSORS | biases(TENSORS, *PROJECTIONS),
-    ignored_tensors=IGNORED_TENSORS,
-    embed=decoder.embed,
-    block=decoder.block,
-    finish=decoder.finish,
-    gguf=GgufNames(
+    gguf=rotary_gguf(
         architecture="qwen2",
-        fields=GGUF_FIELDS,
         tensors=GGUF_TENSORS | biases(GGUF_TENSORS, *PROJECTIONS),
-        further_keys=GGUF_SCALING,
-        further_fields=gguf_scaling,
     ),
 )

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from coreinfer_jax.errors import shown
-from coreinfer_jax.model import rotary_decoder as decoder
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
 from coreinfer_jax.model.families.llama import FROM_PAIRS
-from coreinfer_jax.model.family import Family, GgufNames
+from coreinfer_jax.model.rotary_decoder import rotary_family
 from coreinfer_jax.model.rotary_fields import (
     FULL,
     SHARED,
@@ -23,14 +22,11 @@ from coreinfer_jax.model.rotary_fields import (
 )
 from coreinfer_jax.model.rotary_tables import (
     ATTENTION,
-    GGUF_FIELDS,
-    GGUF_SCALING,
     GGUF_TENSORS,
-    IGNORED_TENSORS,
     MLP,
     TENSORS,
     biases,
-    gguf_scaling,
+    rotary_gguf,
 )
 
 
@@ -77,7 +73,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
+FAMILY = rotary_family(
     name="smollm3",
     architectures=("SmolLM3ForCausalLM",),
     fields=SHARED.joined(
@@ -93,16 +89,9 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     tensors=TENSORS | biases(TENSORS, *ATTENTION, *MLP),
-    ignored_tensors=IGNORED_TENSORS,
-    embed=decoder.embed,
-    block=decoder.block,
-    finish=decoder.finish,
-    gguf=GgufNames(
+    gguf=rotary_gguf(
         architecture="smollm3",
-        fields=GGUF_FIELDS,
         tensors=GGUF_TENSORS | biases(GGUF_TENSORS, *ATTENTION, *MLP),
-        further_keys=GGUF_SCALING,
-        further_fields=gguf_scaling,
         as_checkpoints=FROM_PAIRS,
     ),
 )
