@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from coreinfer_jax.model.backends import write
+from coreinfer_jax.model.backends import one_pass, write
 from coreinfer_jax.model.config import ModelConfig, Rope
-from coreinfer_jax.model.weights import Attention, Mlp, Norm
+from coreinfer_jax.model.weights import Attention, Mlp, Norm, each
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,14 @@ class LayerContext:
     window: int | None = None
 
 
+# The norms are compiled apart, so that layers of the same shapes share one trace.
+@partial(jax.jit, static_argnames="eps")
 def layer_norm(x: Array, norm: Norm, eps: float) -> Array:
     """LayerNorm over the last axis of x [B, T, D], computed in float32."""
+    return one_pass(partial(_layer_normed, norm=norm, eps=eps), x)
+
+
+def _layer_normed(x: Array, norm: Norm, eps: float) -> Array:
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normed = centred * lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
@@ -37,8 +43,13 @@ def layer_norm(x: Array, norm: Norm, eps: float) -> Array:
     return shifted.astype(x.dtype)
 
 
+@partial(jax.jit, static_argnames="eps")
 def rms_norm(x: Array, norm: Norm, eps: float) -> Array:
     """RMSNorm over the last axis of x [B, T, ..., D]: normalised in float32, scaled in x's dtype as LLaMA does."""
+    return one_pass(partial(_rms_normed, norm=norm, eps=eps), x)
+
+
+def _rms_normed(x: Array, norm: Norm, eps: float) -> Array:
     wide = x.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * norm.scale[(None,) * (x.ndim - 1)]
@@ -127,9 +138,7 @@ def attention(
         The block's output [B, T, D] and the cache with the new keys and values.
     """
     B, T, _ = x.shape
-    query = layer.query(x).reshape(B, T, config.num_heads, config.head_size)
-    key = layer.key(x).reshape(B, T, config.num_kv_heads, config.head_size)
-    value = layer.value(x).reshape(B, T, config.num_kv_heads, config.head_size)
+    query, key, value = (y.reshape(B, T, -1, config.head_size) for y in each(x, layer.query, layer.key, layer.value))
     query, key = rms_normed(query, layer.query_norm, config), rms_normed(key, layer.key_norm, config)
     if context.rotation is not None:
         query, key = rotate(query, context.rotation), rotate(key, context.rotation)
@@ -182,10 +191,11 @@ def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> tuple[Array, Arr
     act(gate x) * act(up x) and act(gate x).
     """
     act = ACTIVATIONS[config.activation]
-    up = mlp.up(x)
-    gated = act(up if mlp.gate is None else mlp.gate(x))
     if mlp.gate is None:
-        return gated, gated
+        activations = act(mlp.up(x))
+        return activations, activations
+    gate, up = each(x, mlp.gate, mlp.up)
+    gated = act(gate)
     return gated * (act(up) if config.activates_up else up), gated
 
 

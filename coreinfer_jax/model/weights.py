@@ -16,7 +16,7 @@ from flax import struct
 from jax import Array, lax
 
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.model.backends import matmul, matmul_per_row
+from coreinfer_jax.model.backends import products
 from coreinfer_jax.model.config import ModelConfig
 
 
@@ -54,11 +54,14 @@ class Linear:
 
     def __call__(self, x: Array) -> Array:
         """x [B, T, in] to [B, T, out] in x's dtype; products are accumulated in float32 whatever the dtype."""
-        y = matmul(x, self.weight) if self.rows is None else matmul_per_row(x, self.weight)
+        return each(x, self)[0]
+
+    def biased(self, y: Array) -> Array:
+        """y [B, T, out] with the bias added, in y's dtype."""
         if self.bias is None:
-            return y.astype(x.dtype)
+            return y
         bias = self.bias[None, None, :] if self.bias.ndim == 1 else self.bias[:, None, :]
-        return (y + bias.astype(y.dtype)).astype(x.dtype)
+        return y + bias.astype(y.dtype)
 
     def take_outputs(self, indices: Array) -> "Linear":
         """The outputs `indices` [K] alone, or with [B, K] those of each row of a batch, its own."""
@@ -94,6 +97,12 @@ class Linear:
     def mixed(self, x: Array) -> Array:
         """The product alone, without the bias, in float32 throughout: x float32 [R, in] to float32 [R, out]."""
         return lax.dot_general(x, self.weight.astype(jnp.float32), (((1,), (1,)), ((), ())))
+
+
+def each(x: Array, *linears: Linear) -> tuple[Array, ...]:
+    """What each of `linears` makes of the same x [B, T, in]: [B, T, out] in x's dtype, accumulated in float32."""
+    multiplied = products(x, tuple(linear.weight for linear in linears))
+    return tuple(linear.biased(y).astype(x.dtype) for linear, y in zip(linears, multiplied, strict=True))
 
 
 def _take(array: Array, indices: Array, axis: int) -> Array:
