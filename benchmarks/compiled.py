@@ -145,7 +145,7 @@ def _prefill(asked: Asked, params: Params, keep: float | None, place: Place) -> 
     sampling = jax.eval_shape(lambda: make_sampling(config, B, GREEDY, asked.capacity))
     arguments = (params, tokens, lengths, lengths, jax.eval_shape(past), sums, sampling, observer)
     platform = DEVICES[asked.device].platform
-    program, seconds = _compiled(prefill, platform, *place(arguments), observed=observed)
+    program, seconds = _compiled(prefill, platform, *place(arguments), observed=observed, filled=T)
     return {
         "prompt_tokens": asked.prompt_tokens,
         "temporary_bytes": _temporary_bytes(program),

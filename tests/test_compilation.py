@@ -94,18 +94,20 @@ def prefilled(params: ci.Params, rows: int = 1, capacity: int = 64) -> Rows:
     tokens, lengths = np.ones((rows, 64), np.int32), np.full(rows, 9, np.int32)
     cache = init_cache(params.config, rows, capacity, params.dtype)
     start = np.zeros(rows, np.int32)
-    return prefill(params, tokens, lengths, start, cache, [], sampling, None, observed=())[0]
+    return prefill(params, tokens, lengths, start, cache, [], sampling, None, observed=(), filled=tokens.shape[1])[0]
 
 
-def prefill_temporaries(params: ci.Params, tokens: int, observed: tuple[int, ...], rule: str) -> int:
+def prefill_temporaries(
+    params: ci.Params, tokens: int, observed: tuple[int, ...], rule: str, capacity: int | None = None
+) -> int:
     """Bytes a prefill of `tokens` tokens needs besides its arguments when `rule` sums up layers `observed`."""
     config = params.config
     observer = RULES[rule]().observer(np.ones((1, tokens), bool), config.mlp_size) if observed else None
-    cache = init_cache(config, 1, tokens, jnp.dtype("float32"))
+    cache = init_cache(config, 1, capacity or tokens, jnp.dtype("float32"))
     prompt, one = np.ones((1, tokens), np.int32), np.ones(1, np.int32)
     sums = no_sums.eval_shape(observer, params.layers[0], prompt, layers=len(observed)) if observed else []
     arguments = params, prompt, tokens * one, 0 * one, cache, sums, make_sampling(config, 1, GREEDY, 50), observer
-    lowered = prefill.lower(*arguments, observed=observed)
+    lowered = prefill.lower(*arguments, observed=observed, filled=tokens)
     return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
 
@@ -122,6 +124,13 @@ def test_one_layer_is_summed_up_before_the_next(name: str, rule: str) -> None:
 
     assert added(many) - added(few) < 1.1 * (many - few) * block * config.mlp_size * 4
     assert added(few) < 3 * tokens * config.mlp_size * 4
+
+
+def test_a_prefill_does_not_score_what_the_cache_has_room_for() -> None:
+    tokens, capacity = 256, 4096
+    params = abstract_params(replace(MODELS["opt"], max_positions=capacity), jnp.dtype("float32"))
+    small, large = (prefill_temporaries(params, tokens, (), "votes", size) for size in (tokens, capacity))
+    assert large - small < params.config.num_heads * tokens * tokens * 4  # the scores of one layer
 
 
 SETS = {"dense": None, "one-set": range(600), "set-per-row": [range(600)] * 3}

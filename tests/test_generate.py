@@ -1,6 +1,7 @@
 """Decoding: the same numbers as a full forward, whatever the batch, the chunking and the settings."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,18 @@ def prompt_activations(params: ci.Params, prompt: list[int]) -> list[np.ndarray]
     """Every layer's MLP activations [T, F] over a prompt."""
     _, _, seen = run_all(params, jnp.asarray([prompt]), empty_cache(params, 1), jnp.zeros(1, jnp.int32))
     return [np.asarray(a[0]) for a in seen]
+
+
+@pytest.mark.parametrize("filled", [14, 15])
+def test_all_that_is_attended_to_is_what_is_filled(filled: int) -> None:
+    params = random_model(LLAMA)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(3, 101, (2, 15)))
+    _, cache, _ = run_all(params, tokens[:, :9], empty_cache(params, 2), jnp.zeros(2, jnp.int32))
+    later = partial(extend, params, tokens[:, 9:], cache, jnp.full(2, 9, jnp.int32), lambda l, layer, a: None)
+    whole, narrow = later()[0], later(filled=filled)[0]
+    unseen = 15 - filled
+    np.testing.assert_allclose(narrow[:, : 6 - unseen], whole[:, : 6 - unseen], atol=1e-5)
+    assert (np.abs(narrow[:, -1] - whole[:, -1]).max() > 1e-3) == bool(unseen)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -89,7 +89,9 @@ def _generate(
     length = np.full(1, trial.prompt_tokens, np.int32)
     prompts = random_prompts(config, 1, trial.prompt_tokens)
     sampling = make_sampling(config, 1, GREEDY, trial.new_tokens)
-    state, _, _ = prefill(params, prompts, length, np.zeros(1, np.int32), cache, [], sampling, None, observed=())
+    state, _, _ = prefill(
+        params, prompts, length, np.zeros(1, np.int32), cache, [], sampling, None, observed=(), filled=prompts.shape[1]
+    )
     jax.block_until_ready(state)
     first = perf_counter()
     tokens = jnp.full(trial.new_tokens, -1, jnp.int32).at[0].set(state.token[0])

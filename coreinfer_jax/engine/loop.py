@@ -18,7 +18,7 @@ from coreinfer_jax.engine.request import Past, Request
 from coreinfer_jax.engine.results import Chunk, Stats
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.sampling import make_sampling
-from coreinfer_jax.model.cache import KVCache, init_cache, with_capacity
+from coreinfer_jax.model.cache import KVCache, bucket, init_cache, with_capacity
 from coreinfer_jax.model.weights import Params, leaf_bytes, weight_bytes_per_step
 from coreinfer_jax.sparsity.choice import Chosen
 
@@ -127,6 +127,7 @@ def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
         make_sampling(params.config, request.rows, request.drawing, request.max_new_tokens),
         observer,
         observed=observed,
+        filled=bucket(request.cached + prompts.tokens.shape[1]),
     )
 
 

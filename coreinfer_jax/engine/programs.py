@@ -33,7 +33,7 @@ def no_sums(observer: Observer, layer: Layer, tokens: Array, *, layers: int) -> 
 
 
 # Cache and sums of earlier tokens are donated: the prompt's are added to them in place.
-@partial(jax.jit, static_argnames="observed", donate_argnames=("cache", "sums"))
+@partial(jax.jit, static_argnames=("observed", "filled"), donate_argnames=("cache", "sums"))
 def prefill(
     params: Params,
     tokens: Array,
@@ -45,6 +45,7 @@ def prefill(
     observer: Observer | None,
     *,
     observed: tuple[int, ...],
+    filled: int,
 ) -> tuple[Rows, list[Any], Array]:
     """Read prompts, add the sums of layers `observed`, draw the next token from the full model's logits [B, V].
 
@@ -58,12 +59,13 @@ def prefill(
         sampling: how to draw, and where rows end.
         observer: what to sum up; None for nothing.
         observed: layers.
+        filled: at least start + T of every row, the positions to attend to.
     """
 
     def observe(l: int, layer: Layer, activations: Array) -> Any:
         return None if observer is None or l not in observed else observer(l, layer, activations)
 
-    hidden, cache, seen = extend(params, tokens, cache, start, observe)
+    hidden, cache, seen = extend(params, tokens, cache, start, observe, filled=filled)
     logits = unembed(params, hidden[jnp.arange(tokens.shape[0]), lengths - 1][:, None])[:, 0]
     first = draw(logits, sampling, jnp.zeros_like(lengths))
     rows = first_drawn(cache, logits, first, start + lengths, sampling)

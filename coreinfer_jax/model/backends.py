@@ -27,13 +27,20 @@ from jax.experimental.layout import Layout, with_layout_constraint
 # Sums in any order let XLA's CPU code use vector instructions for products with bfloat16 weights. Without them, one row
 # times [5632, 2048] takes 0.7 ms on jaxlib 0.10.2, but 12.5 ms on 0.12.0. NaN, infinity and division stay exact.
 # Remove: that product takes no longer without these options.
-DECODE_OPTIONS: dict[str, str | bool] = {
+#
+# XLA's GPU code records a step's programs once and starts them together. It does so for the whole loop only where it is
+# told to record loops, and all else that it records by default; else the host asks after every step whether to go on.
+# A record of one loop counts as too small without the second option. An H200, 32 layers of LLaMA 3.1 8B, 20 % of the
+# neurons, JAX 0.11.2: 2 % less time per step. Remove: loops are recorded by default.
+DECODE_OPTIONS: dict[str, str | bool | int] = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
     "xla_cpu_enable_fast_math": True,
     "xla_cpu_fast_math_honor_nans": True,
     "xla_cpu_fast_math_honor_infs": True,
     "xla_cpu_fast_math_honor_division": True,
     "xla_cpu_fast_math_honor_functions": True,
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
+    "xla_gpu_graph_min_graph_size": 1,
 }
 
 

@@ -1,6 +1,7 @@
 """The decoder that every family is: embed, L blocks over a KV cache, last norm, output projection."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -37,6 +38,7 @@ def extend(
     start: Array,
     observe: Observe[Observed],
     edit: Edit = as_they_are,
+    filled: int | None = None,
 ) -> tuple[Array, KVCache, tuple[Observed, ...]]:
     """Run T more tokens of every row through the model.
 
@@ -54,6 +56,8 @@ def extend(
         edit: called as `edit(l, layer, activations, gated)`: what the down projection reads instead of the activations
             [B, T, F], for studies of the model. `gated` is what the activation function gave, with a gate before it is
             multiplied. `observe` sees the activations as they were.
+        filled: static, at least start + T of every row: so many slots of the cache are attended to. None for all. A
+            prefill with little in a large cache costs less with it.
 
     Returns:
         Hidden states [B, T, E] ready for `unembed`, the extended cache, and one `observe` result per layer.
@@ -64,7 +68,7 @@ def extend(
     written, observed = [], []
     pasts = zip(cache.keys, cache.values, strict=True)
     for l, (layer, past, context) in enumerate(zip(params.layers, pasts, contexts, strict=True)):
-        own_edit = partial(edit, l, layer)
+        own_edit, context = partial(edit, l, layer), replace(context, filled=filled)
         x, extended, activations = family.block(x, layer, past, positions, context, own_edit, params.config)
         written.append(extended)
         x, kept = before_the_next((x, observe(l, layer, activations)))

@@ -21,10 +21,12 @@ class LayerContext:
     Attributes:
         rotation: cosines and sines of their positions, as `rotation` gives them; None where nothing is rotated.
         window: how many tokens a query sees, itself among them; None for all before it.
+        filled: slots of the cache, from the first on, that hold all there is to see; None for all of them.
     """
 
     rotation: tuple[Array, Array] | None = None
     window: int | None = None
+    filled: int | None = None
 
 
 # The norms are compiled apart, so that layers of the same shapes share one trace.
@@ -143,7 +145,8 @@ def attention(
     if context.rotation is not None:
         query, key = rotate(query, context.rotation), rotate(key, context.rotation)
     keys, values = write(past[0], key, positions), write(past[1], value, positions)
-    return layer.out(attend(query, keys, values, positions, context.window, config)), (keys, values)
+    seen_keys, seen_values = keys[:, :, : context.filled], values[:, :, : context.filled]
+    return layer.out(attend(query, seen_keys, seen_values, positions, context.window, config)), (keys, values)
 
 
 def attend(
