@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.sparsity.votes import count_each, count_votes, make_voting
+from coreinfer_jax.sparsity.votes import ACCELERATOR_BITS, _budgets, _count_block, count_each, count_votes, make_voting
 
 
 def reference_votes(a: np.ndarray, alpha: float, budget: str) -> np.ndarray:
@@ -110,3 +110,16 @@ def test_early_tokens_votes_are_counted_apart_in_every_block(tokens: int) -> Non
     np.testing.assert_array_equal(votes.counts[0], reference_votes(a, 0.4, "per_token"))
     np.testing.assert_array_equal(early.counts[0], reference_votes(a[:70], 0.4, "per_token"))
     np.testing.assert_allclose(early.sums[0], a[:70].sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_accelerator_that_finds_several_bits_at_once_chooses_the_same(kind: str, dtype: str) -> None:
+    for seed, (T, F) in enumerate([(1, 3), (7, 100), (33, 257), (5, 1024)]):
+        a = jnp.asarray(activations(kind, T, F, seed), dtype)[None]
+        for alpha in (0.05, 0.4, 1.0):
+            voting = make_voting(np.ones((1, T), bool), F, alpha, "per_token")
+            several = _count_block(a, _budgets(a, voting), (voting.counted,), bits=ACCELERATOR_BITS)[0]
+            np.testing.assert_array_equal(
+                several.counts[0], reference_votes(np.asarray(a[0], np.float32), alpha, "per_token")
+            )

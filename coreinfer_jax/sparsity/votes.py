@@ -25,6 +25,9 @@ BUDGETS: tuple[Budget, ...] = get_args(Budget)
 MEAN_TOLERANCE = 1e-6
 # The activations of a row's block stay in a processor's cache while the bits of its cuts are found.
 TOKENS_PER_BLOCK = 64
+# Bits of a token's cut that one pass over its neurons finds on an accelerator, which waits for memory: 7 counts each.
+# On a CPU, which waits for the counts, it is one bit and one count.
+ACCELERATOR_BITS = 3
 
 
 @struct.dataclass
@@ -82,12 +85,13 @@ def count_each(activations: Array, voting: Voting, parts: tuple[Array, ...]) -> 
     """Votes of activations [B, T, F], apart for each of `parts`: bool [B, T], some of the counted tokens."""
     budgets = _budgets(activations, voting)
     # A CPU counts in its cache, block by block; an accelerator would start as many programs per block as for all.
-    return lax.platform_dependent(activations, budgets, parts, cpu=_count_by_blocks, default=_count_block)
+    at_once = partial(_count_block, bits=ACCELERATOR_BITS)
+    return lax.platform_dependent(activations, budgets, parts, cpu=_count_by_blocks, default=at_once)
 
 
 def token_core_neurons(activations: Array, voting: Voting) -> Array:
     """The token-wise core neurons of activations [B, T, F]: bool [B, T, F], those of uncounted tokens included."""
-    return _chosen(activations, _budgets(activations, voting))
+    return _chosen(activations, _budgets(activations, voting), bits=1)
 
 
 def _budgets(activations: Array, voting: Voting) -> Array:
@@ -97,9 +101,9 @@ def _budgets(activations: Array, voting: Voting) -> Array:
     return jnp.minimum(budgets, positives)
 
 
-def _chosen(activations: Array, budgets: Array) -> Array:
+def _chosen(activations: Array, budgets: Array, bits: int) -> Array:
     """Mask [B, T, F] of the `budgets` [B, T] largest positive activations of each token."""
-    return _largest(_positive_patterns(activations), budgets, _unused_bits(activations.dtype))
+    return _largest(_positive_patterns(activations), budgets, _unused_bits(activations.dtype), bits)
 
 
 def _count_by_blocks(activations: Array, budgets: Array, parts: tuple[Array, ...]) -> tuple[Tally, ...]:
@@ -109,7 +113,7 @@ def _count_by_blocks(activations: Array, budgets: Array, parts: tuple[Array, ...
         def cut(array: Array) -> Array:
             return lax.dynamic_slice_in_dim(array, start, size, axis=1)
 
-        return _count_block(cut(activations), cut(budgets), tuple(map(cut, parts)))
+        return _count_block(cut(activations), cut(budgets), tuple(map(cut, parts)), bits=1)
 
     tokens = activations.shape[1]
     size = min(tokens, TOKENS_PER_BLOCK)
@@ -124,9 +128,9 @@ def _count_by_blocks(activations: Array, budgets: Array, parts: tuple[Array, ...
     return lax.fori_loop(0, start, add, first)
 
 
-def _count_block(activations: Array, budgets: Array, parts: tuple[Array, ...]) -> tuple[Tally, ...]:
+def _count_block(activations: Array, budgets: Array, parts: tuple[Array, ...], bits: int) -> tuple[Tally, ...]:
     """Votes of activations [B, T, F] with `budgets` [B, T], all tokens at once."""
-    chosen = _chosen(activations, budgets)
+    chosen = _chosen(activations, budgets, bits)
     return tuple(_tally(chosen, activations, part) for part in parts)
 
 
@@ -175,13 +179,17 @@ def _unused_bits(dtype: jnp.dtype) -> int:
     return int(jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant)
 
 
-def _largest(patterns: Array, budgets: Array, unused_bits: int) -> Array:
+def _largest(patterns: Array, budgets: Array, unused_bits: int, bits: int) -> Array:
     """Mask [B, T, F] of each token's `budgets` [B, T] largest `patterns`, ties to the lower index.
 
-    The cut is found by bisection instead of sorting: the value at the cut is built bit by bit from the top, each bit
-    one count over F; the index up to which neurons equal to it still fit is found the same way.
+    The cut is found by bisection instead of sorting: the value at the cut is built from the top, `bits` of its bits by
+    one pass over F; the index up to which neurons equal to it still fit is found the same way.
     """
-    cut = _largest_passing(budgets.shape, 30, unused_bits, lambda cut: _count(patterns >= cut[:, :, None]) >= budgets)
+
+    def reaches(cut: Array) -> Array:
+        return _count(patterns >= cut[:, :, None]) >= budgets
+
+    cut = _largest_passing(budgets.shape, 30, unused_bits, bits, reaches)
     above, level = patterns > cut[:, :, None], patterns == cut[:, :, None]
     fitting = budgets - _count(above)
     size = patterns.shape[-1]
@@ -191,21 +199,33 @@ def _largest(patterns: Array, budgets: Array, unused_bits: int) -> Array:
         return _count(level & (index < end[:, :, None])) <= fitting
 
     def search() -> Array:
-        return _largest_passing(budgets.shape, size.bit_length() - 1, 0, fits)
+        return _largest_passing(budgets.shape, size.bit_length() - 1, 0, bits, fits)
 
-    # Few float32 values are equal, so that mostly all of those at the cut fit.
-    end = lax.cond((_count(level) > fitting).any(), search, lambda: jnp.full(budgets.shape, size, jnp.int32))
+    def all_of_them() -> Array:
+        return jnp.full(budgets.shape, size, jnp.int32)
+
+    # Few float32 values are equal, so that mostly all of those at the cut fit. To know it an accelerator would have to
+    # wait in every layer.
+    end = search() if bits > 1 else lax.cond((_count(level) > fitting).any(), search, all_of_them)
     return above | (level & (index < end[:, :, None]))
 
 
-def _largest_passing(shape: tuple[int, ...], high_bit: int, low_bit: int, passes: Callable[[Array], Array]) -> Array:
-    """The largest int32 of bits low_bit .. high_bit that `passes`, entry by entry; larger ones must all fail."""
+def _largest_passing(
+    shape: tuple[int, ...], high_bit: int, low_bit: int, bits: int, passes: Callable[[Array], Array]
+) -> Array:
+    """The largest int32 of bits low_bit .. high_bit that `passes`, entry by entry; larger ones must all fail.
 
-    def try_bit(i: Array, found: Array) -> Array:
-        candidate = found | (1 << (high_bit - i))
-        return jnp.where(passes(candidate), candidate, found)
+    A round finds `bits` bits: as many as there are passing ones among the values that these could have. Where the last
+    round would go below `low_bit`, it finds some bits again.
+    """
 
-    return lax.fori_loop(0, high_bit - low_bit + 1, try_bit, jnp.zeros(shape, jnp.int32))
+    def find(i: Array, found: Array) -> Array:
+        low = jnp.maximum(high_bit + 1 - bits * (i + 1), low_bit)
+        known = (found >> (low + bits)) << (low + bits)
+        passing = sum(passes(known | (value << low)).astype(jnp.int32) for value in range(1, 1 << bits))
+        return known | (passing << low)
+
+    return lax.fori_loop(0, -(-(high_bit + 1 - low_bit) // bits), find, jnp.zeros(shape, jnp.int32))
 
 
 def kept_neurons(beta: float, mlp_size: int) -> int:
