@@ -93,7 +93,7 @@ def _found(device: str | None) -> str:
         return device
     there = jax.default_backend()
     if device is not None and there != device:
-        raise CoreInferError(f"--device {device}: JAX finds no GPU here, but {there}; pip install 'jax[cuda13]'")
+        raise CoreInferError(f"--device {device}: JAX finds no GPU here, but {there}; pip install '.[cuda]'")
     if there not in SUITES:
         raise CoreInferError(f"there is no suite for {there}; give --device {' or '.join(SUITES)}")
     return there
