@@ -127,7 +127,8 @@ def shapes(config: ModelConfig, dtype: str, keep: float) -> dict[tuple[int, int]
     offsets: Any = (jax.ShapeDtypeStruct((D,), jnp.float32),) * L
     kept = narrowed_shapes(params, indices, offsets)
     whole, narrowed = matrices(params), matrices(kept)
-    by_bytes = sorted(whole | narrowed, key=lambda shape: -(whole | narrowed)[shape][1])
+    either = whole | narrowed
+    by_bytes = sorted(either, key=lambda shape: -either[shape][1])
     return {
         _sizes(shape): {
             "matrices_all": whole.get(shape, (0, 0))[0],

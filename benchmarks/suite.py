@@ -117,11 +117,13 @@ def run_all(items: Sequence[Arguments], budget: float | None, run: Run) -> None:
     print(f"{len(items)} measurements{limit}, the most important first:")
     for number, item in enumerate(items, 1):
         print(f"{number:3}. {' '.join(item)}")
-    began, lasted, left_out, failed = perf_counter(), dict[str, float](), list[str](), list[str]()
+    lasted: dict[str, float] = {}
+    left_out, failed = [], []
+    began = perf_counter()
     for number, item in enumerate(items, 1):
         left = None if budget is None else began + budget - perf_counter()
         if left is not None and left <= lasted.get(item[0], 0.0):
-            left_out.append(str(number))
+            left_out.append(f"{number}. {' '.join(item)}")
             continue
         print(f"{number}. {' '.join(item)}", flush=True)
         begun = perf_counter()
@@ -135,7 +137,7 @@ def run_all(items: Sequence[Arguments], budget: float | None, run: Run) -> None:
             lasted[item[0]] = perf_counter() - begun
             print(f"{number}. took {lasted[item[0]]:.0f} s")
     if left_out:
-        print(f"left out for want of time: {', '.join(left_out)}")
+        print(f"left out for want of time: {'; '.join(left_out)}")
     if failed:
         raise CoreInferError("; ".join(failed))
 
