@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from benchmarks import (
     compiled,
     continuations,
@@ -18,12 +16,14 @@ from benchmarks import (
     gguf_evidence,
     group_switch,
     keep_ratio,
+    kernels,
     prediction,
     profile,
     quality,
     report,
     shipped_calibrations,
     static_argument,
+    suite,
     sweeps,
 )
 from benchmarks.contenders import CONTENDERS
@@ -31,27 +31,6 @@ from benchmarks.described import DEVICES
 from benchmarks.environment import RESULTS
 from benchmarks.shapes import SHAPES
 from coreinfer_jax.errors import CoreInferError
-
-_ON_GPU = ("--dtypes", "bfloat16", "--prompt-tokens", "512", "--new-tokens", "128")
-# Everything docs/performance.md shows, by the platform that measures it.
-SUITES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "cpu": (
-        ("decode", "--model", "llama-1.1b"),
-        ("decode", "--model", "opt-1.3b", "--layers", "12"),
-        ("sweep",),
-        ("profile", "--model", "llama-1.1b", "--dtype", "bfloat16"),
-        ("profile", "--model", "llama-1.1b", "--dtype", "bfloat16", "--keep", "0.2"),
-        ("profile", "--model", "opt-1.3b", "--layers", "12"),
-        ("profile", "--model", "opt-1.3b", "--layers", "12", "--keep", "0.2"),
-        ("profile", "--model", "opt-1.3b", "--layers", "12", "--dtype", "bfloat16"),
-        ("profile", "--model", "opt-1.3b", "--layers", "12", "--dtype", "bfloat16", "--keep", "0.2"),
-    ),
-    "gpu": (
-        ("decode", "--model", "llama-3.1-8b", *_ON_GPU),
-        ("decode", "--model", "opt-6.7b", *_ON_GPU),
-        ("sweep", "--model", "opt-6.7b", "--layers", "12", "--dtype", "bfloat16"),
-    ),
-}
 
 Measurement = Callable[[argparse.Namespace], Iterable[dict[str, Any]]]
 TEXTS = Path("../shared/data/text")
@@ -65,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CoreInferError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("benchmarks: stopped; the results that were written stay", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -74,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "decode", "decoding side by side with other libraries", _decode, _add_decode_options)
     _add(commands, "sweep", "cost against one thing that grows", _sweep, _add_sweep_options)
     _add(commands, "profile", "where the time of a decode step goes", _profile, _add_profile_options)
+    _add(commands, "kernels", "forms of one row times a weight", _kernels, _add_kernels_options)
     _add(commands, "compile", "programs for a device that is not there", _compile, _add_compile_options)
     _add(commands, "static-argument", "core neurons as a static argument", lambda _: [static_argument.measure()])
     _add(commands, "group-switch", "what another group costs", lambda _: [group_switch.measure()])
@@ -98,26 +81,12 @@ def _parser() -> argparse.ArgumentParser:
         _add_data,
     )
     _add(commands, "first-run", "what the embedded models write", lambda _: [first_run.measure()])
-    suite = commands.add_parser("suite", help="all that docs/performance.md shows, for this machine's device")
-    suite.set_defaults(run=lambda options: _suite())
+    everything = commands.add_parser("suite", help="all that docs/performance.md shows, the most important first")
+    _add_suite_options(everything)
+    everything.set_defaults(run=lambda options: suite.measure(options.device, options.budget, options.out))
     filled = commands.add_parser("report", help="fill the tables and draw the charts of the committed results")
     filled.set_defaults(run=lambda options: report.update())
     return parser
-
-
-def _suite() -> None:
-    """Measure everything; what fails costs the others nothing."""
-    parser = _parser()
-    failed = []
-    for arguments in SUITES["cpu" if jax.default_backend() == "cpu" else "gpu"]:
-        print(" ".join(arguments))
-        options = parser.parse_args(arguments)
-        try:
-            options.run(options)
-        except CoreInferError as error:
-            failed.append(f"{' '.join(arguments)}: {error}")
-    if failed:
-        raise CoreInferError("; ".join(failed))
 
 
 def _add(
@@ -194,6 +163,20 @@ def _add_profile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", type=float, help="keep ratio; all neurons without")
 
 
+def _add_kernels_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="as for decode")
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument("--dtype", default="bfloat16", choices=decode.DTYPES, help="(%(default)s)")
+    parser.add_argument("--keep", type=float, default=0.2, help="keep ratio of the narrowed weights (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every form (%(default)s)")
+
+
+def _add_suite_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help=f"{' or '.join(suite.SUITES)}; default: this machine's")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of all; default: 1500 on a GPU, else no limit")
+    parser.add_argument("--out", type=Path, help="one file to append all results to; default: each to its own")
+
+
 def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     asked = compiled.Asked("", "")
     parser.add_argument("--device", choices=tuple(DEVICES), required=True)
@@ -219,6 +202,10 @@ def _compile(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     )
 
 
+def _kernels(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    return kernels.measure(options.model, options.layers, options.dtype, options.keep, options.rounds)
+
+
 def _profile(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     return [profile.measure(options.model, options.layers, options.dtype, options.keep)]
 
@@ -240,11 +227,13 @@ def _decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         rows=options.rows,
         rounds=options.rounds,
     )
-    results, failures = decode.measure(plan)
-    print(decode.table(results))
-    yield from results
-    if failures:
-        raise CoreInferError(f"left out: {'; '.join(failures)}")
+    results: list[dict[str, Any]] = []
+    try:
+        for results in decode.measure(plan):
+            yield from results
+    finally:
+        if results:
+            print(decode.table(results))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -63,21 +63,25 @@ class Plan:
     rounds: int = 3
 
 
-def measure(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
-    """One result per contender, in the order of the plan, and what those said that failed.
+def measure(plan: Plan) -> Iterator[list[dict[str, Any]]]:
+    """After every round, one result per contender, in the order of the plan, of all rounds so far.
 
     Raises:
-        CoreInferError: an unknown model or contender, or sizes that do not fit.
+        CoreInferError: an unknown model or contender, sizes that do not fit, or contenders that failed, after the last
+            round.
     """
     fields = shape_fields(plan.model, plan.layers)
     _check(plan, fields)
     made_on = environment() | {"run": datetime.now(UTC).isoformat(timespec="seconds")}
     with TemporaryDirectory(prefix="coreinfer-benchmark-") as folder:
         trials = trials_of(plan, fields)
-        measured, failures = _rounds(trials, plan.rounds, Path(folder))
-    done = [(trial, rounds) for trial, rounds in zip(trials, measured, strict=True) if rounds]
-    results = [_result(plan, trial, rounds) | made_on | _versions(trial, made_on) for trial, rounds in done]
-    return [result | _gains(result, results) for result in results], failures
+        for measured, failed in _rounds(trials, plan.rounds, Path(folder)):
+            failures = failed
+            done = [(trial, rounds) for trial, rounds in zip(trials, measured, strict=True) if rounds]
+            results = [_result(plan, trial, rounds) | made_on | _versions(trial, made_on) for trial, rounds in done]
+            yield [result | _gains(result, results) for result in results]
+    if failures:
+        raise CoreInferError(f"left out: {'; '.join(failures)}")
 
 
 def _versions(trial: Trial, made_on: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -91,9 +95,9 @@ def _check(plan: Plan, fields: Fields) -> None:
     if unknown:
         raise CoreInferError(f"--contenders {unknown[0]}: give some of {', '.join(CONTENDERS)}")
     for name in plan.contenders or ():
-        if missing := _missing(name):
+        if package := missing(name):
             remedy = f"pip install '.[{CONTENDERS[name].extra}]'"
-            raise CoreInferError(f"--contenders {name}: {missing} is not installed; {remedy}")
+            raise CoreInferError(f"--contenders {name}: {package} is not installed; {remedy}")
         if not _knows(name, plan, fields):
             raise CoreInferError(f"--contenders {name} {_LIMITS[name]}; leave it out")
     if min(plan.rounds, plan.rows, plan.prompt_tokens) < 1 or plan.new_tokens < 2:
@@ -105,14 +109,14 @@ def _check(plan: Plan, fields: Fields) -> None:
         raise CoreInferError(f"--prompt-tokens and --new-tokens together exceed the model's {positions} positions")
 
 
-def _missing(contender: str) -> str | None:
+def missing(contender: str) -> str | None:
     """The first package the contender needs and does not find."""
     return next((name for name in CONTENDERS[contender].imports if find_spec(name) is None), None)
 
 
 def trials_of(plan: Plan, fields: Fields) -> list[Trial]:
     """Every contender in every type it has."""
-    able = [name for name in CONTENDERS if _missing(name) is None and _knows(name, plan, fields)]
+    able = [name for name in CONTENDERS if missing(name) is None and _knows(name, plan, fields)]
     wanted = dict.fromkeys(plan.contenders or able)
     base = Trial("", "", None, fields, plan.prompt_tokens, plan.new_tokens, plan.rows)
     made: list[Trial] = []
@@ -136,8 +140,10 @@ def _knows(contender: str, plan: Plan, fields: Fields) -> bool:
     return contender not in BY_TOKEN or (plan.rows == 1 and shape_config(fields).norm_first)
 
 
-def _rounds(trials: Sequence[Trial], rounds: int, folder: Path) -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """What each trial measured in each round, and why those failed whose lists are empty.
+def _rounds(
+    trials: Sequence[Trial], rounds: int, folder: Path
+) -> Iterator[tuple[list[list[dict[str, Any]]], list[str]]]:
+    """After every round, what each trial measured in each so far, and why those failed whose lists are empty.
 
     Every round starts with the next trial, so that none is always first. Who fails once has no further turn. Ctrl-C
     ends the run with the rounds that are complete.
@@ -151,10 +157,9 @@ def _rounds(trials: Sequence[Trial], rounds: int, folder: Path) -> tuple[list[li
         except KeyboardInterrupt:
             if not turn:
                 raise
-            measured = [own[:turn] for own in measured]
             break
+        yield measured, list(failures.values())
     bar.close()
-    return measured, list(failures.values())
 
 
 def _round(
@@ -261,6 +266,7 @@ def _result(plan: Plan, trial: Trial, rounds: list[dict[str, Any]]) -> dict[str,
         "anonymous_gb": max(one["anonymous_bytes"] for one in rounds) / GB,
         "file_gb": max(one["file_bytes"] for one in rounds) / GB,
         "device_gb": _most(rounds, "device_bytes"),
+        "device_needed_gb": _most(rounds, "device_needed_bytes"),
         "temporary_gb": _most(rounds, "temporary_bytes"),
         "predictor_gb": _most(rounds, "predictor_bytes"),
     }

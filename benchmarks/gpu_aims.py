@@ -12,6 +12,7 @@ DENSE, NARROWED = Side(OURS, None, "bfloat16"), Side(OURS, 0.2, "bfloat16")
 # To the full model, by family: what the bytes allow is 2.03 and 2.49 for the shapes these are of.
 GAINS = {"opt-6.7b": 1.8, "llama-3.1-8b": 2.2}
 LEAST_SHARE, MOST_PREFILL, MOST_STEPS, MOST_COLD, MOST_WARM = 0.85, 1.15, 5.0, 60.0, 10.0
+MOST_MEMORY = 1.1
 
 
 def section() -> str:
@@ -68,6 +69,14 @@ def _compiling(results: Sequence[Result]) -> str:
     return _told(cold <= MOST_COLD and warm <= MOST_WARM, f"{cold:.0f} s, again {warm:.1f} s, {found['layers']} layers")
 
 
+def _memory(side: Side, results: Sequence[Result]) -> str:
+    found = side.fastest(results)
+    if found is None or found.get("device_needed_gb") is None:
+        return ""
+    ratio = found["device_gb"] / found["device_needed_gb"]
+    return _told(ratio <= MOST_MEMORY, f"x {ratio:.2f}, {found['device_gb']:.1f} GB")
+
+
 AIMS: dict[str, Callable[[Sequence[Result]], str]] = {
     f"all neurons: at least {LEAST_SHARE:.0%} of the bandwidth of copies": lambda results: _share(DENSE, results),
     f"keep 0.2: at least {LEAST_SHARE:.0%} of the bandwidth of copies": lambda results: _share(NARROWED, results),
@@ -83,4 +92,10 @@ AIMS: dict[str, Callable[[Sequence[Result]], str]] = {
     f"a prefill that chooses neurons: at most {MOST_PREFILL:g} times a plain one": _prefill,
     f"the gather: at most {MOST_STEPS:g} steps with all neurons": _gather,
     f"compiling: at most {MOST_COLD:g} s, again {MOST_WARM:g} s": _compiling,
+    f"memory at its peak, all neurons: at most {MOST_MEMORY:g} times weights and cache": lambda results: _memory(
+        DENSE, results
+    ),
+    f"memory at its peak, keep 0.2: at most {MOST_MEMORY:g} times all weights, narrowed ones and cache": (
+        lambda results: _memory(NARROWED, results)
+    ),
 }

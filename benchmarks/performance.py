@@ -69,11 +69,14 @@ ELSEWHERE: dict[str, Side] = {
 
 
 def decode_runs() -> dict[str, list[Result]]:
-    """The newest run of each model and machine, by its title; results of one run only stand beside each other."""
+    """The newest run of each model and machine, by its title; results of one run only stand beside each other.
+
+    A run writes its results anew after every round; the last of them count.
+    """
     runs: dict[str, list[Result]] = {}
     for result in read_results("decode"):
         run = runs.setdefault(_title(result), [])
-        if run and run[0]["run"] != result["run"]:
+        if run and (run[0]["run"], run[0]["rounds"]) != (result["run"], result["rounds"]):
             run.clear()
         run.append(result)
     return runs

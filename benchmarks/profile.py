@@ -51,7 +51,7 @@ def measure(model: str, layers: int | None, dtype: str, keep: float | None) -> d
         milliseconds[shape_of.get(operation, "")] += spent
     products = [
         {"shape": shape, "matrices": count, "gb": size / 1e9, "ms": milliseconds[_hlo(shape, dtype)]}
-        for shape, (count, size) in _matrices(narrowed).items()
+        for shape, (count, size) in matrices(narrowed).items()
     ]
     if unseen := [product["shape"] for product in products if not product["ms"]]:
         raise CoreInferError(f"XLA's record names no operation that reads the weights of {unseen[0]}; nothing to tell")
@@ -111,7 +111,7 @@ def _hlo(shape: str, dtype: str) -> str:
     return f"{_TYPES[dtype]}[{shape.replace(' x ', ',')}]"
 
 
-def _matrices(params: Params) -> dict[str, tuple[int, int]]:
+def matrices(params: Params) -> dict[str, tuple[int, int]]:
     """By shape, as `out x in`, how many matrices a step multiplies by, and their bytes."""
     looked_up = {"position_embedding"} | (set() if params.unembedding is None else {"token_embedding"})
     counted: dict[str, tuple[int, int]] = {}

@@ -15,6 +15,7 @@ from benchmarks import (
     first_page,
     gguf_evidence,
     gpu_aims,
+    kernels,
     model_card,
     performance,
     quality_page,
@@ -48,7 +49,12 @@ def current() -> dict[Path, str]:
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
         core_neurons.PAGE: core_neurons.tables(),
         model_card.CARD: {"figures": model_card.figures, "held-out": model_card.held_out},
-        performance.PAGE: {**performance.sections(), "gpu aims": gpu_aims.section, "compile": compiled.table},
+        performance.PAGE: {
+            **performance.sections(),
+            "gpu aims": gpu_aims.section,
+            "compile": compiled.table,
+            "kernels": kernels.table,
+        },
         quality_page.PAGE: {
             **quality_page.sections(),
             "smollm2": shipped_calibrations.smollm2_table,

@@ -23,12 +23,13 @@ from benchmarks import (
     sweeps,
     worker,
 )
-from benchmarks.__main__ import SUITES, _parser, main
+from benchmarks.__main__ import main
 from benchmarks.contenders import predictor
 from benchmarks.contenders.trial import Report, Trial
 from benchmarks.decode import Plan, ratios, trials_of
 from benchmarks.environment import REPOSITORY
 from benchmarks.shapes import SHAPES, shape_config, shape_fields, shape_params
+from benchmarks.suite import SUITES
 from coreinfer_jax.engine.loop import bytes_read_per_token
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.evaluation.settings import described
@@ -133,12 +134,11 @@ def test_a_run_measures_every_contender_alike(tiny, tmp_path, capsys):
     sizes = ["--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2"]
     assert main(["decode", *arguments, *sizes, "--out", str(out)]) == 0
     results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [(r["contender"], r["keep"]) for r in results] == [
-        ("coreinfer", None),
-        ("coreinfer", 0.5),
-        ("predictor", 0.5),
-        ("gather", 0.5),
+    measured = [("coreinfer", None), ("coreinfer", 0.5), ("predictor", 0.5), ("gather", 0.5)]
+    assert [(r["contender"], r["keep"], r["rounds"]) for r in results] == [
+        (contender, keep, rounds) for rounds in (1, 2) for contender, keep in measured
     ]
+    results = results[len(measured) :]
     for result in results:
         assert {"model", "layers", "dtype", "prompt_tokens", "new_tokens", "date", "hardware", "versions"} <= set(
             result
@@ -211,7 +211,7 @@ def test_a_failure_costs_the_others_nothing(monkeypatch, tmp_path):
         return {"of": trial.contender}
 
     monkeypatch.setattr(decode, "in_process", fake)
-    measured, failures = decode._rounds(trials, 3, tmp_path)
+    *_, (measured, failures) = decode._rounds(trials, 3, tmp_path)
     assert measured == [[{"of": "coreinfer"}] * 3, []]
     assert failures == ["predictor keep 0.5 float32: no memory"]
     assert turns == ["coreinfer", "predictor", "coreinfer", "coreinfer"]
@@ -253,28 +253,21 @@ def test_mistakes_get_one_line(arguments, said):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_ctrl_c_leaves_the_rounds_that_are_complete(monkeypatch, tmp_path):
-    trials = [Trial("coreinfer", "float32", keep, TINY, 8, 4) for keep in (None, 0.5)]
-    calls = []
+def test_a_run_without_a_complete_round_ends_with_ctrl_c(monkeypatch, tmp_path, capsys):
+    def stopped(trial):
+        raise KeyboardInterrupt
 
-    def fake(trial):
-        calls.append(trial.name)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return {"call": len(calls)}
-
-    monkeypatch.setattr(decode, "in_process", fake)
-    measured, failures = decode._rounds(trials, 3, tmp_path)
-    assert measured == [[{"call": 1}], [{"call": 2}]]
-    assert failures == []
+    monkeypatch.setattr(decode, "in_process", stopped)
+    assert main(["decode", "--model", "opt-125m", "--layers", "1", "--out", str(tmp_path / "none.jsonl")]) == 130
+    assert "benchmarks: stopped; the results that were written stay\n" in capsys.readouterr().err
 
 
 def test_a_suite_goes_on_after_a_failure(monkeypatch, capsys):
     monkeypatch.setitem(SUITES, "cpu", (("decode", "--model", "none"), ("decode", "--model", "neither")))
-    assert main(["suite"]) == 2
+    assert main(["suite", "--device", "cpu"]) == 2
     said = capsys.readouterr().err
-    assert "decode --model none: " in said
-    assert "decode --model neither: " in said
+    assert "1. decode --model none failed; its reason is above; " in said
+    assert "2. decode --model neither failed; its reason is above" in said
 
 
 def test_every_contender_runs_in_every_type_it_has(monkeypatch):
@@ -333,13 +326,6 @@ def test_a_sweep_of_layers_stays_within_the_model(tiny):
     assert [point["layers"] for point in result["points"]] == [1, 1, 2, 2]
 
 
-def test_suites_name_measurements_that_there_are():
-    for suite in SUITES.values():
-        for arguments in suite:
-            options = _parser().parse_args(arguments)
-            assert 1 <= shape_fields(options.model, options.layers)["num_hidden_layers"] <= 32
-
-
 def test_when_narrowing_pays():
     first, later = (
         {name: {"median": value} for name, value in zip(names, values, strict=True)}
@@ -369,6 +355,7 @@ def decode_result(contender, run, dtype="float32", keep=None, ms=(100.0, 110.0))
         "layers": 2,
         "model_layers": 22,
         "rows": 1,
+        "rounds": len(ms),
         "hardware": "a cpu",
         "decode_ms_per_token": {"median": min(ms), "min": min(ms), "max": max(ms)},
         "decode_ms_per_token_by_round": list(ms),
@@ -517,6 +504,8 @@ def test_aims_on_a_gpu_are_judged(monkeypatch):
         "missed: x 1.20, 512 tokens",
         "missed: 6.0 steps",
         "missed: 50 s, again 11.0 s, 32 layers",
+        "",
+        "",
     ]
     monkeypatch.setattr(gpu_aims, "decode_runs", lambda: {"x; cpu": results})
     assert "Nothing was measured on a GPU" in gpu_aims.section()

@@ -13,7 +13,8 @@ from coreinfer_jax.engine.options import GREEDY
 from coreinfer_jax.engine.programs import decode
 from coreinfer_jax.engine.rows import first_drawn
 from coreinfer_jax.engine.sampling import make_sampling
-from coreinfer_jax.model.cache import bucket, init_cache
+from coreinfer_jax.model.cache import bucket, cache_bytes, init_cache
+from coreinfer_jax.model.weights import leaf_bytes, named_leaves, params_bytes
 
 
 def run(trial: Trial) -> Report:
@@ -32,6 +33,8 @@ def run(trial: Trial) -> Report:
         outs.append(ci.generate(params, prompts, core, max_new_tokens=trial.new_tokens))
         seconds.append(perf_counter() - called)
     stats = [out.stats for out in outs]
+    peak = device_bytes()  # before what else is looked at here takes memory of its own
+    decoding = params if outs[-1].core is None else ci.compact(params, outs[-1].core)
     return Report(
         decode_seconds=[s.decode_seconds for s in stats],
         # Checks of the call and everything between the phases count as well; the gather comes after the first token.
@@ -45,8 +48,9 @@ def run(trial: Trial) -> Report:
         prefill_seconds=[s.prefill_seconds for s in stats],
         selection_seconds=[s.selection_seconds for s in stats],
         compaction_seconds=[s.compaction_seconds for s in stats],
-        temporary_bytes=_temporary_bytes(params if outs[-1].core is None else ci.compact(params, outs[-1].core), trial),
-        device_bytes=device_bytes(),
+        temporary_bytes=_temporary_bytes(decoding, trial),
+        device_bytes=peak,
+        device_needed_bytes=_needed_bytes(params, decoding, trial),
     )
 
 
@@ -54,6 +58,14 @@ def device_bytes() -> int | None:
     """Most bytes in use on the accelerator so far; None on a CPU."""
     usage = jax.devices()[0].memory_stats()
     return None if usage is None else int(usage["peak_bytes_in_use"])
+
+
+def _needed_bytes(params: ci.Params, decoding: ci.Params, trial: Trial) -> int:
+    """Of the weights of `params`, of what `decoding` does not share with them, and of one cache."""
+    whole = {id(leaf) for _, leaf in named_leaves(params)}
+    own = sum(leaf_bytes(leaf) for _, leaf in named_leaves(decoding) if id(leaf) not in whole)
+    capacity = bucket(trial.prompt_tokens + trial.new_tokens)
+    return params_bytes(params) + own + cache_bytes(params.config, trial.rows, capacity, jnp.dtype(trial.dtype))
 
 
 def _temporary_bytes(params: ci.Params, trial: Trial) -> int | None:

@@ -55,6 +55,7 @@ class Report:
         compaction_seconds: per generation.
         temporary_bytes: of the compiled decode program.
         device_bytes: most memory in use on the accelerator.
+        device_needed_bytes: of the weights, of those narrowed to core neurons, and of one cache.
         predictor_bytes: weights of the predictors.
     """
 
@@ -69,4 +70,5 @@ class Report:
     compaction_seconds: list[float] = field(default_factory=list)
     temporary_bytes: int | None = None
     device_bytes: int | None = None
+    device_needed_bytes: int | None = None
     predictor_bytes: int | None = None
