@@ -75,16 +75,6 @@ FORMS: dict[str, Form] = {
     "cuBLAS": Form(_two_rows, {"xla_gpu_enable_triton_gemm": False}),
     # 0 lets XLA choose in how many parts the inputs are multiplied, which are then added up by a second kernel.
     "not split": Form(_as_decoding, {"xla_gpu_experimental_force_split_k": 1}),
-    # By default only the loop's body is a command buffer, and the host asks after each turn whether there is another.
-    "loop as one command buffer": Form(
-        _as_decoding,
-        {
-            "xla_gpu_enable_command_buffer": (
-                "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
-            ),
-            "xla_gpu_graph_min_graph_size": 1,
-        },
-    ),
     "Mosaic GPU": Form(mosaic.matvec, fits=mosaic.fits),
 }
 
