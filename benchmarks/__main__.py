@@ -199,7 +199,7 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=tuple(DEVICES), required=True)
     parser.add_argument("--model", required=True, help="as for decode")
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
-    parser.add_argument("--keeps", nargs="+", type=float, default=asked.keeps, help="keep ratios (%(default)s)")
+    parser.add_argument("--keeps", nargs="+", type=float, default=asked.keeps[1:], help="keep ratios (%(default)s)")
     parser.add_argument("--rows", type=int, default=asked.rows, help="batch size (%(default)s)")
     parser.add_argument("--shared", action="store_true", help="one core set for all rows; default: one for each")
     parser.add_argument("--prefill", type=int, default=asked.prompt_tokens, metavar="TOKENS", help="(%(default)s)")
@@ -212,7 +212,7 @@ def _compile(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         device=options.device,
         model=options.model,
         layers=options.layers,
-        keeps=tuple(options.keeps),
+        keeps=(None, *options.keeps),
         rows=options.rows,
         per_row=not options.shared,
         prompt_tokens=options.prefill,

@@ -3,7 +3,7 @@
 Nothing runs. A bound of time is what the moved bytes take at the device's bandwidth, and a stated cost for each kernel.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -43,25 +43,25 @@ class Asked:
         device: one of `DEVICES`.
         model: name of a shape, or a config.json.
         layers: of the model; None for all.
-        keeps: keep ratios, beside all neurons.
+        keeps: keep ratios; None for all neurons.
         rows: batch size.
         per_row: whether each of several rows has core neurons of its own.
         prompt_tokens: of a prefill.
         capacity: positions that the cache has room for.
         programs: some of `PROGRAMS`.
-        drawing: how decode draws.
+        sampled: whether decode draws its tokens, in place of taking the most probable.
     """
 
     device: str
     model: str
     layers: int | None = None
-    keeps: tuple[float, ...] = (0.4, 0.2)
+    keeps: tuple[float | None, ...] = (None, 0.4, 0.2)
     rows: int = 1
     per_row: bool = True
     prompt_tokens: int = 512
     capacity: int = 2048
     programs: tuple[str, ...] = PROGRAMS
-    drawing: Drawing = GREEDY
+    sampled: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,7 @@ class Program:
 
 
 def measure(asked: Asked) -> Iterator[dict[str, Any]]:
-    """Results of every program, with all neurons where it runs with them, and with each keep ratio.
-
-    A prefill is the same for all keep ratios, so of those the last is taken.
+    """Results of every program for each keep ratio: of a prefill once for all, and once where nothing is observed.
 
     Raises:
         CoreInferError: an unknown model, or a device that JAX cannot compile for here.
@@ -104,11 +102,12 @@ def measure(asked: Asked) -> Iterator[dict[str, Any]]:
         "rows": asked.rows,
         "per_row": asked.per_row and asked.rows > 1,
     }
-    cases: dict[str, tuple[Callable[..., Program], tuple[float | None, ...]]] = {
-        "decode": (_decode, (None, *asked.keeps)),
-        "prefill": (_prefill, (None, *asked.keeps[-1:])),
-        "selection": (_selection, asked.keeps),
-        "gather": (_gathering, asked.keeps),
+    ratios = [keep for keep in asked.keeps if keep is not None]
+    cases: dict[str, tuple[Callable[..., Program], Sequence[float | None]]] = {
+        "decode": (_decode, asked.keeps),
+        "prefill": (_prefill, (None, *ratios[-1:])),
+        "selection": (_selection, ratios),
+        "gather": (_gathering, ratios),
     }
     for name in asked.programs:
         make, keeps = cases[name]
@@ -151,7 +150,8 @@ def _decode(asked: Asked, params: Params, keep: float | None) -> Program:
 
     def rows() -> Any:
         cache, none = init_cache(config, asked.rows, asked.capacity, DTYPE), jnp.zeros(asked.rows, jnp.int32)
-        sampling = make_sampling(config, asked.rows, asked.drawing, asked.capacity)
+        drawing = Drawing(jax.random.key(0), 0.8, 40, 0.9, ()) if asked.sampled else GREEDY
+        sampling = make_sampling(config, asked.rows, drawing, asked.capacity)
         return first_drawn(cache, jnp.zeros((asked.rows, config.vocab_size)), none, none, sampling)
 
     needed = weight_bytes_per_step(weights, asked.rows) + cache_bytes(config, asked.rows, asked.capacity, DTYPE)

@@ -28,6 +28,8 @@ _COPIES = frozenset(("copy", "convert", "transpose", "pad", "concatenate"))
 _PARTS = frozenset(("slice", "dynamic-slice", "gather"))
 # Write into their first operand no more than the operand of this number holds.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+# Give an entry from the same entry of their operands, or from some entries that no other entry is given from.
+_PART_BY_PART = frozenset(("bitcast", "reduce", "convert", "copy", "add", "subtract", "multiply", "divide", "maximum"))
 _LEAST_COPY = 1 << 20
 _ENTRY = "ENTRY"
 
@@ -205,32 +207,43 @@ def _of_result(one: Instruction, shapes: Mapping[str, str]) -> int:
 
 
 def _read(lines: Sequence[Instruction], computations: Computations) -> list[int]:
-    """Bytes that a fusion reads of each parameter, in their order.
-
-    It reads all, unless every use takes a part of it or updates it in place.
-    """
+    """Bytes that a fusion reads of each parameter, in their order."""
+    wanted = _wanted(lines, computations)
     parameters = sorted((one for one in lines if one.op == "parameter"), key=_number)
-    return [_used(one, lines, computations) for one in parameters]
+    return [round(wanted[one.name] * main_memory_bytes(one.shape)) for one in parameters]
 
 
 def _number(parameter: Instruction) -> int:
     return int(_parts(parameter.rest)[0])
 
 
-def _used(one: Instruction, lines: Sequence[Instruction], computations: Computations) -> int:
-    whole, taken = main_memory_bytes(one.shape), 0
-    for user in (line for line in lines if one.name in line.operands):
-        first = user.operands[0] == one.name
-        if user.op == "bitcast":
-            taken += _used(user, lines, computations)
-        elif user.op == "fusion":
-            inside = _read(computations[user.called("calls")], computations)
-            taken += sum(size for size, name in zip(inside, user.operands, strict=True) if name == one.name)
-        elif first and user.op in _PARTS:
-            taken += array_bytes(user.shape)
-        elif not (first and user.op in _UPDATES):
-            return whole
-    return min(taken, whole)
+def _wanted(lines: Sequence[Instruction], computations: Computations) -> dict[str, float]:
+    """Which share of the entries of each array a fusion asks for: it computes those alone that its result needs."""
+    shapes = {one.name: one.shape for one in lines}
+    wanted = {one.name: float(one.is_root) for one in lines}
+    for one in reversed(lines):
+        for number, name in enumerate(one.operands):
+            if name in wanted and wanted[one.name]:
+                share = _share(one, number, wanted[one.name], shapes, computations)
+                wanted[name] = min(1.0, wanted[name] + share)
+    return wanted
+
+
+def _share(
+    one: Instruction, number: int, wanted: float, shapes: Mapping[str, str], computations: Computations
+) -> float:
+    """Which share of an operand's entries an instruction asks for, of whose result a share is `wanted`."""
+    size, asked = array_bytes(one.shape), array_bytes(shapes[one.operands[number]])
+    if one.op == "fusion":
+        inside = computations[one.called("calls")]
+        return next(
+            _wanted(inside, computations)[p.name] for p in inside if p.op == "parameter" and _number(p) == number
+        )
+    if number == 0 and one.op in _UPDATES:
+        return 0.0
+    if number == 0 and one.op in _PARTS:
+        return wanted * size / asked
+    return wanted if one.op in _PART_BY_PART else 1.0
 
 
 def _written(lines: Sequence[Instruction], computations: Computations) -> int:
