@@ -91,7 +91,7 @@ def placed_on(name: str) -> jax.sharding.SingleDeviceSharding:
     """
     device = DEVICES[name]
     # The plugins would look for devices of their own, and JAX refuses to go on without them.
-    jax.config.update("jax_platforms", jax.config.read("jax_platforms") or "cpu")
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
     for variable, value in device.variables.items():
         os.environ.setdefault(variable, value)
     try:
