@@ -61,8 +61,14 @@ device_description_str: "{name}" """
 
 def _tpu(topology: str, accelerator: str, bandwidth: float) -> Described:
     """One chip of a system of this topology."""
-    # The compiler would ask a service of Google's machines what it runs on, and complain where there is none.
-    variables = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": accelerator}
+    variables = {
+        # It would ask a service of Google's machines what it runs on, and complain where there is none.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": accelerator,
+        # It would keep chips, of which there are none, to one process.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     return Described("tpu", bandwidth, 0.0, {"topology_name": topology}, variables)
 
 

@@ -72,7 +72,7 @@ def test_a_decode_step_moves_what_it_needs(device: str, model: str, case: str) -
     cache = cache_bytes(config, asked.rows, asked.capacity, DTYPE)
     weights = [leaf_bytes(leaf) for leaf in jax.tree.leaves(abstract_params(config, DTYPE).layers) if leaf.ndim > 1]
     assert result["weight_copies"] == []
-    assert result["temporary_bytes"] < min(min(weights), cache / 8)
+    assert result["temporary_bytes"] < min(min(weights), cache / 4)
     assert result["bytes_moved"] <= 1.02 * result["bytes_needed"]
 
 
