@@ -90,7 +90,7 @@ DEVICES = {
 
 
 def placed_on(name: str) -> jax.sharding.SingleDeviceSharding:
-    """A placement on the device of this name. Call it before anything else asks JAX for devices.
+    """A placement on the device of this name; call it before JAX is asked for devices or compiles anything.
 
     Raises:
         CoreInferError: the plugin that compiles for it is not installed.
@@ -98,6 +98,8 @@ def placed_on(name: str) -> jax.sharding.SingleDeviceSharding:
     device = DEVICES[name]
     # The plugins would look for devices of their own, and JAX refuses to go on without them.
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
+    # JAX writes programs for a device that is not there to its cache, but cannot read them back.
+    jax.config.update("jax_enable_compilation_cache", False)
     for variable, value in device.variables.items():
         os.environ.setdefault(variable, value)
     try:

@@ -216,6 +216,7 @@ def test_a_missing_plugin_is_one_line(monkeypatch, tmp_path, capsys):
         raise RuntimeError("no such platform\nand a long tale")
 
     monkeypatch.setattr(described.topologies, "get_topology_desc", refuses)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # it is for a whole process
     out = tmp_path / "out.jsonl"
     assert main(["compile", "--device", "h200", "--model", "opt-125m", "--layers", "1", "--out", str(out)]) == 2
     error = capsys.readouterr().err
