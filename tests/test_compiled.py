@@ -90,7 +90,7 @@ def test_a_decode_step_moves_what_it_needs(device: str, model: str, case: str) -
 
 
 # Enough layers for the activations of all to be far more than those of one.
-PREFILLS = {"h100": (4, 2048), "v6e": (2, 128)}
+PREFILLS = {"h100": (4, 2048), "v6e": (2, 512)}
 
 
 @pytest.mark.aot
