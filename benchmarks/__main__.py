@@ -182,24 +182,27 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=tuple(DEVICES), required=True)
     parser.add_argument("--model", required=True, help="as for decode")
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
-    parser.add_argument("--keeps", nargs="+", type=float, default=asked.keeps, help="keep ratios (%(default)s)")
+    parser.add_argument("--keeps", nargs="+", type=float, default=asked.keeps[1:], help="keep ratios (%(default)s)")
     parser.add_argument("--rows", type=int, default=asked.rows, help="batch size (%(default)s)")
+    parser.add_argument("--shared", action="store_true", help="one core set for all rows; default: one for each")
     parser.add_argument("--prefill", type=int, default=asked.prompt_tokens, metavar="TOKENS", help="(%(default)s)")
     parser.add_argument("--capacity", type=int, default=asked.capacity, help="positions of the cache (%(default)s)")
+    parser.add_argument("--programs", nargs="+", default=asked.programs, choices=asked.programs, help="default: all")
 
 
 def _compile(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    return compiled.measure(
-        compiled.Asked(
-            options.device,
-            options.model,
-            options.layers,
-            tuple(options.keeps),
-            options.rows,
-            options.prefill,
-            options.capacity,
-        )
+    asked = compiled.Asked(
+        device=options.device,
+        model=options.model,
+        layers=options.layers,
+        keeps=(None, *options.keeps),
+        rows=options.rows,
+        per_row=not options.shared,
+        prompt_tokens=options.prefill,
+        capacity=options.capacity,
+        programs=tuple(options.programs),
     )
+    return compiled.measure(asked)
 
 
 def _kernels(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

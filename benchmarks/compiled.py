@@ -3,8 +3,8 @@
 Nothing runs. A bound of time is what the moved bytes take at the device's bandwidth, and a stated cost for each kernel.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -15,25 +15,24 @@ import numpy as np
 
 from benchmarks.described import DEVICES, placed_on
 from benchmarks.environment import environment, read_results
-from benchmarks.hlo import loop_kernels
+from benchmarks.hlo import Kernel, all_kernels, loop_kernels
 from benchmarks.shapes import shape_config, shape_fields
 from benchmarks.tables import made_on, markdown
-from coreinfer_jax.engine.options import GREEDY
+from coreinfer_jax.engine.options import GREEDY, Drawing
 from coreinfer_jax.engine.programs import decode, no_sums, prefill
 from coreinfer_jax.engine.rows import first_drawn
 from coreinfer_jax.engine.sampling import make_sampling
 from coreinfer_jax.model.cache import bucket, cache_bytes, init_cache
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.structure import abstract_params
-from coreinfer_jax.model.weights import Params, weight_bytes_per_step
-from coreinfer_jax.sparsity.choice import Chooser
-from coreinfer_jax.sparsity.narrow import narrowed_shapes
+from coreinfer_jax.model.weights import Params, leaf_bytes, weight_bytes_per_step
+from coreinfer_jax.sparsity.narrow import gather_core, multiple_of, narrowed_bytes, narrowed_shapes
+from coreinfer_jax.sparsity.ranking import rank
 from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.sparsity.votes import kept_neurons
 
-# What a kernel costs beside what it moves: launching, and filling the device. Measured kernels on an H200 that move
-# next to nothing take 1 to 2 microseconds.
-KERNEL_SECONDS = 1.5e-6
 DTYPE = jnp.dtype("bfloat16")
+PROGRAMS = ("decode", "prefill", "selection", "gather")
 
 
 @dataclass(frozen=True)
@@ -44,30 +43,55 @@ class Asked:
         device: one of `DEVICES`.
         model: name of a shape, or a config.json.
         layers: of the model; None for all.
-        keeps: keep ratios, beside all neurons.
+        keeps: keep ratios; None for all neurons.
         rows: batch size.
+        per_row: whether each of several rows has core neurons of its own.
         prompt_tokens: of a prefill.
         capacity: positions that the cache has room for.
+        programs: some of `PROGRAMS`.
+        sampled: whether decode draws its tokens, in place of taking the most probable.
     """
 
     device: str
     model: str
     layers: int | None = None
-    keeps: tuple[float, ...] = (0.4, 0.2)
+    keeps: tuple[float | None, ...] = (None, 0.4, 0.2)
     rows: int = 1
+    per_row: bool = True
     prompt_tokens: int = 512
     capacity: int = 2048
+    programs: tuple[str, ...] = PROGRAMS
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function and what it is compiled for.
+
+    Attributes:
+        function: as `jax.jit` gives it.
+        arguments: arrays, or their shapes.
+        needed: bytes that it has to read and write.
+        static: arguments by name.
+        kernels: of its text, those that `needed` is about.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    needed: int
+    static: Mapping[str, Any] = field(default_factory=dict)
+    kernels: Callable[[str], list[Kernel]] = all_kernels
 
 
 def measure(asked: Asked) -> Iterator[dict[str, Any]]:
-    """Results of decode, with all neurons and each keep ratio, and of prefill, plain and choosing neurons.
+    """Results of every program for each keep ratio: of a prefill once for all, and once where nothing is observed.
 
     Raises:
         CoreInferError: an unknown model, or a device that JAX cannot compile for here.
     """
+    on = placed_on(asked.device)
     config = shape_config(shape_fields(asked.model, asked.layers))
-    place = partial(jax.tree.map, partial(_abstract, placed_on(asked.device)))
-    params: Params = place(abstract_params(config, DTYPE))
+    params: Params = _placed(abstract_params(config, DTYPE), on)
     common = environment() | {
         "benchmark": "compile",
         "platform": DEVICES[asked.device].platform,
@@ -76,97 +100,134 @@ def measure(asked: Asked) -> Iterator[dict[str, Any]]:
         "layers": config.num_layers,
         "dtype": DTYPE.name,
         "rows": asked.rows,
+        "per_row": asked.per_row and asked.rows > 1,
     }
-    for keep in (None, *asked.keeps):
-        yield common | {"program": "decode", "keep": keep} | _decode(asked, params, keep, place)
-    for keep in (None, *asked.keeps[-1:]):
-        yield common | {"program": "prefill", "keep": keep} | _prefill(asked, params, keep, place)
+    ratios = [keep for keep in asked.keeps if keep is not None]
+    cases: dict[str, tuple[Callable[..., Program], Sequence[float | None]]] = {
+        "decode": (_decode, asked.keeps),
+        "prefill": (_prefill, (None, *ratios[-1:])),
+        "selection": (_selection, ratios),
+        "gather": (_gathering, ratios),
+    }
+    for name in asked.programs:
+        make, keeps = cases[name]
+        for keep in keeps:
+            read = _read(make(asked, params, keep), asked.device, config, on)
+            yield common | {"program": name, "keep": keep} | read
 
 
-Place = Callable[[Any], Any]
+def _placed(tree: Any, on: jax.sharding.Sharding) -> Any:
+    """The shapes of all arrays of a tree, which are to lie `on` a device."""
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=on), tree)
 
 
-def _abstract(on: jax.sharding.Sharding, array: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=on)
-
-
-def _compiled(program: Any, platform: str, *arguments: Any, **static: Any) -> tuple[Any, float]:
+def _read(program: Program, device: str, config: ModelConfig, on: jax.sharding.Sharding) -> dict[str, Any]:
+    """What a program does, from its text once it is compiled."""
+    described = DEVICES[device]
     began = perf_counter()
-    compiled = program.trace(*arguments, **static).lower(lowering_platforms=(platform,)).compile()
-    return compiled, perf_counter() - began
+    traced = program.function.trace(*_placed(program.arguments, on), **program.static)
+    compiled = traced.lower(lowering_platforms=(described.platform,)).compile()
+    seconds = perf_counter() - began
+    found = program.kernels(compiled.as_text())
+    moved = sum(kernel.read + kernel.written for kernel in found)
+    kernels = sum(not kernel.is_transfer for kernel in found)
+    return {
+        "bytes_needed": program.needed,
+        "bytes_moved": moved,
+        "kernels": kernels,
+        "kernels_per_layer": kernels / config.num_layers,
+        "weight_copies": [f"{kernel.name} {kernel.source}".strip() for kernel in found if kernel.copies],
+        "temporary_bytes": int(compiled.memory_analysis().temp_size_in_bytes),
+        "compile_seconds": seconds,
+        "bound_seconds": moved / described.bandwidth + kernels * described.kernel_seconds,
+    }
 
 
-def _decode(asked: Asked, params: Params, keep: float | None, place: Place) -> dict[str, Any]:
-    """Of one decode step."""
-    config, device = params.config, DEVICES[asked.device]
-    if keep is not None:
-        L, D, K = config.num_layers, config.hidden_size, kept_neurons(keep, config.mlp_size)
-        indices = (place(jax.ShapeDtypeStruct((K,), jnp.int32)),) * L
-        params = narrowed_shapes(params, indices, (place(jax.ShapeDtypeStruct((D,), jnp.float32)),) * L)
+def _decode(asked: Asked, params: Params, keep: float | None) -> Program:
+    """One decode step, which reads all weights and the whole cache."""
+    config = params.config
+    weights = params if keep is None else narrowed_shapes(params, *_core(asked, config, keep))
 
     def rows() -> Any:
         cache, none = init_cache(config, asked.rows, asked.capacity, DTYPE), jnp.zeros(asked.rows, jnp.int32)
-        sampling = make_sampling(config, asked.rows, GREEDY, asked.capacity)
+        drawing = Drawing(jax.random.key(0), 0.8, 40, 0.9, ()) if asked.sampled else GREEDY
+        sampling = make_sampling(config, asked.rows, drawing, asked.capacity)
         return first_drawn(cache, jnp.zeros((asked.rows, config.vocab_size)), none, none, sampling)
 
-    steps = jax.ShapeDtypeStruct((), jnp.int32)
-    program, seconds = _compiled(decode, device.platform, place(params), place(jax.eval_shape(rows)), place(steps))
-    kernels = loop_kernels(program.as_text())
-    needed = weight_bytes_per_step(params, asked.rows) + cache_bytes(config, asked.rows, asked.capacity, DTYPE)
-    moved = sum(kernel.read + kernel.written for kernel in kernels)
-    return {
-        "bytes_needed": needed,
-        "bytes_moved": moved,
-        "kernels": len(kernels),
-        "kernels_per_layer": len(kernels) / config.num_layers,
-        "weight_copies": [f"{kernel.name} {kernel.source}".strip() for kernel in kernels if kernel.copies],
-        "temporary_bytes": _temporary_bytes(program),
-        "compile_seconds": seconds,
-        "bound_seconds": moved / device.bandwidth + len(kernels) * KERNEL_SECONDS,
-    }
+    needed = weight_bytes_per_step(weights, asked.rows) + cache_bytes(config, asked.rows, asked.capacity, DTYPE)
+    return Program(decode, (weights, jax.eval_shape(rows), np.int32(0)), needed, kernels=loop_kernels)
 
 
-def _prefill(asked: Asked, params: Params, keep: float | None, place: Place) -> dict[str, Any]:
-    """Of a prefill: temporaries alone, as it has no loop."""
+def _core(asked: Asked, config: ModelConfig, keep: float) -> tuple[Any, Any]:
+    """Shapes of core neurons and offsets, the same for every layer."""
+    sets = (asked.rows,) if asked.per_row and asked.rows > 1 else ()
+    indices = jax.ShapeDtypeStruct((*sets, kept_neurons(keep, config.mlp_size)), jnp.int32)
+    offsets = jax.ShapeDtypeStruct((*sets, config.hidden_size), jnp.float32)
+    return (indices,) * config.num_layers, (offsets,) * config.num_layers
+
+
+def _prefill(asked: Asked, params: Params, keep: float | None) -> Program:
+    """A prefill, which reads all weights and writes the prompts' keys and values; it observes nothing without a ratio.
+
+    What else it moves, activations above all, depends on how it is compiled.
+    """
     config, B, T = params.config, asked.rows, bucket(asked.prompt_tokens)
-    chooser: Chooser | None = None if keep is None else CoreConfig(beta=keep)
     lengths, tokens = np.full(B, asked.prompt_tokens, np.int32), np.zeros((B, T), np.int32)
-    observed: tuple[int, ...] = () if chooser is None else chooser.observed_layers(config, None)
-    observer = None
-    if chooser is not None:
-        observer = chooser.observer(chooser.counted(tokens, lengths, 0, config), config.mlp_size)
-
-    def past() -> Any:
-        return init_cache(config, B, asked.capacity, DTYPE)
-
-    sums: Any = []
-    if observer is not None:
-        sums = jax.eval_shape(partial(no_sums, layers=len(observed)), observer, params.layers[0], tokens)
+    observer, sums = (None, []) if keep is None else _observed(asked, params, keep)
+    cache = jax.eval_shape(partial(init_cache, config, B, asked.capacity, DTYPE))
     sampling = jax.eval_shape(lambda: make_sampling(config, B, GREEDY, asked.capacity))
-    arguments = (params, tokens, lengths, lengths, jax.eval_shape(past), sums, sampling, observer)
-    platform = DEVICES[asked.device].platform
-    program, seconds = _compiled(prefill, platform, *place(arguments), observed=observed, filled=T)
-    return {
-        "prompt_tokens": asked.prompt_tokens,
-        "temporary_bytes": _temporary_bytes(program),
-        "compile_seconds": seconds,
+    arguments = (params, tokens, lengths, lengths, cache, sums, sampling, observer)
+    needed = weight_bytes_per_step(params, B * T) + cache_bytes(config, B, T, DTYPE)
+    return Program(prefill, arguments, needed, {"observed": tuple(range(len(sums))), "filled": T})
+
+
+def _observed(asked: Asked, params: Params, keep: float) -> tuple[Any, Any]:
+    """What the default rule observes of a prefill, and the shapes of its sums of every layer."""
+    B, T = asked.rows, bucket(asked.prompt_tokens)
+    tokens, config = np.zeros((B, T), np.int32), params.config
+    chooser = CoreConfig(beta=keep)
+    counted = chooser.counted(tokens, np.full(B, asked.prompt_tokens, np.int32), 0, config)
+    observer = chooser.observer(counted, config.mlp_size)
+    sums = jax.eval_shape(partial(no_sums, layers=config.num_layers), observer, params.layers[0], tokens)
+    return observer, sums
+
+
+def _selection(asked: Asked, params: Params, keep: float) -> Program:
+    """Ranking the neurons of all layers, which reads the sums, and the down projections for their norms."""
+    config = params.config
+    chooser, (_, sums) = CoreConfig(beta=keep), _observed(asked, params, keep)
+    downs = [layer.mlp.down for layer in params.layers]
+    static = {
+        "rule": type(chooser.ranking),
+        "kept": (kept_neurons(keep, config.mlp_size),) * config.num_layers,
+        "compensated": chooser.compensation > 0,
     }
+    needed = sum(down.matrix_bytes for down in downs) + sum(map(leaf_bytes, jax.tree.leaves(sums)))
+    return Program(rank, (sums, None, downs, np.float32(0), np.float32(0)), needed, static)
 
 
-def _temporary_bytes(program: Any) -> int:
-    return int(program.memory_analysis().temp_size_in_bytes)
+def _gathering(asked: Asked, params: Params, keep: float) -> Program:
+    """Narrowing all layers, which reads the core neurons' weights and writes them, padded, where decode reads them."""
+    indices, offsets = _core(asked, params.config, keep)
+    dense = [layer.mlp for layer in params.layers]
+    narrowed = [layer.mlp for layer in narrowed_shapes(params, indices, offsets).layers]
+    sets, kept = narrowed[0].up.rows or 1, indices[0].shape[-1]
+    written = sum(map(leaf_bytes, jax.tree.leaves(narrowed)))
+    needed = narrowed_bytes(params, tuple(range(len(dense))), kept, sets) + written
+    return Program(gather_core, (dense, list(indices), list(offsets)), needed, {"multiple": multiple_of(params)})
 
 
 def table() -> str:
-    """Decode steps of the last results, for docs/performance.md."""
-    results = {(r["device"], r["model"], r["keep"]): r for r in read_results("compile") if r["program"] == "decode"}
+    """Decode steps, of each case the last result, for docs/performance.md."""
+    decoding = (r for r in read_results("compile") if r["program"] == "decode")
+    results = {(r["device"], r["model"], _of_rows(r), r["keep"]): r for r in decoding}
     head = ("needed, GB", "moved, GB", "kernels per layer", "temporaries, MB", "bound, ms", "to all neurons")
     rows = [["compiled for", "neurons", *head]]
-    for (device, model, keep), found in results.items():
-        gain = results[device, model, None]["bound_seconds"] / found["bound_seconds"]
+    for (device, model, of_rows, keep), found in results.items():
+        gain = results[device, model, of_rows, None]["bound_seconds"] / found["bound_seconds"]
         rows.append(
             [
-                f"{device}, {model}",
+                f"{device}, {model}{of_rows}",
                 "all" if keep is None else f"{keep:.0%}",
                 f"{found['bytes_needed'] / 1e9:.2f}",
                 f"{found['bytes_moved'] / 1e9:.2f}",
@@ -177,3 +238,9 @@ def table() -> str:
             ]
         )
     return f"{markdown(rows)}\n\n{made_on(*results.values())}"
+
+
+def _of_rows(result: Mapping[str, Any]) -> str:
+    if result["rows"] == 1:
+        return ""
+    return f", {result['rows']} rows, {'a core set each' if result['per_row'] else 'one core set'}"

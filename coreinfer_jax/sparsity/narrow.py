@@ -66,12 +66,12 @@ def _arrays(layers: tuple[np.ndarray | None, ...]) -> tuple[Array | None, ...]:
 
 def narrow(params: Params, indices: Indices, offsets: Offsets) -> Params:
     """`compact` with one index array per layer on the device, [K] or [B, K], or None for a dense layer."""
-    return _with_mlps(params, indices, offsets, partial(_gather, multiple=multiple_of(params)))
+    return _with_mlps(params, indices, offsets, partial(gather_core, multiple=multiple_of(params)))
 
 
 def narrowed_shapes(params: Params, indices: Indices, offsets: Offsets) -> Params:
     """The shapes and types of what `narrow` returns, in place of its narrowed arrays."""
-    return _with_mlps(params, indices, offsets, partial(_gather.eval_shape, multiple=multiple_of(params)))
+    return _with_mlps(params, indices, offsets, partial(gather_core.eval_shape, multiple=multiple_of(params)))
 
 
 def multiple_of(params: Params) -> int:
@@ -109,7 +109,7 @@ def narrowed_bytes(params: Params, layers: tuple[int, ...], kept: int, sets: int
 
 
 @partial(jax.jit, static_argnames="multiple")
-def _gather(mlps: list[Mlp], indices: list[Array], offsets: list[Array | None], *, multiple: int) -> list[Mlp]:
+def gather_core(mlps: list[Mlp], indices: list[Array], offsets: list[Array | None], *, multiple: int) -> list[Mlp]:
     return [_gather_mlp(*layer, multiple) for layer in zip(mlps, indices, offsets, strict=True)]
 
 

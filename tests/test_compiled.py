@@ -1,0 +1,101 @@
+"""Decode and prefill as they are compiled for accelerators: without a copy of a weight, the cache in place.
+
+What is marked `aot` compiles for devices that are not there (extra `aot`), and reads what the programs move.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.compiled import DTYPE, Asked, measure
+from benchmarks.described import placed_on
+from benchmarks.shapes import shape_config, shape_fields
+from coreinfer_jax.engine.options import GREEDY
+from coreinfer_jax.engine.programs import decode
+from coreinfer_jax.engine.rows import Rows, first_drawn
+from coreinfer_jax.engine.sampling import make_sampling
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.model.cache import cache_bytes, init_cache
+from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import leaf_bytes
+from tests.support import LLAMA, random_model
+
+MODELS = ("llama-3.1-8b", "opt-6.7b")
+DECODE: dict[str, dict[str, Any]] = {
+    "dense": {"keeps": (None,)},
+    "narrowed": {"keeps": (0.2,)},
+    "a core set per row": {"keeps": (0.2,), "rows": 2},
+    "one core set for all rows": {"keeps": (0.2,), "rows": 4, "per_row": False},
+    "sampled": {"keeps": (0.2,), "sampled": True},
+}
+SLOW = ("sampled", "prefill")
+
+
+def _rows(tokens: int) -> Rows:
+    """Rows that have read one token each."""
+    cache = init_cache(LLAMA, 2, 64, jnp.dtype(jnp.float32))
+    first, read = jnp.asarray([3, 7], jnp.int32), jnp.ones(2, jnp.int32)
+    return first_drawn(cache, jnp.zeros((2, LLAMA.vocab_size)), first, read, make_sampling(LLAMA, 2, GREEDY, tokens))
+
+
+def test_decode_is_exported_for_every_platform_at_once() -> None:
+    params, steps = random_model(LLAMA), np.int32(8)
+    exported = jax.export.export(decode, platforms=("cuda", "tpu", "cpu"))(params, _rows(8), steps)
+    assert exported.platforms == ("cuda", "tpu", "cpu")
+    _, tokens, run = exported.call(params, _rows(8), steps)
+    _, expected, expected_run = decode(params, _rows(8), steps)
+    np.testing.assert_array_equal(tokens, expected)
+    assert run == expected_run > 1
+
+
+# A v6e keeps the caches of few layers on the chip, which says nothing of a whole model.
+LAYERS = {"h100": 2, "v6e": 8}
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A described device; programs are compiled for it as users get them."""
+    try:
+        placed_on(request.param)
+    except CoreInferError as error:
+        pytest.skip(str(error))
+    with jax.default_matmul_precision("default"):
+        yield request.param
+
+
+def _cases(*names: str) -> list[object]:
+    """Every device, model and case; sorting and prefills take the compiler for TPUs a minute or two."""
+    return [
+        pytest.param(device, model, name, marks=[pytest.mark.slow] if device == "v6e" and name in SLOW else [])
+        for device, model, name in product(LAYERS, MODELS, names)
+    ]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("device", "model", "case"), _cases(*DECODE), indirect=["device"])
+def test_a_decode_step_moves_what_it_needs(device: str, model: str, case: str) -> None:
+    asked = Asked(device, model, LAYERS[device], programs=("decode",), **DECODE[case])
+    (result,) = measure(asked)
+    config = shape_config(shape_fields(model, LAYERS[device]))
+    cache = cache_bytes(config, asked.rows, asked.capacity, DTYPE)
+    weights = [leaf_bytes(leaf) for leaf in jax.tree.leaves(abstract_params(config, DTYPE).layers) if leaf.ndim > 1]
+    assert result["weight_copies"] == []
+    assert result["temporary_bytes"] < min(min(weights), cache / 4)
+    assert result["bytes_moved"] <= 1.02 * result["bytes_needed"]
+
+
+# Enough layers for the activations of all to be far more than those of one.
+PREFILLS = {"h100": (4, 2048), "v6e": (2, 512)}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("device", "model", "case"), _cases("prefill"), indirect=["device"])
+def test_a_prefill_keeps_no_more_alive_where_it_observes(device: str, model: str, case: str) -> None:
+    layers, tokens = PREFILLS[device]
+    plain, observing = measure(Asked(device, model, layers, prompt_tokens=tokens, programs=(case,)))
+    assert observing["temporary_bytes"] <= 1.1 * plain["temporary_bytes"]
