@@ -110,6 +110,7 @@ def narrowed_bytes(params: Params, layers: tuple[int, ...], kept: int, sets: int
 
 @partial(jax.jit, static_argnames="multiple")
 def gather_core(mlps: list[Mlp], indices: list[Array], offsets: list[Array | None], *, multiple: int) -> list[Mlp]:
+    """The program that narrows `mlps`, each to its `indices` and with its offset, to widths of a `multiple`."""
     return [_gather_mlp(*layer, multiple) for layer in zip(mlps, indices, offsets, strict=True)]
 
 
