@@ -45,10 +45,11 @@ def matmul_per_row(x: Array, weight: Array) -> Array:
     return jax.vmap(lambda row, own: matmul(row[None], own)[0])(x, weight)
 
 
-# Up to so many rows are summed up beside each other while a weight is read once. Eight such sums at a time fill the
-# registers of a core with AVX2. A step of SmolLM2 that extends by 4 tokens over one that extends by 1, on two cores with
-# AVX2 whose memory gives 15 to 20 GB/s, jaxlib 0.10.2 and 0.12.0: float32 2.3 and 2.0 in the plain form, 1.1 and 1.0 in
-# this one; bfloat16 2.3 and 2.1 against 1.6 and 1.5, as its weights come twice as fast. 8 tokens take as long either way.
+# Up to so many rows are summed up beside each other while a weight is read once. Eight such sums fit the registers of a
+# core with AVX2. A step of SmolLM2 that extends by 4 tokens over one that extends by 1, on two cores with AVX2 whose
+# memory gives 15 to 20 GB/s, jaxlib 0.10.2 and 0.12.0: float32 2.3 and 2.0 in the plain form, 1.2 and 1.0 in this one;
+# bfloat16 1.7 and 1.5 in this one, 1.2 of the step before one row took this form too. Its weights come twice as fast:
+# 4 rows of them ask for 60 % of all that these cores can multiply and add. 8 rows take as long in either form.
 # Remove: `_contract_last` of 4 rows takes no longer.
 _FEW_ROWS = 4
 _SUMS_TOGETHER = 8
@@ -71,11 +72,11 @@ def _contract_last(x: Array, weight: Array) -> Array:
 
 
 def _sum_few_rows(x: Array, weight: Array) -> Array:
-    # Products of every row with several blocks of outputs, summed up in one loop: XLA's CPU code has one sum per pair of
-    # them in flight, and converts and reads each weight once. With a single block the loop waits for its additions.
-    # One row of bfloat16 reads 16 to 23 GB/s where 17 to 20 can be had; its product with the transpose read 8 to 12 on
-    # the same machine, and 5 to 6 from 4096 inputs on. Sums in any order are needed (`DECODE_OPTIONS`): without them
-    # one row times [49152, 576] takes 9 ms instead of 2.4.
+    # Products of every row with several blocks of outputs, summed up in one loop. XLA's CPU code keeps one sum of each
+    # pair going, and reads and converts each weight once. With a single block the loop waits for its own additions.
+    # One row of bfloat16 reads 15 to 20 GB/s on those cores, what their memory gives; its product with the transpose
+    # read 8 to 12, and 5 to 6 from 4096 inputs on. Needs sums in any order (`DECODE_OPTIONS`): without them one row
+    # times [49152, 576] takes 8 ms instead of 2.4.
     B, T, size_in = x.shape
     rows = _held(x.reshape(B * T, size_in).astype(jnp.float32))
     converted = weight.astype(jnp.float32)
