@@ -133,19 +133,20 @@ def test_a_prefill_does_not_score_what_the_cache_has_room_for() -> None:
     assert large - small < params.config.num_heads * tokens * tokens * 4  # the scores of one layer
 
 
-SETS = {"dense": None, "one-set": range(600), "set-per-row": [range(600)] * 3}
+# Kept neurons, and rows: as many as share a weight in a form of their own.
+SETS = {"dense": (None, 1), "four-rows": (None, 4), "one-set": (range(600), 1), "set-per-row": ([range(600)] * 3, 3)}
 
 
-@pytest.mark.parametrize("kept", SETS.values(), ids=SETS.keys())
+@pytest.mark.parametrize(("kept", "rows"), SETS.values(), ids=SETS.keys())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decode_loop_temporaries_stay_below_one_layer(dtype: str, kept: object) -> None:
+def test_decode_loop_temporaries_stay_below_one_layer(dtype: str, kept: object, rows: int) -> None:
     """XLA would hoist float32 copies of bfloat16 weights out of the loop, every layer's at once, and copy the cache in
     every step; at this capacity the cache is larger than a layer."""
     params = random_model(WIDE, dtype=dtype)
     layer = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params.layers[0]))
     narrow = params if kept is None else ci.compact(params, ci.CoreNeurons([kept] * WIDE.num_layers))
-    rows = prefilled(params, rows=3 if isinstance(kept, list) else 1, capacity=8192)
-    memory = decode.lower(narrow, rows, np.int32(8)).compile().memory_analysis()
+    state = prefilled(params, rows=rows, capacity=8192)
+    memory = decode.lower(narrow, state, np.int32(8)).compile().memory_analysis()
     assert 0 < memory.temp_size_in_bytes < layer
 
 

@@ -1,4 +1,4 @@
-"""Products of narrow rows, which CPU programs write in a form of their own, against NumPy in float64."""
+"""Products of few rows, which CPU programs write in a form of their own, against NumPy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +10,22 @@ from coreinfer_jax.model.layers import mlp_activations
 from coreinfer_jax.model.weights import Linear
 from tests.support import MODELS, random_model
 
-# One part, the last width of one part, two parts, three of unequal width.
-SIZES = (7, 4095, 4096, 8193)
-
 
 def drawn(shape, seed, dtype="bfloat16"):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_single_narrow_row_is_exact_but_for_the_order_of_sums(size, dtype):
-    x, weight = drawn((1, 1, size), 0, dtype), drawn((11, size), 1, dtype)
-    expected = np.asarray(x, np.float64)[0] @ np.asarray(weight, np.float64).T
+# Outputs are cut into blocks; the last ones overlap where they do not divide: 1, 5 and 11 outputs.
+@pytest.mark.parametrize(("size_in", "size_out"), [(1, 1), (7, 5), (8193, 11)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 2), (1, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_few_rows_are_exact_but_for_the_order_of_sums(shape, size_in, size_out, dtype):
+    x, weight = drawn((*shape, size_in), 0, dtype), drawn((size_out, size_in), 1, dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     for options in ({}, DECODE_OPTIONS):
         y = jax.jit(matmul, compiler_options=options)(x, weight)
         assert y.dtype == jnp.float32
-        assert np.abs(np.asarray(y)[0] - expected).max() < 1e-6 * size
+        assert np.abs(np.asarray(y) - expected).max() < 1e-6 * size_in
 
 
 def test_rows_of_their_own_weights_equal_single_rows():
@@ -71,19 +70,23 @@ def test_activations_and_what_the_activation_function_gave_are_those_of_numpy(na
     np.testing.assert_allclose(found, gated if mlp.gate is None else gated * linear_of(mlp.up), rtol=1e-4, atol=1e-5)
 
 
-def test_infinity_and_nan_come_through_a_decode_program():
+@pytest.mark.parametrize("rows", [1, 4])
+def test_infinity_and_nan_come_through_a_decode_program_in_their_own_row_only(rows):
     weight = drawn((4, 40), 4)
     product = jax.jit(matmul, compiler_options=DECODE_OPTIONS)
     for value in (np.inf, np.nan):
-        x = drawn((1, 1, 40), 5).at[0, 0, 3].set(value)
-        assert not np.isfinite(np.asarray(product(x, weight))).any()
+        x = drawn((1, rows, 40), 5).at[0, 0, 3].set(value)
+        finite = np.isfinite(np.asarray(product(x, weight)))
+        assert not finite[0, 0].any()
+        assert finite[0, 1:].all()
         assert not bool(jax.jit(lambda y: jnp.isfinite(y).all(), compiler_options=DECODE_OPTIONS)(product(x, weight)))
 
 
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("size", [2048, 5632])
-def test_no_copy_of_a_narrow_weight_is_made(size):
+def test_no_copy_of_a_narrow_weight_is_made(size, rows):
     """The speed of decoding on CPUs depends on it: a float32 copy would show among the temporaries."""
-    x, weight, bias = drawn((1, 1, size), 0), drawn((size, size), 1), drawn((size,), 2)
+    x, weight, bias = drawn((1, rows, size), 0), drawn((size, size), 1), drawn((size,), 2)
 
     def steps(x, layer):
         return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(layer(x)), x)

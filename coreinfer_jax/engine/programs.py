@@ -12,7 +12,7 @@ from jax import Array, lax
 from coreinfer_jax.engine.rows import Rows, first_drawn, is_over, put_row
 from coreinfer_jax.engine.sampling import Sampling, draw
 from coreinfer_jax.model import extend, observe_nothing, unembed
-from coreinfer_jax.model.backends import DECODE_OPTIONS
+from coreinfer_jax.model.backends import ANY_ORDER, DECODE_OPTIONS
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.weights import Layer, Mlp, Params
 from coreinfer_jax.sparsity.rules import Observer
@@ -33,7 +33,7 @@ def no_sums(observer: Observer, layer: Layer, tokens: Array, *, layers: int) -> 
 
 
 # Cache and sums of earlier tokens are donated: the prompt's are added to them in place.
-@partial(jax.jit, static_argnames=("observed", "filled"), donate_argnames=("cache", "sums"))
+@partial(jax.jit, static_argnames=("observed", "filled"), donate_argnames=("cache", "sums"), compiler_options=ANY_ORDER)
 def prefill(
     params: Params,
     tokens: Array,
@@ -126,7 +126,7 @@ def _decode_one(params: Params, rows: Rows) -> Rows:
     )
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=ANY_ORDER)
 def score_given(params: Params, cache: KVCache, start: Array, first: Array, tokens: Array) -> tuple[Array, Array]:
     """Log-probabilities float32 [B, T] of given tokens, and whether each was the most probable, bool [B, T].
 

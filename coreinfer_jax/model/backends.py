@@ -9,7 +9,6 @@ Speeds are of two x86 cores with AVX-512, whose memory gives about 30 GB/s, or o
 """
 
 from collections.abc import Callable
-from functools import reduce
 from typing import TypeVar
 
 import jax
@@ -18,27 +17,31 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+# Options of a program that multiplies few rows: sums in any order.
+#
+# They let XLA's CPU code use vector instructions for products with bfloat16 weights. Without them, one row times [5632,
+# 2048] takes 0.7 ms on jaxlib 0.10.2, but 12.5 ms on 0.12.0. NaN, infinity and division stay exact. Remove: that
+# product takes no longer without these options.
+ANY_ORDER: dict[str, str | bool | int] = {
+    "xla_cpu_enable_fast_math": True,
+    "xla_cpu_fast_math_honor_nans": True,
+    "xla_cpu_fast_math_honor_infs": True,
+    "xla_cpu_fast_math_honor_division": True,
+    "xla_cpu_fast_math_honor_functions": True,
+}
+
 # Options of a compiled loop that reads weights in every step.
 #
 # Loop-invariant code motion is off, because XLA's CPU code hoists float32 copies of bfloat16 weights out of the loop: a
 # second, wider copy of the model, made anew by each call. Temporaries: 51 MB with the pass, 0.5 MB without it.
 # Remove: they are small with the pass.
 #
-# Sums in any order let XLA's CPU code use vector instructions for products with bfloat16 weights. Without them, one row
-# times [5632, 2048] takes 0.7 ms on jaxlib 0.10.2, but 12.5 ms on 0.12.0. NaN, infinity and division stay exact.
-# Remove: that product takes no longer without these options.
-#
 # XLA's GPU code records a step's programs once and starts them together. It does so for the whole loop only where it is
 # told to record loops, and all else that it records by default; else the host asks after every step whether to go on.
 # A record of one loop counts as too small without the second option. An H200, 32 layers of LLaMA 3.1 8B, 20 % of the
 # neurons, JAX 0.11.2: 2 % less time per step. Remove: loops are recorded by default.
-DECODE_OPTIONS: dict[str, str | bool | int] = {
+DECODE_OPTIONS: dict[str, str | bool | int] = ANY_ORDER | {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
-    "xla_cpu_enable_fast_math": True,
-    "xla_cpu_fast_math_honor_nans": True,
-    "xla_cpu_fast_math_honor_infs": True,
-    "xla_cpu_fast_math_honor_division": True,
-    "xla_cpu_fast_math_honor_functions": True,
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
     "xla_gpu_graph_min_graph_size": 1,
 }
@@ -74,29 +77,34 @@ _JOINED_ROWS = 16
 
 def matmul(x: Array, weight: Array) -> Array:
     """x [B, T, in] times weight [out, in]: float32 [B, T, out]."""
-    if not _is_narrow_row(x):
+    if not _has_few_rows(x):
         return _contract_last(x, weight)
-    return lax.platform_dependent(x, weight, cpu=_fused_row, default=_contract_last)
+    return lax.platform_dependent(x, weight, cpu=_sum_few_rows, default=_contract_last)
 
 
 def matmul_per_row(x: Array, weight: Array) -> Array:
     """x [B, T, in], each row times its own of weight [B, out, in]: float32 [B, T, out]."""
-
-    def one(row: Array, own: Array) -> Array:
-        if not _is_narrow_row(row[None]):
-            return _contract_last(row[None], own)[0]
-        return lax.platform_dependent(row[None], own, cpu=_doubled_row, default=_contract_last)[0]
-
-    return jax.vmap(one)(x, weight)
+    return jax.vmap(lambda row, own: matmul(row[None], own)[0])(x, weight)
 
 
-def _is_narrow_row(x: Array) -> bool:
-    """Whether x [B, T, in] is one row of 16 bits, for which the plain form is slow on CPUs.
+# Up to so many rows are summed up beside each other while a weight is read once. Eight such sums fit the registers of a
+# core with AVX2. A step of SmolLM2 that extends by 4 tokens over one that extends by 1, on two cores with AVX2 whose
+# memory gives 15 to 20 GB/s, jaxlib 0.10.2 and 0.12.0: float32 2.3 and 2.0 in the plain form, 1.2 and 1.0 in this one;
+# bfloat16 1.7 and 1.5 in this one, 1.2 of the step before one row took this form too. Its weights come twice as fast:
+# 4 rows of them ask for 60 % of all that these cores can multiply and add. 8 rows take as long in either form.
+# Remove: `_contract_last` of 4 rows takes no longer.
+_FEW_ROWS = 4
+_SUMS_TOGETHER = 8
 
-    XLA's CPU code makes a float32 copy of the whole weight for such a product, in every step. Temporaries: 49 MB, with
-    the forms below 0.5 MB. Speed: 1.4 GB/s. Remove: `_contract_last` makes no copy (tests/test_layers.py).
+
+def _has_few_rows(x: Array) -> bool:
+    """Whether x [B, T, in] has so few rows that the plain form is slow on CPUs. It is not for a float32 row alone.
+
+    For one row of 16 bits, XLA's CPU code makes a float32 copy of the whole weight, in every step. Temporaries: 49 MB,
+    with the form below 0.5 MB. Speed: 1.4 GB/s. Remove: `_contract_last` makes no copy (tests/test_layers.py).
     """
-    return x.dtype.itemsize == 2 and x.shape[0] * x.shape[1] == 1
+    rows = x.shape[0] * x.shape[1]
+    return rows <= _FEW_ROWS and (rows > 1 or x.dtype.itemsize == 2)
 
 
 def _contract_last(x: Array, weight: Array) -> Array:
@@ -105,27 +113,47 @@ def _contract_last(x: Array, weight: Array) -> Array:
     return lax.dot_general(x, weight, (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-# Longer rows, 16 KiB as float32, are not fused with what they are multiplied by.
-_FUSED_INPUTS = 4095
-
-
-def _fused_row(x: Array, weight: Array) -> Array:
-    # Times the transpose, the conversion of the weight becomes part of the product, which then reads 25 to 33 GB/s;
-    # unless an addition is fused with it first, which the barrier prevents. Wide weights take several products. Parts
-    # are cut from what is converted: cut before, they would be rounded to 16 bits again, weight by weight.
-    row = lax.optimization_barrier(x.astype(jnp.float32))[0, 0]
+def _sum_few_rows(x: Array, weight: Array) -> Array:
+    # Products of every row with several blocks of outputs, summed up in one loop. XLA's CPU code keeps one sum of each
+    # pair going, and reads and converts each weight once. With a single block the loop waits for its own additions.
+    # One row of bfloat16 reads 15 to 20 GB/s on those cores, what their memory gives; its product with the transpose
+    # read 8 to 12, and 5 to 6 from 4096 inputs on. Needs sums in any order (`ANY_ORDER`): without them one row
+    # times [49152, 576] takes 8 ms instead of 2.4.
+    B, T, size_in = x.shape
+    rows = _held(x.reshape(B * T, size_in).astype(jnp.float32))
     converted = weight.astype(jnp.float32)
-    size = x.shape[2]
-    width = -(-size // -(-size // _FUSED_INPUTS))
-    starts = range(0, size, width)
-    parts = [jnp.dot(row[i : i + width], converted[:, i : i + width].T)[None, None] for i in starts]
-    return reduce(jnp.add, map(lax.optimization_barrier, parts))
+    size_out = weight.shape[0]
+    count = min(4, _SUMS_TOGETHER // rows.shape[0])
+    size = -(-size_out // count)
+    # The last blocks overlap those before them where they would reach beyond the end.
+    starts = [min(i * size, size_out - size) for i in range(count)]
+    blocks = [converted[start : start + size] for start in starts]
+    sums = _sum_together([row[None] * block for row in rows for block in blocks], axis=1)
+    news = [one[i % count * size - starts[i % count] :] for i, one in enumerate(sums)]
+    return jnp.concatenate(news).reshape(B, T, size_out)
 
 
-def _doubled_row(x: Array, weight: Array) -> Array:
-    # For two rows the weight is read as it is, at half the memory's speed or more. Temporaries of 3 rows with core
-    # neurons of their own: 46 MB in the plain form, 1.6 MB in this one.
-    return _contract_last(jnp.concatenate([x, x], axis=1), weight)[:, :1]
+def _held(rows: Array) -> Array:
+    """`rows` [R, in] as they are, made once: else their making is fused with the sums and done again per output.
+
+    Zeros are added, in two sums at once, which XLA's CPU code neither simplifies nor fuses with what reads them; a
+    barrier it takes away first. Four rows over one, [1536, 576] in float32, jaxlib 0.12.0: 4.4 unheld, 1.1 held.
+    Remove: they are equal.
+    """
+    half = -(-rows.shape[1] // 2)
+    padded = jnp.stack([rows, jnp.zeros_like(rows)])
+    first, second = _sum_together([padded[:, :, :half], padded[:, :, -half:]], axis=0)
+    return jnp.concatenate([first, second[:, 2 * half - rows.shape[1] :]], axis=1)
+
+
+def _sum_together(addends: list[Array], axis: int) -> tuple[Array, ...]:
+    """The sums of arrays of one shape over `axis`, in one loop."""
+
+    def add(some: tuple[Array, ...], others: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(map(jnp.add, some, others))
+
+    zeros = tuple(jnp.zeros((), one.dtype) for one in addends)
+    return tuple(lax.reduce(tuple(addends), zeros, add, (axis,)))
 
 
 # XLA's GPU code joins the products of gate and up, and brings sizes to what its kernels take: of weights whose width is
