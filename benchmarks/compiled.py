@@ -218,26 +218,49 @@ def _gathering(asked: Asked, params: Params, keep: float) -> Program:
 
 
 def table() -> str:
-    """Decode steps, of each case the last result, for docs/performance.md."""
-    decoding = (r for r in read_results("compile") if r["program"] == "decode")
-    results = {(r["device"], r["model"], _of_rows(r), r["keep"]): r for r in decoding}
-    head = ("needed, GB", "moved, GB", "kernels per layer", "temporaries, MB", "bound, ms", "to all neurons")
-    rows = [["compiled for", "neurons", *head]]
-    for (device, model, of_rows, keep), found in results.items():
-        gain = results[device, model, of_rows, None]["bound_seconds"] / found["bound_seconds"]
+    """Decode steps and prefills, of each case the first result and the last, for docs/performance.md."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for result in read_results("compile"):
+        found.setdefault((result["program"], *_case(result)), []).append(result)
+    cases = [(name, results[0], results[-1]) for (name, *_), results in found.items()]
+    steps = [(first, last) for name, first, last in cases if name == "decode"]
+    head = ["compiled for", "neurons", "needed, GB", "moved, GB", "kernels per layer", "temporaries, MB"]
+    rows = [[*head, "bound, ms", "to all neurons"]]
+    for first, last in steps:
+        dense = found["decode", *_case(last | {"keep": None})][-1]
+        gain = dense["bound_seconds"] / last["bound_seconds"]
         rows.append(
             [
-                f"{device}, {model}{of_rows}",
-                "all" if keep is None else f"{keep:.0%}",
-                f"{found['bytes_needed'] / 1e9:.2f}",
-                f"{found['bytes_moved'] / 1e9:.2f}",
-                f"{found['kernels_per_layer']:.1f}",
-                f"{found['temporary_bytes'] / 1e6:.1f}",
-                f"{1000 * found['bound_seconds']:.2f}",
-                "" if keep is None else f"x {gain:.2f}",
+                *_case(last)[:2],
+                f"{last['bytes_needed'] / 1e9:.2f}",
+                *(_changed(first, last, *column) for column in _COLUMNS),
+                f"{1000 * last['bound_seconds']:.2f}",
+                "" if last["keep"] is None else f"x {gain:.2f}",
             ]
         )
-    return f"{markdown(rows)}\n\n{made_on(*results.values())}"
+    prefills = [["compiled for", "chooses neurons", "temporaries, MB"]]
+    for first, last in ((first, last) for name, first, last in cases if name == "prefill"):
+        chooses = "no" if last["keep"] is None else "yes"
+        prefills.append([_case(last)[0], chooses, _changed(first, last, *_COLUMNS[-1])])
+    made = "\n\n".join(
+        f"{when}: {made_on(*results)}"
+        for when, results in zip(("Before", "Now"), zip(*steps, strict=True), strict=True)
+    )
+    return f"{markdown(rows)}\n\nPrefills:\n\n{markdown(prefills)}\n\n{made}"
+
+
+# What changes from version to version: a result's entry, its unit and its decimals.
+_COLUMNS = (("bytes_moved", 1e9, 2), ("kernels_per_layer", 1.0, 1), ("temporary_bytes", 1e6, 1))
+
+
+def _changed(first: Mapping[str, Any], last: Mapping[str, Any], entry: str, unit: float, decimals: int) -> str:
+    before, now = (f"{result[entry] / unit:.{decimals}f}" for result in (first, last))
+    return now if before == now else f"{before}, now {now}"
+
+
+def _case(result: Mapping[str, Any]) -> tuple[str, str]:
+    neurons = "all" if result["keep"] is None else f"{result['keep']:.0%}"
+    return f"{result['device']}, {result['model']}{_of_rows(result)}", neurons
 
 
 def _of_rows(result: Mapping[str, Any]) -> str:
