@@ -101,6 +101,9 @@ def measure(asked: Asked) -> Iterator[dict[str, Any]]:
         "dtype": DTYPE.name,
         "rows": asked.rows,
         "per_row": asked.per_row and asked.rows > 1,
+        "capacity": asked.capacity,
+        "prompt_tokens": asked.prompt_tokens,
+        "sampled": asked.sampled,
     }
     ratios = [keep for keep in asked.keeps if keep is not None]
     cases: dict[str, tuple[Callable[..., Program], Sequence[float | None]]] = {
@@ -260,10 +263,19 @@ def _changed(first: Mapping[str, Any], last: Mapping[str, Any], entry: str, unit
 
 def _case(result: Mapping[str, Any]) -> tuple[str, str]:
     neurons = "all" if result["keep"] is None else f"{result['keep']:.0%}"
-    return f"{result['device']}, {result['model']}{_of_rows(result)}", neurons
+    return f"{result['device']}, {result['model']}{_other_than_usual(result)}", neurons
 
 
-def _of_rows(result: Mapping[str, Any]) -> str:
-    if result["rows"] == 1:
-        return ""
-    return f", {result['rows']} rows, {'a core set each' if result['per_row'] else 'one core set'}"
+def _other_than_usual(result: Mapping[str, Any]) -> str:
+    """What a result is of besides its device and model, where it is not what these are asked for without options."""
+    usual = Asked(result["device"], result["model"])
+    whole = shape_config(shape_fields(result["model"], None)).num_layers
+    told = [] if result["layers"] == whole else [f"{result['layers']} of {whole} layers"]
+    if result["rows"] > 1:
+        told.append(f"{result['rows']} rows, {'a core set each' if result['per_row'] else 'one core set'}")
+    told += [
+        f"{name} {result[name]}"
+        for name in ("capacity", "prompt_tokens", "sampled")
+        if result[name] != getattr(usual, name)
+    ]
+    return "".join(f", {one}" for one in told)

@@ -236,7 +236,9 @@ def table() -> str:
     """The newest results of every model, type and machine, for docs/performance.md."""
     newest: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for result in read_results("kernels"):
-        key = (result["model"], str(result["layers"]), result["dtype"], result["hardware"])
+        if result["hardware"].endswith("cpu"):
+            continue
+        key = (result["model"], str(result["layers"]), result["dtype"], str(result["keep"]), result["hardware"])
         newest.setdefault(key, {})[result["shape"]] = result
     if not newest:
         return "Nothing was measured on a GPU yet."

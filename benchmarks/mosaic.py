@@ -19,14 +19,17 @@ STRIP = 16
 LANES = 128
 # Copies that are under way at a time, and what one of them brings unless a single row is longer.
 _COPIES, _COPY_BYTES = 4, 1 << 14
+# Of a block of threads on Hopper GPUs, less what barriers take.
+_SHARED_BYTES = 224 << 10
 # What is added up before it is one number: 16 float32 numbers in each of the 128 threads.
 _AT_ONCE = 16
 
 
 def fits(weight: Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether `matvec` takes a weight [out, in]: multiples of 16 and 128, and rows that its copies can hold."""
+    """Whether `matvec` takes a weight [out, in]: of 16 bits, multiples of 16 and 128, rows that shared memory holds."""
     out, size = weight.shape
-    return out % STRIP == 0 and size % LANES == 0 and size <= 256 * LANES
+    held = (1 + _COPIES) * size * weight.dtype.itemsize
+    return weight.dtype.itemsize == 2 and out % STRIP == 0 and size % LANES == 0 and held <= _SHARED_BYTES
 
 
 def matvec(x: Array, weight: Array, interpret: Any = None) -> Array:

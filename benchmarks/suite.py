@@ -62,6 +62,8 @@ SUITES: dict[str, tuple[Arguments, ...]] = {
 BUDGETS: dict[str, float | None] = {"cpu": None, "gpu": 25 * 60.0}
 # Seconds to end by itself, before a measurement is killed.
 _GRACE = 10.0
+# They write what they have after every round, and need not end.
+_IN_ROUNDS = ("decode",)
 
 
 def measure(device: str | None, budget: float | None, out: Path | None) -> None:
@@ -75,6 +77,8 @@ def measure(device: str | None, budget: float | None, out: Path | None) -> None:
     device = _found(device)
     if budget is not None and budget <= 0:
         raise CoreInferError(f"--budget {budget:g}: give more than 0 seconds")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # no measurement is left running
     items, absent = _plan(SUITES[device])
     if absent:
         print(f"left out, not installed: {', '.join(absent)}; pip install '.[torch]'")
@@ -91,12 +95,19 @@ def _found(device: str | None) -> str:
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         return device
-    there = jax.default_backend()
+    there = _backend()
     if device is not None and there != device:
         raise CoreInferError(f"--device {device}: JAX finds no GPU here, but {there}; pip install '.[cuda]'")
     if there not in SUITES:
         raise CoreInferError(f"there is no suite for {there}; give --device {' or '.join(SUITES)}")
     return there
+
+
+def _backend() -> str:
+    try:
+        return jax.default_backend()
+    except RuntimeError as error:  # JAX_PLATFORMS names one that there is not
+        raise CoreInferError(f"JAX finds no device: {str(error).splitlines()[0]}") from error
 
 
 def _plan(items: Sequence[Arguments]) -> tuple[list[Arguments], list[str]]:
@@ -108,7 +119,8 @@ def _plan(items: Sequence[Arguments]) -> tuple[list[Arguments], list[str]]:
 def run_all(items: Sequence[Arguments], budget: float | None, run: Run) -> None:
     """Run `items` in order, for at most `budget` seconds.
 
-    What takes as long as the last one of its kind did is not begun where that is more than what is left.
+    What takes as long as the last one of its kind did is not begun where that is more than what is left, unless it
+    writes results on its way.
 
     Raises:
         CoreInferError: some failed, after all others have run.
@@ -134,8 +146,9 @@ def run_all(items: Sequence[Arguments], budget: float | None, run: Run) -> None:
         except CoreInferError as error:
             failed.append(f"{number}. {error}")
         else:
-            lasted[item[0]] = perf_counter() - begun
-            print(f"{number}. took {lasted[item[0]]:.0f} s")
+            seconds = perf_counter() - begun
+            lasted[item[0]] = 0.0 if item[0] in _IN_ROUNDS else seconds
+            print(f"{number}. took {seconds:.0f} s")
     if left_out:
         print(f"left out for want of time: {'; '.join(left_out)}")
     if failed:
@@ -165,9 +178,11 @@ def in_process(item: Arguments, seconds: float | None) -> None:
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """Ask a group of processes to stop, and end what does not."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
+    try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
             process.wait(_GRACE)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    finally:  # also where a second Ctrl-C ends the wait
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

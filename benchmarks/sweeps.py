@@ -145,6 +145,7 @@ def _prefill_temporaries(params: Params, point: Point, setting: str) -> int | No
         make_sampling(config, rows, GREEDY, point.new_tokens),
         observer,
         observed=observed,
+        filled=padded.shape[1],
     )
     analysis = lowered.compile().memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)

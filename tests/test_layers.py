@@ -1,11 +1,13 @@
 """Products of few rows, which CPU programs write in a form of their own, against NumPy in float64."""
 
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreinfer_jax.model.backends import DECODE_OPTIONS, matmul
+from coreinfer_jax.model.backends import DECODE_OPTIONS, matmul, one_pass, products, write
 from coreinfer_jax.model.layers import mlp_activations
 from coreinfer_jax.model.weights import Linear
 from tests.support import MODELS, random_model
@@ -93,3 +95,52 @@ def test_no_copy_of_a_narrow_weight_is_made(size, rows):
 
     lowered = jax.jit(steps, compiler_options=DECODE_OPTIONS).lower(x, Linear(weight=weight, bias=bias))
     assert lowered.compile().memory_analysis().temp_size_in_bytes < size * size
+
+
+@contextmanager
+def as_on(platform):
+    """Forms of another platform, where JAX would choose by the platform that it compiles for."""
+
+    def chosen(*arguments, default=None, **forms):
+        return forms.get(platform, default)(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", chosen)
+        yield
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_joined_products_are_those_of_each_weight(rows):
+    x = drawn((rows, 1, 64), 0)
+    weights = [drawn((width, 64), width) for width in (256, 128, 384)]
+    per_row = [drawn((rows, width, 64), width) for width in (256, 128, 384)]
+    for own in (weights, per_row):
+        with as_on("cuda"):
+            found = products.__wrapped__(x, tuple(own))
+        for one, weight in zip(found, own, strict=True):
+            wide = np.broadcast_to(np.asarray(weight, np.float64), (rows, *weight.shape[-2:]))
+            expected = np.einsum("bti,boi->bto", np.asarray(x, np.float64), wide)
+            np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 32), (1, 1, 1, 32)])
+def test_a_norm_beside_zeros_is_that_of_the_row_alone(shape):
+    x = drawn(shape, 0, "float32")
+
+    def norm(x):
+        return x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5)
+
+    with as_on("cuda"):
+        found = one_pass(norm, x)
+    np.testing.assert_array_equal(found, norm(x))
+
+
+def test_a_cache_written_as_on_a_tpu_is_written_alike():
+    past, new = drawn((3, 2, 8, 4), 0, "float32"), drawn((3, 1, 2, 4), 1, "float32")
+    positions = jnp.asarray([[0], [7], [3]], jnp.int32)
+    with as_on("tpu"):
+        found = write(past, new, positions)
+    expected = np.array(past)
+    for b, s in enumerate([0, 7, 3]):
+        expected[b, :, s] = new[b, 0]
+    np.testing.assert_array_equal(found, expected)

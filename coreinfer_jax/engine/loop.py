@@ -127,7 +127,7 @@ def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
         make_sampling(params.config, request.rows, request.drawing, request.max_new_tokens),
         observer,
         observed=observed,
-        filled=bucket(request.cached + prompts.tokens.shape[1]),
+        filled=min(cache.capacity, bucket(request.cached + prompts.tokens.shape[1])),
     )
 
 

@@ -5,7 +5,8 @@ Each computes what a plainer form computes. "Remove" says when the plainer form 
 Temporaries are those of a decode loop, by `memory_analysis`, on jaxlib 0.10.2 and much the same on 0.12.0: 4 layers,
 25 MB of bfloat16 weights, a cache of 8192 positions, 34 MB per row in float32. tests/test_compilation.py holds the same
 loop below one layer's size.
-Speeds are of two x86 cores with AVX-512, whose memory gives about 30 GB/s, or of the accelerator that is named.
+Speeds are of two x86 cores with AVX-512, whose memory gives about 30 GB/s, or of what is named: an accelerator, or two
+cores with AVX2, whose memory gives 15 to 20 GB/s.
 """
 
 from collections.abc import Callable
@@ -52,10 +53,10 @@ DECODE_OPTIONS: dict[str, str | bool | int] = ANY_ORDER | {
 def products(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
     """x [B, T, in] times each of `weights`, all [out, in] or all [B, out, in]: float32 [B, T, out] each.
 
-    Of a few rows a GPU makes one product with all weights, read where they lie, instead of a program for each.
-    Kernels per layer of LLaMA 3.1 8B with 2867 neurons in bfloat16, compiled by JAX 0.11.2 for an H100: 18 one by one,
-    17 so; with all neurons 20 and 17. Joining widths that are no multiple of a kernel's block would copy the weights in
-    every step. Remove: XLA joins all of them by itself.
+    Of a few rows a GPU makes one product with all weights of 16 bits, read where they lie, instead of a program for
+    each. Kernels per layer of LLaMA 3.1 8B in bfloat16, one row, compiled by JAX 0.11.2 for an H100: with 2944 neurons
+    18 one by one, 17 so; with all neurons 20 and 18. Joining widths that are no multiple of a kernel's block would copy
+    the weights in every step. Remove: XLA joins all of them by itself.
     """
 
     def one_by_one(x: Array, *weights: Array) -> tuple[Array, ...]:
@@ -65,7 +66,7 @@ def products(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
         ends = np.cumsum([weight.shape[-2] for weight in weights])
         return tuple(jnp.split(one_by_one(x, jnp.concatenate(weights, axis=-2))[0], ends[:-1], axis=-1))
 
-    few = x.shape[0] * x.shape[1] <= _JOINED_ROWS
+    few = x.shape[0] * x.shape[1] <= _JOINED_ROWS and x.dtype.itemsize == 2
     if not few or len(weights) == 1 or any(weight.shape[-2] % _ACCELERATOR_WIDTHS for weight in weights):
         return one_by_one(x, *weights)
     return lax.platform_dependent(x, *weights, cuda=joined, default=one_by_one)
@@ -116,8 +117,8 @@ def _contract_last(x: Array, weight: Array) -> Array:
 def _sum_few_rows(x: Array, weight: Array) -> Array:
     # Products of every row with several blocks of outputs, summed up in one loop. XLA's CPU code keeps one sum of each
     # pair going, and reads and converts each weight once. With a single block the loop waits for its own additions.
-    # One row of bfloat16 reads 15 to 20 GB/s on those cores, what their memory gives; its product with the transpose
-    # read 8 to 12, and 5 to 6 from 4096 inputs on. Needs sums in any order (`ANY_ORDER`): without them one row
+    # On cores with AVX2 one row of bfloat16 reads 15 to 20 GB/s, what their memory gives; its product with the
+    # transpose read 8 to 12, and 5 to 6 from 4096 inputs on. Needs sums in any order (`ANY_ORDER`): without, one row
     # times [49152, 576] takes 8 ms instead of 2.4.
     B, T, size_in = x.shape
     rows = _held(x.reshape(B * T, size_in).astype(jnp.float32))
@@ -178,8 +179,8 @@ def one_pass(norm: Callable[[Array], Array], x: Array) -> Array:
     """norm(x) of x [B, T, ..., D], a norm over the last axis.
 
     XLA's GPU code makes one program of the norms of several rows, but two of a single one: its sum is no array. So a
-    single row has a row of zeros beside it there. Kernels per layer: see `products`, 17 and 15. Remove: a single row
-    takes one program.
+    single row has a row of zeros beside it there. That saves two kernels per layer of the models named in `products`.
+    Remove: a single row takes one program.
     """
     if x.size != x.shape[-1]:
         return norm(x)
