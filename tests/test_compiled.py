@@ -50,7 +50,10 @@ def _rows(tokens: int) -> Rows:
 
 def test_decode_is_exported_for_every_platform_at_once() -> None:
     params, steps = random_model(LLAMA), np.int32(8)
-    exported = jax.export.export(decode, platforms=("cuda", "tpu", "cpu"))(params, _rows(8), steps)
+    # What holds a cache's layout on TPUs is no operation that JAX promises to read in later versions.
+    layout = jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")
+    export = jax.export.export(decode, platforms=("cuda", "tpu", "cpu"), disabled_checks=[layout])
+    exported = export(params, _rows(8), steps)
     assert exported.platforms == ("cuda", "tpu", "cpu")
     _, tokens, run = exported.call(params, _rows(8), steps)
     _, expected, expected_run = decode(params, _rows(8), steps)

@@ -1,7 +1,5 @@
 """`forward`: logits of whole texts."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,7 +9,6 @@ from coreinfer_jax.checks import check_finite
 from coreinfer_jax.engine.prompts import pad_prompts
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model import extend, observe_nothing, unembed
-from coreinfer_jax.model.backends import ANY_ORDER
 from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.weights import Params, check_params
 from coreinfer_jax.sparsity.narrow import check_core, compact
@@ -59,7 +56,7 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
     return logits
 
 
-@partial(jax.jit, compiler_options=ANY_ORDER)
+@jax.jit
 def _logits(params: Params, tokens: Array) -> Array:
     B, T = tokens.shape
     cache = init_cache(params.config, B, T, params.dtype)
