@@ -26,7 +26,7 @@ _MODULE = "jit_decode"
 # As HLO writes types.
 _TYPES = {"float32": "f32", "bfloat16": "bf16"}
 _INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\w+\[[\d,]*\])\S* [\w-]+\((?P<operands>[^)]*)\)"
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\w+\[[\d,]*\])\S* [\w-]+\((?P<operands>[^)]*)\)"
 )
 
 
@@ -92,7 +92,8 @@ def _traced(params: Params, trial: Trial) -> tuple[Mapping[str, float], float, P
 def _weights_read(program: str) -> dict[str, str]:
     """The largest operand with two axes of every operation of an HLO `program`, as HLO writes its type and shape."""
     found = [match for line in program.splitlines() if (match := _INSTRUCTION.match(line))]
-    shapes = {match["name"]: match["shape"] for match in found}
+    # No weight is made by an operation that gives several arrays.
+    shapes = {match["name"]: match["shape"] for match in found if not match["shape"].startswith("(")}
     read = {}
     for match in found:
         operands = [shapes.get(name.strip().lstrip("%").split("%")[-1], "") for name in match["operands"].split(",")]

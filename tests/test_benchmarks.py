@@ -271,7 +271,7 @@ def test_a_suite_goes_on_after_a_failure(monkeypatch, capsys):
 
 
 def test_every_contender_runs_in_every_type_it_has(monkeypatch):
-    monkeypatch.setattr(decode, "_missing", lambda name: None)
+    monkeypatch.setattr(decode, "missing", lambda name: None)
     fields = shape_fields("llama-1.1b", None)
     names = [trial.name for trial in trials_of(Plan("llama-1.1b"), fields)]
     assert names[:3] == ["coreinfer float32", "coreinfer keep 0.4 float32", "coreinfer keep 0.2 float32"]

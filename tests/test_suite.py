@@ -2,6 +2,7 @@
 
 import _thread
 import json
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -181,7 +182,15 @@ def test_of_a_run_the_last_complete_rounds_are_shown(monkeypatch):
     assert performance.decode_runs() == {"m shape; h": [common | {"rounds": 2, "contender": "a"}]}
 
 
-def test_a_measurement_that_is_stopped_leaves_its_results_and_no_process(tiny, tmp_path):
+@pytest.fixture
+def heeds_interrupts():
+    """Workers of pytest-xdist ignore them, and so would what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_measurement_that_is_stopped_leaves_its_results_and_no_process(tiny, tmp_path, heeds_interrupts):
     out = tmp_path / "results.jsonl"
     sizes = ("--dtypes", "float32", "--keeps", "0.5", "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1000")
     item = ("decode", "--model", tiny, "--contenders", "gather", *sizes, "--out", str(out))
