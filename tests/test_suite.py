@@ -22,22 +22,10 @@ from benchmarks.contenders.trial import Trial
 from benchmarks.environment import REPOSITORY
 from benchmarks.shapes import shape_config, shape_fields
 from coreinfer_jax.errors import CoreInferError
+from tests.test_benchmarks import TINY
 
 # Benchmarks start processes of their own.
 pytestmark = pytest.mark.slow
-
-TINY = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-}
 
 
 @pytest.fixture
