@@ -60,21 +60,21 @@ def _as_decoding(x: Array, weight: Array) -> Array:
     return matmul(x[None], weight)[0]
 
 
+def _matrix_product(x: Array, weight: Array) -> Array:
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def _two_rows(x: Array, weight: Array) -> Array:
     # Of a single row XLA makes a vector, for which cuBLAS is given a float32 copy of the weight, in every turn.
-    return matmul(jnp.concatenate([x, x])[None], weight)[0, :1]
-
-
-def _multiply_and_reduce(x: Array, weight: Array) -> Array:
-    return jnp.sum(x.astype(jnp.float32) * weight.astype(jnp.float32), axis=-1)[None]
+    return _matrix_product(jnp.concatenate([x, x]), weight)[:1]
 
 
 FORMS: dict[str, Form] = {
-    "default": Form(_as_decoding, on_cpu=True),
-    "multiply and reduce": Form(_multiply_and_reduce, on_cpu=True),
+    "as decoding": Form(_as_decoding, on_cpu=True),  # on a GPU: products and their sums
+    "matrix product": Form(_matrix_product, on_cpu=True),
     "cuBLAS": Form(_two_rows, {"xla_gpu_enable_triton_gemm": False}),
     # 0 lets XLA choose in how many parts the inputs are multiplied, which are then added up by a second kernel.
-    "not split": Form(_as_decoding, {"xla_gpu_experimental_force_split_k": 1}),
+    "not split": Form(_matrix_product, {"xla_gpu_experimental_force_split_k": 1}),
     "Mosaic GPU": Form(mosaic.matvec, fits=mosaic.fits),
 }
 

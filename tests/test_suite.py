@@ -104,7 +104,7 @@ def test_a_gpus_suite_is_rehearsed(tiny, tmp_path, one_process, monkeypatch, cap
         item[-1] for item in suite.SUITES["gpu"] if item[0] == "sweep"
     ]
     forms = [set(r["forms"]) for r in results if r["benchmark"] == "kernels"]
-    assert forms == 2 * 7 * [{"default", "multiply and reduce"}]
+    assert forms == 2 * 7 * [{"as decoding", "matrix product"}]
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "9 measurements in at most 10 minutes, the most important first:"
     assert said[1].startswith("  1. decode --model llama-3.1-8b")
@@ -290,7 +290,7 @@ def test_a_form_that_fails_costs_the_others_nothing(tiny, one_process, monkeypat
         results.extend(kernels.measure(tiny, None, "bfloat16", 0.5, 1))
     # Kept neurons make the MLP's weights as large as attention's.
     assert len(results) == 5
-    assert {name for result in results for name in result["forms"]} == {"default", "multiply and reduce"}
+    assert {name for result in results for name in result["forms"]} == {"as decoding", "matrix product"}
 
 
 def test_kernels_are_shown_by_shape_and_added_up_to_a_step(monkeypatch):
