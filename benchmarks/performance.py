@@ -235,7 +235,8 @@ def _steps(core: Result, changed: Result, predicted: Result) -> list[str]:
 def conditions(results: Sequence[Result]) -> str:
     """The sizes of a run, and what it was made on."""
     first = results[0]
-    sizes = f"Prompt of {first['prompt_tokens']} tokens, {first['new_tokens']} new ones, {first['rounds']} rounds"
+    rounds = "1 round" if first["rounds"] == 1 else f"{first['rounds']} rounds"
+    sizes = f"Prompt of {first['prompt_tokens']} tokens, {first['new_tokens']} new ones, {rounds}"
     return f"{sizes}; {made_on(*results)}"
 
 
