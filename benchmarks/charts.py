@@ -53,7 +53,7 @@ def _draw_decode(title: str, results: Sequence[dict[str, Any]], path: Path) -> N
         )
     axes.set_yticks(range(len(results)), [contender_title(result) for result in results])
     axes.invert_yaxis()
-    axes.set(xlabel="ms per token: median, and least and most of all generations", title=title)
+    axes.set(xlabel="ms per token: median, and least and most of all generations", title=title.replace("; ", "\n"))
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=DPI)
 

@@ -182,9 +182,10 @@ def test_a_prior_is_what_the_texts_sum_to(monkeypatch):
 def by_magnitude(rule, kept, norms):
     """An edit that leaves each token the neurons that are largest by a rule's definition, in NumPy."""
 
-    def edit(l, layer, activations, gated):
-        a, norm = np.asarray(activations), norms[l]
-        magnitude = {"token-magnitude": np.abs(a), "token-norm": np.abs(a) * norm, "token-gate": np.abs(gated)}[rule]
+    def edit(l, layer, seen):
+        a, norm = np.asarray(seen.activations), norms[l]
+        by_rule = {"token-magnitude": np.abs(a), "token-norm": np.abs(a) * norm, "token-gate": np.abs(seen.gated)}
+        magnitude = by_rule[rule]
         last = np.sort(magnitude, axis=-1)[..., -kept, None]
         return jnp.asarray(np.where(magnitude >= last, a, 0))
 

@@ -23,7 +23,7 @@ PROMPTS = [RNG.integers(3, 101, n).tolist() for n in (23, 1, 100)]
 @jax.jit
 def run_all(params: ci.Params, tokens: jax.Array, cache: KVCache, start: jax.Array) -> tuple[jax.Array, KVCache, tuple]:
     """Logits [B, T, V], cache and every layer's activations [B, T, F]."""
-    hidden, cache, seen = extend(params, tokens, cache, start, lambda l, layer, a: a)
+    hidden, cache, seen = extend(params, tokens, cache, start, lambda l, layer, seen: seen.activations)
     return unembed(params, hidden), cache, seen
 
 

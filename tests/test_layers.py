@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coreinfer_jax.model.backends import DECODE_OPTIONS, matmul, one_pass, products, write
-from coreinfer_jax.model.layers import mlp_activations
+from coreinfer_jax.model.layers import mlp_pass
 from coreinfer_jax.model.weights import Linear
 from tests.support import MODELS, random_model
 
@@ -67,9 +67,11 @@ def test_activations_and_what_the_activation_function_gave_are_those_of_numpy(na
     linear_of = lambda m: x @ np.asarray(m.weight).T + (0 if m.bias is None else np.asarray(m.bias))  # noqa: E731
     act = (lambda v: np.maximum(v, 0)) if params.config.activation == "relu" else (lambda v: v / (1 + np.exp(-v)))
     gated = act(linear_of(mlp.up if mlp.gate is None else mlp.gate))
-    found, found_gated = mlp_activations(jnp.asarray(x), mlp, params.config)
-    np.testing.assert_allclose(found_gated, gated, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found, gated if mlp.gate is None else gated * linear_of(mlp.up), rtol=1e-4, atol=1e-5)
+    found = mlp_pass(jnp.asarray(x), mlp, params.config)
+    np.testing.assert_allclose(found.gated, gated, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found.activations, gated if mlp.gate is None else gated * linear_of(mlp.up), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -11,7 +11,7 @@ import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.model.backends import width_multiple
-from coreinfer_jax.model.layers import mlp_activations
+from coreinfer_jax.model.layers import mlp_pass
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity import narrow as narrowing
 from coreinfer_jax.sparsity.narrow import padded_width
@@ -54,10 +54,10 @@ def test_compacted_mlp_equals_masked_full_width_mlp(name: str, kept: int) -> Non
     narrow, full = ci.compact(params, core).layers[1].mlp, params.layers[1].mlp
     mask = np.zeros(config.mlp_size, np.float32)
     mask[core.layers[1]] = 1
-    expected = full.down(mlp_activations(x, full, config)[0] * mask[None, None, :])
+    expected = full.down(mlp_pass(x, full, config).activations * mask[None, None, :])
     assert narrow.up.weight.shape == (kept, config.hidden_size)
     assert narrow.down.weight.shape == (config.hidden_size, kept)
-    np.testing.assert_allclose(narrow.down(mlp_activations(x, narrow, config)[0]), expected, atol=2e-5)
+    np.testing.assert_allclose(narrow.down(mlp_pass(x, narrow, config).activations), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

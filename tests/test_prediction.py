@@ -62,7 +62,7 @@ def prompt(length: int, seed: int) -> list[int]:
 @jax.jit
 def observed(params: ci.Params, row: jax.Array) -> tuple[jax.Array, ...]:
     empty = init_cache(params.config, 1, row.shape[1], jnp.dtype("float32"))
-    return extend(params, row, empty, jnp.zeros(1, jnp.int32), lambda l, layer, a: a[0])[2]
+    return extend(params, row, empty, jnp.zeros(1, jnp.int32), lambda l, layer, seen: seen.activations[0])[2]
 
 
 def activations(params: ci.Params, tokens: list[int]) -> list[np.ndarray]:

@@ -66,7 +66,7 @@ LAYER = SimpleNamespace(mlp=SimpleNamespace(down=Linear(jnp.asarray(NORMS[None])
 
 
 def sums_of(rule, a, counted=COUNTED):
-    return RANKINGS[rule].observer(counted, F)(0, LAYER, jnp.asarray(a))
+    return RANKINGS[rule].observer(counted, F)(0, LAYER, SimpleNamespace(activations=jnp.asarray(a)))
 
 
 def scores_of(rule, a, compensation=0.0):

@@ -32,7 +32,7 @@ from coreinfer_jax.model.backends import DECODE_OPTIONS
 from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes, init_cache
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import family_of
-from coreinfer_jax.model.layers import attention, layer_norm, mlp_activations, rms_norm
+from coreinfer_jax.model.layers import attention, layer_norm, mlp_pass, rms_norm
 from coreinfer_jax.model.weights import Linear, Mlp, Params, leaf_bytes, weight_bytes_per_step
 from coreinfer_jax.sparsity.votes import kept_neurons
 
@@ -139,9 +139,9 @@ def _narrow_mlp(x: Array, mlp: Mlp, chooser: Chooser, kept: int, config: ModelCo
     """The MLP's output for x [1, 1, D], by the `kept` neurons that are chosen for it."""
     chosen = chooser if isinstance(chooser, Array) else _best(x, chooser, kept)
     gate = None if mlp.gate is None else mlp.gate.take_outputs(chosen)
-    activations, _ = mlp_activations(x, replace(mlp, gate=gate, up=mlp.up.take_outputs(chosen)), config)
+    seen = mlp_pass(x, replace(mlp, gate=gate, up=mlp.up.take_outputs(chosen)), config)
     by_neuron = jnp.take(mlp.down.weight, chosen, axis=0, mode="clip")
-    return replace(mlp.down, weight=by_neuron.T)(activations)
+    return replace(mlp.down, weight=by_neuron.T)(seen.activations)
 
 
 def _best(x: Array, predictor: Predictor, kept: int) -> Array:

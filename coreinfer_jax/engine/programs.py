@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from coreinfer_jax.engine.rows import Rows, first_drawn, is_over, put_row
 from coreinfer_jax.engine.sampling import Sampling, draw
-from coreinfer_jax.model import extend, observe_nothing, unembed
+from coreinfer_jax.model import MlpPass, extend, observe_nothing, unembed
 from coreinfer_jax.model.backends import ANY_ORDER, DECODE_OPTIONS
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.weights import Layer, Mlp, Params
@@ -27,8 +27,12 @@ BLOCK = 64
 @partial(jax.jit, static_argnames="layers")
 def no_sums(observer: Observer, layer: Layer, tokens: Array, *, layers: int) -> list[Any]:
     """What `observer` has summed up of `layers` layers, such as `layer`, before any of tokens [B, T]: zeros."""
-    activations = jax.ShapeDtypeStruct((*tokens.shape, layer.mlp.width), jnp.float32)
-    shapes = jax.eval_shape(partial(observer, 0), layer, activations)
+
+    def of_size(size: int) -> Any:
+        return jax.ShapeDtypeStruct((*tokens.shape, size), jnp.float32)
+
+    seen = MlpPass(of_size(layer.mlp.up.size_in), *[of_size(layer.mlp.width)] * 2)
+    shapes = jax.eval_shape(partial(observer, 0), layer, seen)
     return [jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes) for _ in range(layers)]
 
 
@@ -62,8 +66,8 @@ def prefill(
         filled: at least start + T of every row, the positions to attend to.
     """
 
-    def observe(l: int, layer: Layer, activations: Array) -> Any:
-        return None if observer is None or l not in observed else observer(l, layer, activations)
+    def observe(l: int, layer: Layer, own: MlpPass) -> Any:
+        return None if observer is None or l not in observed else observer(l, layer, own)
 
     hidden, cache, seen = extend(params, tokens, cache, start, observe, filled=filled)
     logits = unembed(params, hidden[jnp.arange(tokens.shape[0]), lengths - 1][:, None])[:, 0]

@@ -11,24 +11,23 @@ from jax import Array
 from coreinfer_jax.model.backends import before_the_next, matmul
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.families import family_of
-from coreinfer_jax.model.layers import soft_capped
+from coreinfer_jax.model.layers import MlpPass, soft_capped
 from coreinfer_jax.model.weights import Layer, Params
 
 Observed = TypeVar("Observed")
-# What is kept of layer l, of its number, its weights and its MLP activations [B, T, F].
-Observe = Callable[[int, Layer, Array], Observed]
-# What the down projection of layer l reads, of the layer's number, its weights, its MLP activations and what the
-# activation function gave, [B, T, F] each.
-Edit = Callable[[int, Layer, Array, Array], Array]
+# What is kept of layer l, of its number, its weights, and what its MLP read and made.
+Observe = Callable[[int, Layer, MlpPass], Observed]
+# What the down projection of layer l reads, [B, T, F], of the same.
+Edit = Callable[[int, Layer, MlpPass], Array]
 
 
-def observe_nothing(l: int, layer: Layer, activations: Array) -> None:
+def observe_nothing(l: int, layer: Layer, seen: MlpPass) -> None:
     """The `observe` of passes that keep no activations."""
 
 
-def as_they_are(l: int, layer: Layer, activations: Array, gated: Array) -> Array:
+def as_they_are(l: int, layer: Layer, seen: MlpPass) -> Array:
     """The `edit` of passes that compute what the model computes."""
-    return activations
+    return seen.activations
 
 
 def extend(
@@ -52,12 +51,11 @@ def extend(
         tokens: int32 [B, T]; ids must lie in 0 .. V-1 (checked where tokens enter the library).
         cache: what the rows have seen so far; room for start + T positions per row, padding excepted.
         start: int32 [B], position of each row's first token.
-        observe: called as `observe(l, layer, activations)` with the layer's number, its weights and its MLP activations
-            [B, T, F]: what to keep of them, for instance votes. It runs inside the layer, so that no more than one
-            layer's activations are alive at a time.
-        edit: called as `edit(l, layer, activations, gated)`: what the down projection reads instead of the activations
-            [B, T, F], for studies of the model. `gated` is what the activation function gave, with a gate before it is
-            multiplied. `observe` sees the activations as they were.
+        observe: called as `observe(l, layer, seen)` with the layer's number, its weights and the `MlpPass` of its MLP:
+            what to keep of that, for instance votes. It runs inside the layer, so that no more than one layer's
+            activations are alive at a time.
+        edit: called as `edit(l, layer, seen)`: what the down projection reads instead of the activations [B, T, F], for
+            studies of the model. `observe` sees the activations as they were.
         filled: static, at least start + T of every row: so many slots of the cache are attended to. None for all. A
             prefill with little in a large cache costs less with it.
 
@@ -71,9 +69,9 @@ def extend(
     pasts = zip(cache.keys, cache.values, strict=True)
     for l, (layer, past, context) in enumerate(zip(params.layers, pasts, contexts, strict=True)):
         own_edit, context = partial(edit, l, layer), replace(context, filled=filled)
-        x, extended, activations = family.block(x, layer, past, positions, context, own_edit, params.config)
+        x, extended, seen = family.block(x, layer, past, positions, context, own_edit, params.config)
         written.append(extended)
-        x, kept = before_the_next((x, observe(l, layer, activations)))
+        x, kept = before_the_next((x, observe(l, layer, seen)))
         observed.append(kept)
     keys, values = zip(*written, strict=True)
     return family.finish(params, x), KVCache(keys=keys, values=values), tuple(observed)

@@ -9,13 +9,13 @@ from jax import Array
 
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
-from coreinfer_jax.model.layers import LayerContext
+from coreinfer_jax.model.layers import LayerContext, MlpPass
 from coreinfer_jax.model.weights import Layer, Params
 
 Embed = Callable[[Params, Array, Array, int], tuple[Array, tuple[LayerContext, ...]]]
 Past = tuple[Array, Array]
-BlockEdit = Callable[[Array, Array], Array]
-Block = Callable[[Array, Layer, Past, Array, LayerContext, BlockEdit, ModelConfig], tuple[Array, Past, Array]]
+BlockEdit = Callable[[MlpPass], Array]
+Block = Callable[[Array, Layer, Past, Array, LayerContext, BlockEdit, ModelConfig], tuple[Array, Past, MlpPass]]
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Family:
         embed: (params, tokens [B, T], positions [B, T], the positions S that there is room for) to x [B, T, D] and what
             each of the L layers is told of the tokens: their rotation there, and how far it sees.
         block: one layer: (x [B, T, D], its weights, its cached keys and values [B, G, S, H], positions [B, T], its
-            context, an edit, the config) to the new x, the extended keys and values, and the MLP activations [B, T, F].
-            The down projection reads what the edit makes of the activations and of what the activation function gave.
+            context, an edit, the config) to the new x, the extended keys and values, and what the MLP read and made.
+            The down projection reads what the edit makes of that.
         finish: (params, x [B, T, D]) to what the output projection reads, [B, T, E].
     """
 

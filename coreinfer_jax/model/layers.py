@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array, lax
 
 from coreinfer_jax.model.backends import one_pass, write
@@ -187,19 +188,34 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def mlp_activations(x: Array, mlp: Mlp, config: ModelConfig) -> tuple[Array, Array]:
-    """Activations a [B, T, F], the input of the down projection, and what the activation function gave.
+@struct.dataclass
+class MlpPass:
+    """What an MLP read, and what came of it.
 
-    Both are act(up x) without a gate; with one they are act(gate x) * up x and act(gate x), or with `activates_up`
-    act(gate x) * act(up x) and act(gate x).
+    Attributes:
+        inputs: x [B, T, D].
+        activations: [B, T, F], what the down projection reads.
+        gated: [B, T, F], what the activation function gave.
+    """
+
+    inputs: Array
+    activations: Array
+    gated: Array
+
+
+def mlp_pass(x: Array, mlp: Mlp, config: ModelConfig) -> MlpPass:
+    """The neurons of an MLP that reads x [B, T, D].
+
+    Both `activations` and `gated` are act(up x) without a gate; with one they are act(gate x) * up x and act(gate x),
+    or with `activates_up` act(gate x) * act(up x) and act(gate x).
     """
     act = ACTIVATIONS[config.activation]
     if mlp.gate is None:
         activations = act(mlp.up(x))
-        return activations, activations
+        return MlpPass(x, activations, activations)
     gate, up = each(x, mlp.gate, mlp.up)
     gated = act(gate)
-    return gated * (act(up) if config.activates_up else up), gated
+    return MlpPass(x, gated * (act(up) if config.activates_up else up), gated)
 
 
 def lookup(table: Array, ids: Array) -> Array:

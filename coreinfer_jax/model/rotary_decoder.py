@@ -8,7 +8,15 @@ from jax import Array
 
 from coreinfer_jax.model.config import ModelConfig, Rope
 from coreinfer_jax.model.family import Family
-from coreinfer_jax.model.layers import LayerContext, attention, lookup, mlp_activations, rms_normed, rotation
+from coreinfer_jax.model.layers import (
+    LayerContext,
+    MlpPass,
+    attention,
+    lookup,
+    mlp_pass,
+    rms_normed,
+    rotation,
+)
 from coreinfer_jax.model.rotary_tables import IGNORED_TENSORS
 from coreinfer_jax.model.weights import Layer, Params
 
@@ -42,16 +50,16 @@ def block(
     past: tuple[Array, Array],
     positions: Array,
     context: LayerContext,
-    edit: Callable[[Array, Array], Array],
+    edit: Callable[[MlpPass], Array],
     config: ModelConfig,
-) -> tuple[Array, tuple[Array, Array], Array]:
-    """One layer over x [B, T, D]: the new x, the extended keys and values, the MLP activations [B, T, F]."""
+) -> tuple[Array, tuple[Array, Array], MlpPass]:
+    """One layer over x [B, T, D]: the new x, the extended keys and values, what the MLP read and made."""
     normed = rms_normed(x, layer.attention_norm, config)
     attended, past = attention(normed, layer.attention, past, positions, context, config)
     x = x + rms_normed(attended, layer.attention_out_norm, config)
-    activations, gated = mlp_activations(rms_normed(x, layer.mlp_norm, config), layer.mlp, config)
-    added = layer.mlp.down(edit(activations, gated))
-    return x + rms_normed(added, layer.mlp_out_norm, config), past, activations
+    seen = mlp_pass(rms_normed(x, layer.mlp_norm, config), layer.mlp, config)
+    added = layer.mlp.down(edit(seen))
+    return x + rms_normed(added, layer.mlp_out_norm, config), past, seen
 
 
 def finish(params: Params, x: Array) -> Array:

@@ -18,6 +18,7 @@ from flax import struct
 from jax import Array, lax
 
 from coreinfer_jax.checks import check_fraction, check_name, check_number
+from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.weights import Layer
 from coreinfer_jax.sparsity.votes import BUDGETS, Budget, Tally, Voting, best_first, count_votes, make_voting
 
@@ -31,8 +32,8 @@ MOST_TOKENS = 1e9
 class Observer(Protocol):
     """What is summed up of a layer's activations: a pytree, so that masks and shares are data of compiled programs."""
 
-    def __call__(self, l: int, layer: Layer, activations: Array) -> Any:
-        """The sums of layer `l` over the counted tokens of activations [B, T, F]."""
+    def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Any:
+        """The sums of layer `l` over the counted tokens of what its MLP made of B T tokens."""
 
 
 @struct.dataclass
@@ -47,9 +48,9 @@ class Moments:
     counted: Array
     scale: Callable[[Array, Array], Array] = struct.field(pytree_node=False)
 
-    def __call__(self, l: int, layer: Layer, activations: Array) -> Sums:
+    def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Sums:
         """The sums of one layer."""
-        wide = jnp.where(self.counted[:, :, None], activations.astype(jnp.float32), 0)
+        wide = jnp.where(self.counted[:, :, None], seen.activations.astype(jnp.float32), 0)
         scales = self.scale(wide, layer.mlp.down.input_norms())
         weights = jnp.where(self.counted & (scales > 0), 1 / jnp.where(scales > 0, scales, 1), 0)
         return {
@@ -70,10 +71,10 @@ class Totals:
 
     counted: Array
 
-    def __call__(self, l: int, layer: Layer, activations: Array) -> Sums:
+    def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Sums:
         """The sums of one layer."""
         tokens = jnp.sum(self.counted, axis=1, dtype=jnp.float32)
-        total = jnp.sum(jnp.where(self.counted[:, :, None], activations, 0), axis=1, dtype=jnp.float32)
+        total = jnp.sum(jnp.where(self.counted[:, :, None], seen.activations, 0), axis=1, dtype=jnp.float32)
         return {"tokens": tokens, "weight": tokens, "total": total}
 
 
@@ -89,12 +90,12 @@ class VoteCount:
     voting: Voting
     magnitudes: bool = struct.field(pytree_node=False)
 
-    def __call__(self, l: int, layer: Layer, activations: Array) -> Sums:
+    def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Sums:
         """The sums of one layer."""
-        votes = count_votes(jnp.abs(activations) if self.magnitudes else activations, self.voting)
+        votes = count_votes(jnp.abs(seen.activations) if self.magnitudes else seen.activations, self.voting)
         ties = "magnitudes" if self.magnitudes else "total"
         own = {ties: votes.sums, "votes": votes.counts.astype(jnp.float32)}
-        return Totals(self.voting.counted)(l, layer, activations) | own
+        return Totals(self.voting.counted)(l, layer, seen) | own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from jax import Array
 
 from coreinfer_jax.checks import check_fraction, check_number, check_whole
 from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, by_set, to_gather
@@ -202,9 +203,9 @@ class _WholeAndEarly:
     voting: Voting
     early: Array
 
-    def __call__(self, l: int, layer: Layer, activations: Array) -> dict[str, Tally]:
+    def __call__(self, l: int, layer: Layer, seen: MlpPass) -> dict[str, Tally]:
         """The votes of one layer."""
-        whole, early = count_each(activations, self.voting, (self.voting.counted, self.early))
+        whole, early = count_each(seen.activations, self.voting, (self.voting.counted, self.early))
         return {"whole": whole, "early": early}
 
 

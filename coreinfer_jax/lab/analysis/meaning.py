@@ -16,6 +16,7 @@ from coreinfer_jax.lab.analysis.observe import core_masks
 from coreinfer_jax.lab.clustering.build import TOKENS_PER_DOCUMENT
 from coreinfer_jax.lab.clustering.counting import plan_batches
 from coreinfer_jax.lab.reading import read_whole
+from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.progress import progress
 from coreinfer_jax.sparsity.votes import Voting, all_finite, count_votes, kept_neurons, make_voting
@@ -208,8 +209,8 @@ def _width(longest: int) -> int:
 def _chosen(params: Params, tokens: Array, voting: Voting, *, kept: int) -> tuple[Array, Array]:
     """Binary core-neuron vectors bool [B, L, F], and whether all activations were finite."""
 
-    def observe(l: int, layer: Layer, activations: Array) -> tuple[Array, Array]:
-        return core_masks(count_votes(activations, voting), kept), all_finite(activations, voting)
+    def observe(l: int, layer: Layer, seen: MlpPass) -> tuple[Array, Array]:
+        return core_masks(count_votes(seen.activations, voting), kept), all_finite(seen.activations, voting)
 
     _, _, chosen, finite = read_whole(params, tokens, observe)
     return jnp.stack(chosen, axis=1), finite

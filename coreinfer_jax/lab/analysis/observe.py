@@ -45,7 +45,7 @@ def within(marks: Sequence[int], tokens: int) -> Array:
 
 def observe_votes(voting: Voting, lengths: Array) -> Observe[tuple[Tally, Array]]:
     """For `extend`: votes [B, M, F] of as many first tokens as `lengths` (of `within`) says; were all values finite."""
-    return lambda l, layer, activations: _votes_within(activations, voting, lengths)
+    return lambda l, layer, seen: _votes_within(seen.activations, voting, lengths)
 
 
 def _votes_within(activations: Array, voting: Voting, lengths: Array) -> tuple[Tally, Array]:

@@ -14,7 +14,7 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.analysis.inputs import Inputs
 from coreinfer_jax.lab.analysis.observe import core_masks, everyone, observe_votes, text_batches, within
 from coreinfer_jax.lab.reading import read_whole
-from coreinfer_jax.model import extend, observe_nothing, unembed
+from coreinfer_jax.model import MlpPass, extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import KVCache, init_cache
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Layer, Params
@@ -106,8 +106,8 @@ def _by_token(params: Params, read: Array, following: Array, voting: Voting) -> 
     B, T = read.shape
     cache = init_cache(params.config, B, T, params.dtype)
 
-    def edit(l: int, layer: Layer, activations: Array, gated: Array) -> Array:
-        return jnp.where(token_core_neurons(activations, voting), activations, 0)
+    def edit(l: int, layer: Layer, seen: MlpPass) -> Array:
+        return jnp.where(token_core_neurons(seen.activations, voting), seen.activations, 0)
 
     hidden, _, _ = extend(params, read, cache, jnp.zeros(B, jnp.int32), observe_nothing, edit)
     return _losses(params, hidden, following).mean(axis=1)
@@ -120,8 +120,8 @@ def _narrowed(params: Params, read: Array, following: Array, cache: KVCache, sta
     The same numbers as with narrowed weights, in shapes that do not depend on the keep ratio.
     """
 
-    def edit(l: int, layer: Layer, activations: Array, gated: Array) -> Array:
-        return jnp.where(masks[l][:, None, :], activations, 0)
+    def edit(l: int, layer: Layer, seen: MlpPass) -> Array:
+        return jnp.where(masks[l][:, None, :], seen.activations, 0)
 
     hidden, _, _ = extend(params, read, cache, start, observe_nothing, edit)
     return _losses(params, hidden, following).mean(axis=1)

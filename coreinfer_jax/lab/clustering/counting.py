@@ -17,6 +17,7 @@ from coreinfer_jax.checks import check_finite
 from coreinfer_jax.errors import CoreInferError, shown_name
 from coreinfer_jax.files import new_file
 from coreinfer_jax.lab.reading import read_whole
+from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.cache import bucket
 from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.progress import progress
@@ -159,8 +160,8 @@ def _count(params: Params, batch: Batch, vectors: TextVectors, layer: int) -> di
 def _read(params: Params, tokens: Array, voting: Voting, *, kept: int, layer: int) -> tuple[Array, Array, Array]:
     """Votes int32 [B, L, F], the core neurons [B, K] of one layer, and whether all activations were finite."""
 
-    def observe(l: int, layer: Layer, activations: Array) -> tuple[Tally, Array]:
-        return count_votes(activations, voting), all_finite(activations, voting)
+    def observe(l: int, layer: Layer, seen: MlpPass) -> tuple[Tally, Array]:
+        return count_votes(seen.activations, voting), all_finite(seen.activations, voting)
 
     _, _, votes, finite = read_whole(params, tokens, observe)
     return jnp.stack([own.counts for own in votes], axis=1), most_voted(votes[layer], kept), finite

@@ -15,7 +15,7 @@ from flax import struct
 from jax import Array
 
 from coreinfer_jax.lab.reading import read_whole
-from coreinfer_jax.model import Edit, extend, observe_nothing, unembed
+from coreinfer_jax.model import Edit, MlpPass, extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import KVCache, init_cache
 from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.sparsity.rules import Observer, Sums
@@ -69,8 +69,8 @@ def read(
         scored: tokens of a continuation (T).
     """
 
-    def observe(l: int, layer: Layer, activations: Array) -> list[tuple[Sums, Sums]]:
-        return [(before(l, layer, activations), after(l, layer, activations)) for before, after in observers]
+    def observe(l: int, layer: Layer, seen: MlpPass) -> list[tuple[Sums, Sums]]:
+        return [(before(l, layer, seen), after(l, layer, seen)) for before, after in observers]
 
     cache = init_cache(params.config, *tokens.shape, params.dtype)
     hidden, cache, sums = extend(params, tokens, cache, jnp.zeros(len(tokens), jnp.int32), observe)
@@ -83,9 +83,9 @@ def read(
 def read_corpus(params: Params, tokens: Array, observers: list[Observer]) -> tuple[list[list[Sums]], Array]:
     """Sums [] and [F] over all rows of tokens int32 [B, T], per layer and observer; whether activations were finite."""
 
-    def observe(l: int, layer: Layer, activations: Array) -> tuple[list[Sums], Array]:
-        sums = [own(l, layer, activations) for own in observers]
-        return jax.tree.map(lambda array: array.sum(axis=0), sums), jnp.isfinite(activations).all()
+    def observe(l: int, layer: Layer, seen: MlpPass) -> tuple[list[Sums], Array]:
+        sums = [own(l, layer, seen) for own in observers]
+        return jax.tree.map(lambda array: array.sum(axis=0), sums), jnp.isfinite(seen.activations).all()
 
     _, _, sums, finite = read_whole(params, tokens, observe)
     return sums, finite
@@ -112,8 +112,9 @@ def with_fixed_sets(
         filled: per layer, what stands for the activations of all others, float32 [B, F].
     """
 
-    def edit(l: int, layer: Layer, activations: Array, gated: Array) -> Array:
-        return jnp.where(kept[l][:, None, :], activations, filled[l][:, None, :].astype(activations.dtype))
+    def edit(l: int, layer: Layer, seen: MlpPass) -> Array:
+        a = seen.activations
+        return jnp.where(kept[l][:, None, :], a, filled[l][:, None, :].astype(a.dtype))
 
     return _differences(params, reading, rest, following, edit)
 
@@ -141,11 +142,11 @@ def with_best_of_each_token(
         magnitude: (activations, what the activation function gave, both float32 [B, T, F], ||w|| [F]) to [B, T, F].
     """
 
-    def edit(l: int, layer: Layer, activations: Array, gated: Array) -> Array:
+    def edit(l: int, layer: Layer, seen: MlpPass) -> Array:
         norms = layer.mlp.down.input_norms()
-        magnitudes = magnitude(activations.astype(jnp.float32), gated.astype(jnp.float32), norms)
+        magnitudes = magnitude(seen.activations.astype(jnp.float32), seen.gated.astype(jnp.float32), norms)
         cut = jnp.sort(magnitudes, axis=-1)[..., magnitudes.shape[-1] - kept[l]][..., None]
-        return jnp.where(magnitudes >= cut, activations, 0)
+        return jnp.where(magnitudes >= cut, seen.activations, 0)
 
     return _differences(params, reading, rest, following, edit)
 

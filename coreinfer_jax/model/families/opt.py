@@ -9,7 +9,7 @@ from jax import Array
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields, read_special_ids
 from coreinfer_jax.model.family import Family
-from coreinfer_jax.model.layers import LayerContext, attention, layer_norm, lookup, mlp_activations
+from coreinfer_jax.model.layers import LayerContext, MlpPass, attention, layer_norm, lookup, mlp_pass
 from coreinfer_jax.model.weights import Layer, Norm, Params
 
 # Rows 0 and 1 of OPT's position table are leftovers of its padding scheme.
@@ -107,10 +107,10 @@ def block(
     past: tuple[Array, Array],
     positions: Array,
     context: LayerContext,
-    edit: Callable[[Array, Array], Array],
+    edit: Callable[[MlpPass], Array],
     config: ModelConfig,
-) -> tuple[Array, tuple[Array, Array], Array]:
-    """One layer over x [B, T, D]: the new x, the extended keys and values, the MLP activations [B, T, F]."""
+) -> tuple[Array, tuple[Array, Array], MlpPass]:
+    """One layer over x [B, T, D]: the new x, the extended keys and values, what the MLP read and made."""
 
     def before(x: Array, norm: Norm) -> Array:
         return layer_norm(x, norm, config.norm_eps) if config.norm_first else x
@@ -120,9 +120,9 @@ def block(
 
     attended, past = attention(before(x, layer.attention_norm), layer.attention, past, positions, context, config)
     x = after(x + attended, layer.attention_norm)
-    activations, gated = mlp_activations(before(x, layer.mlp_norm), layer.mlp, config)
-    x = after(x + layer.mlp.down(edit(activations, gated)), layer.mlp_norm)
-    return x, past, activations
+    seen = mlp_pass(before(x, layer.mlp_norm), layer.mlp, config)
+    x = after(x + layer.mlp.down(edit(seen)), layer.mlp_norm)
+    return x, past, seen
 
 
 def finish(params: Params, x: Array) -> Array:
