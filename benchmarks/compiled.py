@@ -190,7 +190,7 @@ def _observed(asked: Asked, params: Params, keep: float) -> tuple[Any, Any]:
     tokens, config = np.zeros((B, T), np.int32), params.config
     chooser = CoreConfig(beta=keep)
     counted = chooser.counted(tokens, np.full(B, asked.prompt_tokens, np.int32), 0, config)
-    observer = chooser.observer(counted, config.mlp_size)
+    observer = chooser.observer(counted, params)
     sums = jax.eval_shape(partial(no_sums, layers=config.num_layers), observer, params.layers[0], tokens)
     return observer, sums
 
@@ -206,7 +206,7 @@ def _selection(asked: Asked, params: Params, keep: float) -> Program:
         "compensated": chooser.compensation > 0,
     }
     needed = sum(down.matrix_bytes for down in downs) + sum(map(leaf_bytes, jax.tree.leaves(sums)))
-    return Program(rank, (sums, None, downs, np.float32(0), np.float32(0)), needed, static)
+    return Program(rank, (sums, None, downs, None, np.float32(0), np.float32(0)), needed, static)
 
 
 def _gathering(asked: Asked, params: Params, keep: float) -> Program:
@@ -217,7 +217,12 @@ def _gathering(asked: Asked, params: Params, keep: float) -> Program:
     sets, kept = narrowed[0].up.rows or 1, indices[0].shape[-1]
     written = sum(map(leaf_bytes, jax.tree.leaves(narrowed)))
     needed = narrowed_bytes(params, tuple(range(len(dense))), kept, sets) + written
-    return Program(gather_core, (dense, list(indices), list(offsets)), needed, {"multiple": multiple_of(params)})
+    return Program(
+        gather_core,
+        (dense, list(indices), list(offsets), [None] * len(dense)),
+        needed,
+        {"multiple": multiple_of(params)},
+    )
 
 
 def table() -> str:

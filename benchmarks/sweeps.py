@@ -133,7 +133,7 @@ def _prefill_temporaries(params: Params, point: Point, setting: str) -> int | No
     padded = np.zeros((rows, bucket(point.prompt_tokens)), np.int32)
     chooser = chooser_for(params, _core(point, setting))
     observed = chooser.observed_layers(config, None)
-    observer = chooser.observer(chooser.counted(padded, lengths, 0, config), config.mlp_size)
+    observer = chooser.observer(chooser.counted(padded, lengths, 0, config), params)
     capacity = bucket(point.prompt_tokens + point.new_tokens)
     lowered = prefill.lower(
         params,

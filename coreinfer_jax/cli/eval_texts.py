@@ -47,8 +47,9 @@ def run(options: argparse.Namespace) -> None:
     if corpus is not None:
         rules = [setting.ranking for setting in every if isinstance(setting, CoreConfig)]
         prior = read_prior(params, tokenizer, corpus, rules, seed=options.seed)
+        params = _with_prior(params, prior)
     results = [result for settings in by_alpha for result in compare(params, selection, settings, texts, prior)]
-    written = _written(_with_prior(params, prior), selection.rows, cores, texts, options.generate)
+    written = _written(params, selection.rows, cores, texts, options.generate)
     if options.chart is not None:
         draw(results, to_path(options.chart))
     if options.json:
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _with_prior(params: Params, prior: Prior) -> Params:
-    """`params` that generate with what is known of other texts."""
+    """`params` with what is known of other texts, in place of what a calibration read."""
     sums = prior.get(RANKINGS[PRIOR_RULE])
     return params if sums is None else replace(params, calibration=Calibration(sums, gains_of(params), None))
 

@@ -35,7 +35,6 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
             outside of a jit, also ids outside the vocabulary and logits that are NaN or infinite.
     """
     check_params(params)
-    params = params.weights
     if not isinstance(tokens, jax.core.Tracer):
         lengths = pad_prompts(tokens, params.config).lengths
         if lengths.max() != lengths.min():
@@ -47,6 +46,7 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
         check_core(core)
         core.check_rows(ids.shape[0])
         params = compact(params, core)
+    params = params.weights
     sets = {layer.mlp.up.rows for layer in params.layers if layer.mlp.up.rows is not None}
     if sets - {ids.shape[0]}:
         raise CoreInferError(f"params are narrowed for {min(sets)} rows, but tokens have {ids.shape[0]}")

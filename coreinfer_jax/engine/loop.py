@@ -109,7 +109,7 @@ def begin(request: Request) -> Begun:
 def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
     """The prefill of a request, on what its past has left or from the start."""
     params, prompts, observed = request.params.weights, request.prompts, request.observed
-    observer = request.chooser.observer(request.counted, params.config.mlp_size)
+    observer = request.chooser.observer(request.counted, request.params)
     if request.past is None:
         cache = init_cache(params.config, request.rows, request.capacity, params.dtype)
         nothing = observer is None

@@ -85,8 +85,16 @@ def insert(rows: Rows, row: Array | np.integer, one: Rows) -> Rows:
 
 @partial(jax.jit, donate_argnames="mlps")
 def insert_mlps(mlps: list[Mlp], row: Array | np.integer, one: list[Mlp]) -> list[Mlp]:
-    """MLPs narrowed per row, with those of `one`, narrowed to a single set of the same widths, for row `row`."""
-    return jax.tree.map(lambda per_row, own: per_row.at[row].set(own), mlps, one)
+    """MLPs narrowed per row, with those of `one`, narrowed to a single set of the same widths, for row `row`.
+
+    All rows share what makes the linear neurons' activations.
+    """
+
+    def put(per_row: Mlp, own: Mlp) -> Mlp:
+        apart = replace(per_row, linear=None), replace(own, linear=None)
+        return replace(jax.tree.map(lambda rows, new: rows.at[row].set(new), *apart), linear=per_row.linear)
+
+    return [put(*layer) for layer in zip(mlps, one, strict=True)]
 
 
 # The cache is donated: each dispatch extends it in place.

@@ -29,16 +29,20 @@ class Running:
         params: the model, dense.
         weights: what a decode step reads: the same for all rows, or narrowed per row.
         widths: neurons kept per layer, F where a layer is dense; None where all rows read the full model.
+        linear: whether linear neurons stand beside them.
         rows: the state.
     """
 
     params: Params
     weights: Params
     widths: tuple[int, ...] | None
+    linear: bool
     rows: Rows
 
 
-def start(params: Params, rows: int, capacity: int, widths: tuple[int, ...] | None = None) -> Running:
+def start(
+    params: Params, rows: int, capacity: int, widths: tuple[int, ...] | None = None, *, linear: bool = False
+) -> Running:
     """A state of free rows.
 
     Args:
@@ -47,6 +51,8 @@ def start(params: Params, rows: int, capacity: int, widths: tuple[int, ...] | No
         capacity: positions per row (S): prompt and new tokens together.
         widths: neurons kept per layer by the requests to come, F in layers that they leave dense; None for requests
             that run the full model.
+        linear: whether the linear neurons of the model's calibration stand beside these; as in the requests' core
+            neurons.
     """
     config, weights = params.config, params.weights
     if widths is not None:
@@ -54,7 +60,7 @@ def start(params: Params, rows: int, capacity: int, widths: tuple[int, ...] | No
         indices = tuple(None if width is None else jnp.zeros((rows, width), jnp.int32) for width in narrowed)
         D = config.hidden_size
         offsets = tuple(None if width is None else jnp.zeros((rows, D), jnp.float32) for width in narrowed)
-        weights = narrow(weights, indices, offsets)
+        weights = narrow(params, indices, offsets, linear=linear)
     # Arrays of their own: `insert` is given the memory of each.
     free = Rows(
         cache=init_cache(config, rows, capacity, params.dtype),
@@ -65,7 +71,7 @@ def start(params: Params, rows: int, capacity: int, widths: tuple[int, ...] | No
         finite=jnp.ones(rows, bool),
         sampling=with_keys(make_sampling(config, rows, GREEDY, 0)),
     )
-    return Running(params, weights, widths, free)
+    return Running(params, weights, widths, linear, free)
 
 
 def insert_request(running: Running, row: int, begun: Begun) -> Running:
@@ -94,6 +100,8 @@ def insert_request(running: Running, row: int, begun: Begun) -> Running:
     widths = None if core is None else core.kept(running.params.config.mlp_size)
     if widths != running.widths:
         raise CoreInferError(f"the request keeps {widths} neurons per layer, the state {running.widths}: start another")
+    if core is not None and core.linear != running.linear:
+        raise CoreInferError(f"the request has linear={core.linear}, the state linear={running.linear}: start another")
     one = replace(begun.rows, sampling=with_keys(begun.rows.sampling))
     weights = running.weights if core is None else _with_set(running, row, core)
     return replace(running, weights=weights, rows=insert(running.rows, np.int32(row), one))
@@ -106,7 +114,7 @@ def _with_set(running: Running, row: int, core: CoreNeurons) -> Params:
     narrowed = [l for l, own in enumerate(indices) if own is not None]
     # A state has offsets in any case, so that requests with and without them fit.
     filled = tuple(nothing if l in narrowed and own is None else own for l, own in enumerate(offsets))
-    one = narrow(running.params, indices, filled)
+    one = narrow(running.params, indices, filled, linear=running.linear)
     before, own = ([params.layers[l].mlp for l in narrowed] for params in (running.weights, one))
     after = dict(zip(narrowed, insert_mlps(before, np.int32(row), own), strict=True))
     layers = tuple(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,23 @@ from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.files import new_file
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.allocate import PARTS
-from coreinfer_jax.sparsity.calibration import Calibration
+from coreinfer_jax.sparsity.calibration import Calibration, Explained
 from coreinfer_jax.sparsity.choice import Chooser
 from coreinfer_jax.sparsity.choosers import chooser_of, settings_of
+from coreinfer_jax.sparsity.linear import LinearFit
+from coreinfer_jax.sparsity.rules import Sums
 
 CALIBRATION = "coreinfer-calibration.safetensors"
 # Those that come with the package, of models that do not.
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "calibrations"
-VERSION = "2"
+VERSION = "3"
+# Those before linear neurons are read as well.
+READ_VERSIONS = ("2", VERSION)
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 # What is summed up of each neuron, and of all tokens.
 _OF_NEURONS, _OF_TOKENS = ("total", "squares"), ("tokens", "weight")
+# Of linear neurons, in 16 bits: fits are no more exact than that.
+_HALF = ("directions", "slopes", "written")
 
 
 def write_calibration(directory: Path, fingerprint: str, calibration: Calibration, facts: Mapping[str, Any]) -> None:
@@ -40,11 +46,12 @@ def write_calibration(directory: Path, fingerprint: str, calibration: Calibratio
     Raises:
         CoreInferError: the disk is full or not writable.
     """
-    arrays = {
-        f"layers.{l}.{name}": np.asarray(array, np.float32)
-        for l, sums in enumerate(calibration.prior)
-        for name, array in sums.items()
-    }
+    arrays = _sums_as_arrays("layers", calibration.prior)
+    if calibration.linear is not None:
+        arrays |= _sums_as_arrays("unexplained", calibration.linear.prior)
+        for l, fit in enumerate(calibration.linear.fits):
+            arrays |= {f"linear.{l}.{name}": np.asarray(getattr(fit, name), np.float16) for name in _HALF}
+            arrays[f"linear.{l}.constants"] = np.asarray(fit.constants, np.float32)
     assert calibration.gains is not None, "what calibrate finds is whole"
     arrays["gains"] = np.asarray(calibration.gains, np.float32)
     core = None if calibration.core is None else settings_of(calibration.core)
@@ -58,6 +65,14 @@ def write_calibration(directory: Path, fingerprint: str, calibration: Calibratio
     }
     with new_file(directory / CALIBRATION) as partial:
         save_file(arrays, partial, metadata=metadata)
+
+
+def _sums_as_arrays(where: str, sums: Sequence[Sums]) -> dict[str, np.ndarray]:
+    return {
+        f"{where}.{l}.{name}": np.asarray(array, np.float32)
+        for l, own in enumerate(sums)
+        for name, array in own.items()
+    }
 
 
 def read_calibration(directory: Path, config: ModelConfig, fingerprint: Callable[[], str]) -> Calibration | None:
@@ -126,9 +141,11 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         arrays = load_file(path)
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
-    if metadata.get("format") != "coreinfer_jax calibration" or metadata.get("version") != VERSION:
+    if metadata.get("format") != "coreinfer_jax calibration" or metadata.get("version") not in READ_VERSIONS:
         found = f"format {shown(metadata.get('format'))}, version {shown(metadata.get('version'))}"
-        raise CoreInferError(f"{path}: {found}; this release reads version {VERSION}, calibrate again or remove it")
+        raise CoreInferError(
+            f"{path}: {found}; this release reads versions {' and '.join(READ_VERSIONS)}, calibrate again or remove it"
+        )
     if not {"model", "tokenizer", "core", "facts"} <= set(metadata):
         raise _damaged(path, ValueError("its header is incomplete"))
     return metadata, arrays
@@ -153,21 +170,45 @@ def _core(metadata: Mapping[str, str]) -> Chooser | None:
 
 
 def _calibration(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Calibration:
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_OF_NEURONS, (config.mlp_size,)) | dict.fromkeys(_OF_TOKENS, ())
-    prior = tuple(
-        {name: jnp.asarray(_checked(arrays[f"layers.{l}.{name}"], shape)) for name, shape in shapes.items()}
-        for l in range(config.num_layers)
-    )
-    if not all((sums["tokens"] > 0) & (sums["weight"] > 0) & (sums["squares"] >= 0).all() for sums in prior):
-        raise ValueError("sums over no tokens, or negative ones")
+    prior = _sums("layers", arrays, config)
     gains = _checked(arrays["gains"], (config.num_layers, PARTS))
     if (np.diff(gains, axis=1) > 0).any():
         raise ValueError("gains that rise along a layer")
-    return Calibration(prior, gains, _core(metadata))
+    return Calibration(prior, gains, _core(metadata), _explained(arrays, config))
 
 
-def _checked(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Raise ValueError unless these are finite numbers of the shape."""
-    if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
-        raise ValueError(f"an array of shape {array.shape}, {array.dtype}, for {shape} finite float32")
+def _sums(where: str, arrays: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[Sums, ...]:
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_OF_NEURONS, (config.mlp_size,)) | dict.fromkeys(_OF_TOKENS, ())
+    found = tuple(
+        {name: jnp.asarray(_checked(arrays[f"{where}.{l}.{name}"], shape)) for name, shape in shapes.items()}
+        for l in range(config.num_layers)
+    )
+    if not all((sums["tokens"] > 0) & (sums["weight"] > 0) & (sums["squares"] >= 0).all() for sums in found):
+        raise ValueError("sums over no tokens, or negative ones")
+    return found
+
+
+def _explained(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Explained | None:
+    """The linear neurons that a file holds; None for none, as in those of version 2."""
+    if "linear.0.directions" not in arrays:
+        return None
+    r, D, F = len(arrays["linear.0.directions"]), config.hidden_size, config.mlp_size
+    shapes = {"directions": (r, D), "slopes": (r, F), "written": (D, r)}
+    fits = tuple(
+        LinearFit(
+            constants=jnp.asarray(_checked(arrays[f"linear.{l}.constants"], (F,))),
+            **{
+                name: jnp.asarray(_checked(arrays[f"linear.{l}.{name}"], shape, np.float16))
+                for name, shape in shapes.items()
+            },
+        )
+        for l in range(config.num_layers)
+    )
+    return Explained(fits, _sums("unexplained", arrays, config))
+
+
+def _checked(array: np.ndarray, shape: tuple[int, ...], dtype: type[np.floating[Any]] = np.float32) -> np.ndarray:
+    """Raise ValueError unless these are finite numbers of the shape and type."""
+    if array.shape != shape or array.dtype != dtype or not np.isfinite(array).all():
+        raise ValueError(f"an array of shape {array.shape}, {array.dtype}, for {shape} finite {np.dtype(dtype)}")
     return array

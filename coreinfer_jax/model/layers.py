@@ -194,7 +194,7 @@ class MlpPass:
 
     Attributes:
         inputs: x [B, T, D].
-        activations: [B, T, F], what the down projection reads.
+        activations: [B, T, F], what the down projection reads of all neurons but linear ones.
         gated: [B, T, F], what the activation function gave.
     """
 
@@ -216,6 +216,13 @@ def mlp_pass(x: Array, mlp: Mlp, config: ModelConfig) -> MlpPass:
     gate, up = each(x, mlp.gate, mlp.up)
     gated = act(gate)
     return MlpPass(x, gated * (act(up) if config.activates_up else up), gated)
+
+
+def mlp_output(seen: MlpPass, activations: Array, mlp: Mlp) -> Array:
+    """What an MLP adds, [B, T, D], with `activations` [B, T, F] in place of those that were `seen`."""
+    if mlp.linear is None:
+        return mlp.down(activations)
+    return mlp.down(jnp.concatenate([activations, mlp.linear(seen.inputs)], axis=-1))
 
 
 def lookup(table: Array, ids: Array) -> Array:

@@ -13,6 +13,7 @@ from coreinfer_jax.model.layers import (
     MlpPass,
     attention,
     lookup,
+    mlp_output,
     mlp_pass,
     rms_normed,
     rotation,
@@ -58,7 +59,7 @@ def block(
     attended, past = attention(normed, layer.attention, past, positions, context, config)
     x = x + rms_normed(attended, layer.attention_out_norm, config)
     seen = mlp_pass(rms_normed(x, layer.mlp_norm, config), layer.mlp, config)
-    added = layer.mlp.down(edit(seen))
+    added = mlp_output(seen, edit(seen), layer.mlp)
     return x + rms_normed(added, layer.mlp_out_norm, config), past, seen
 
 

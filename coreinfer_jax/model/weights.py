@@ -81,6 +81,10 @@ class Linear:
         """With further inputs up to `size`, which change no output."""
         return replace(self, weight=_padded(self.weight, size, axis=-1))
 
+    def joined_inputs(self, further: Array) -> "Linear":
+        """With further inputs behind its own, whose weights are `further` [out, n], or [B, out, n]."""
+        return replace(self, weight=jnp.concatenate([self.weight, further.astype(self.weight.dtype)], axis=-1))
+
     def shifted(self, offset: Array | None) -> "Linear":
         """With `offset` added to the outputs: float32 [out], or [B, out] with one for each row; None adds nothing."""
         if offset is None:
@@ -143,20 +147,25 @@ class Attention:
 
 @struct.dataclass
 class Mlp:
-    """Projections: gate [F, D] (gated MLPs only), up [F, D], down [D, F].
+    """Projections: gate [F, D] (gated MLPs only), up [F, D], down [D, F], and linear [r, D] where there is one.
+
+    Linear neurons are r further ones. Their activations are what `linear` makes of the input, and their columns of down
+    follow those of all others: down [D, F + r].
 
     Narrowed to core neurons the F axis is K; on accelerators zeros pad it to a multiple (sparsity/narrow.py). With one
     core set per row the arrays gain a leading B: gate and up [B, K, D] (biases [B, K]), down [B, D, K]. Its bias stays
-    [D]; with offsets of core neurons it is float32, and [B, D] where rows have sets of their own.
+    [D]; with offsets of core neurons it is float32, and [B, D] where rows have sets of their own. All rows share
+    `linear`.
     """
 
     gate: Linear | None
     up: Linear
     down: Linear
+    linear: Linear | None = None
 
     @property
     def width(self) -> int:
-        """Neurons held per core set: F, or K once narrowed, with what pads them."""
+        """Neurons held per core set, without linear ones: F, or K once narrowed, with what pads them."""
         return self.up.size_out
 
 

@@ -1,12 +1,17 @@
 """`Calibration`: what texts said of a model's neurons, and the setting found for it."""
 
+from typing import TYPE_CHECKING, Optional
+
 import numpy as np
 from flax import struct
 from jax import Array
 
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.choice import Chooser
+from coreinfer_jax.sparsity.linear import LinearFit
 from coreinfer_jax.sparsity.rules import Contribution, Sums
+
+if TYPE_CHECKING:
+    from coreinfer_jax.sparsity.choice import Chooser
 
 # The rule whose sums a calibration holds.
 PRIOR_RULE = Contribution.name
@@ -21,11 +26,26 @@ class Calibration:
         gains: float32 [L, PARTS], what each further part of a layer's neurons is worth
             (lab/evaluation/sensitivity.py); None where that is not known.
         core: how to generate where the caller names nothing; None with all neurons.
+        linear: how each layer's activations follow its input, and what is left of them; None where that is not known.
     """
 
     prior: tuple[Sums, ...]
     gains: np.ndarray | None
-    core: Chooser | None = struct.field(pytree_node=False)
+    core: Optional["Chooser"] = struct.field(pytree_node=False)
+    linear: "Explained | None" = None
+
+
+@struct.dataclass
+class Explained:
+    """Linear neurons of a whole model.
+
+    Attributes:
+        fits: of each layer.
+        prior: as that of a `Calibration`, of the activations without what the fits expect.
+    """
+
+    fits: tuple[LinearFit, ...]
+    prior: tuple[Sums, ...]
 
 
 def calibration_of(params: Params) -> Calibration | None:
@@ -33,6 +53,12 @@ def calibration_of(params: Params) -> Calibration | None:
     known: Calibration | Array | None = params.calibration
     assert known is None or isinstance(known, Calibration), "nothing else is kept there"
     return known
+
+
+def explained_by(params: Params) -> Explained | None:
+    """What is known of a model's linear neurons; None where nothing is."""
+    known = calibration_of(params)
+    return None if known is None else known.linear
 
 
 def gains_of(params: Params) -> np.ndarray | None:

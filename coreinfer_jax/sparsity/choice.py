@@ -20,7 +20,7 @@ from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import Narrowing
 from coreinfer_jax.sparsity.groups import Groups
-from coreinfer_jax.sparsity.narrow import Indices, Offsets, narrow, narrowed_shapes, on_device
+from coreinfer_jax.sparsity.narrow import Indices, Offsets, check_linear, narrow, narrowed_shapes, on_device
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 from coreinfer_jax.sparsity.rules import Observer
 
@@ -91,11 +91,12 @@ class Chosen:
         """What `weights` returns, of narrowed arrays only shapes and types."""
         return self._made(params, narrowed_shapes)
 
-    def _made(self, params: Params, make: Callable[[Params, Indices, Offsets], Params]) -> Params:
+    def _made(self, params: Params, make: Callable[..., Params]) -> Params:
         if self.ready is not None:
             return self.ready
         assert self.arrays is not None, "there is something to gather where nothing is ready"
-        return make(params, *self.arrays)
+        assert self.core is not None, "there are numbers of what is gathered"
+        return make(params, *self.arrays, linear=self.core.linear)
 
 
 class Choosing(ABC):
@@ -118,8 +119,8 @@ class Choosing(ABC):
         """Which of tokens [B, T] it observes: bool [B, T]; arguments are those of `counted_tokens`."""
         return np.zeros(tokens.shape, bool)
 
-    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer | None:
-        """What it observes over the tokens `counted` bool [B, T]; None for nothing."""
+    def observer(self, counted: np.ndarray, params: Params) -> Observer | None:
+        """What it observes of `params` over the tokens `counted` bool [B, T]; None for nothing."""
         return None
 
     def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
@@ -166,6 +167,7 @@ class GivenNeurons(Choosing):
         _refuse_groups(groups, "CoreNeurons")
         self.neurons.check(params.config)
         self.neurons.check_rows(rows)
+        check_linear(params, self.neurons)
 
     def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
         """The neurons' numbers."""
@@ -250,8 +252,13 @@ def to_gather(
     offsets: Sequence[Array | None] | None,
     config: ModelConfig,
     choices: tuple[Choice, ...],
+    *,
+    linear: bool = False,
 ) -> Chosen:
-    """What is to be gathered: index arrays [R, K] and offsets of the narrowed layers, a single set as a shared one."""
+    """What is to be gathered: index arrays [R, K] and offsets of the narrowed layers, a single set as a shared one.
+
+    `linear` says whether linear neurons stand beside them.
+    """
 
     def per_layer(arrays: Sequence[Any]) -> tuple[Any, ...]:
         by_layer = dict(zip(narrowed, arrays, strict=True))
@@ -260,7 +267,8 @@ def to_gather(
     # A shared set runs the plain program.
     arrays, flat = _handed_over((indices, list(offsets or [None] * len(narrowed))), shared=len(choices) == 1)
     on_host = [_cut(one, layers) for one, layers in zip(jax.device_get(flat), arrays, strict=True)]
-    core = CoreNeurons(*(per_layer(layers) for layers in on_host))
+    kept, added = (per_layer(layers) for layers in on_host)
+    core = CoreNeurons(kept, added, linear)
     return Chosen(core, (per_layer(arrays[0]), per_layer(arrays[1])), None, choices)
 
 

@@ -11,7 +11,9 @@ from jax import Array
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.backends import width_multiple
-from coreinfer_jax.model.weights import Mlp, Params, check_params
+from coreinfer_jax.model.weights import Linear, Mlp, Params, check_params
+from coreinfer_jax.sparsity.calibration import explained_by
+from coreinfer_jax.sparsity.linear import LinearFit
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 
 # Per layer of a model: kept neurons, [K] or [B, K], and what is added to the output for all others, [D] or [B, D].
@@ -23,7 +25,8 @@ def compact(params: Params, core: CoreNeurons) -> Params:
     """`params` with every MLP narrowed to its core neurons; all other weights are shared, not copied.
 
     The result computes what the full model computes with all other neurons' activations set to zero, plus the offsets
-    that `core` holds. On accelerators, which are slow at other widths, neurons of zeros pad K to a multiple of 128.
+    that `core` holds, and what linear neurons write for them where it has these. On accelerators, which are slow at
+    other widths, neurons of zeros pad K to a multiple of 128.
 
     Args:
         params: dense weights.
@@ -31,15 +34,18 @@ def compact(params: Params, core: CoreNeurons) -> Params:
             given as None stay dense.
 
     Returns:
-        `Params` whose narrowed MLPs have gate and up [K, D] and down [D, K], or the same with a leading B.
+        `Params` whose narrowed MLPs have gate and up [K, D] and down [D, K], or the same with a leading B. Those with
+        r linear neurons also have linear [r, D], and down [D, K + r].
 
     Raises:
-        CoreInferError: `core` does not fit the model, or `params` are narrowed already.
+        CoreInferError: `core` does not fit the model, or asks for linear neurons that its calibration does not have, or
+            `params` are narrowed already.
     """
     check_core(core)
     check_dense(params)
     core.check(params.config)
-    return narrow(params, *on_device(core))
+    check_linear(params, core)
+    return narrow(params, *on_device(core), linear=core.linear)
 
 
 def check_dense(params: Params) -> None:
@@ -47,6 +53,15 @@ def check_dense(params: Params) -> None:
     check_params(params)
     if any(layer.mlp.up.rows or layer.mlp.width != params.config.mlp_size for layer in params.layers):
         raise CoreInferError("params are narrowed to core neurons already: give the dense params of the model")
+
+
+def check_linear(params: Params, core: CoreNeurons) -> None:
+    """Refuse parameters without the linear neurons that `core` asks for."""
+    if core.linear and explained_by(params) is None:
+        raise CoreInferError(
+            "core neurons stand beside linear ones of a calibration, and params have none: load them with it, or give "
+            "core neurons with linear=False"
+        )
 
 
 def check_core(core: object) -> None:
@@ -64,14 +79,14 @@ def _arrays(layers: tuple[np.ndarray | None, ...]) -> tuple[Array | None, ...]:
     return tuple(None if layer is None else jnp.asarray(layer) for layer in layers)
 
 
-def narrow(params: Params, indices: Indices, offsets: Offsets) -> Params:
+def narrow(params: Params, indices: Indices, offsets: Offsets, *, linear: bool = False) -> Params:
     """`compact` with one index array per layer on the device, [K] or [B, K], or None for a dense layer."""
-    return _with_mlps(params, indices, offsets, partial(gather_core, multiple=multiple_of(params)))
+    return _with_mlps(params, indices, offsets, linear, partial(gather_core, multiple=multiple_of(params)))
 
 
-def narrowed_shapes(params: Params, indices: Indices, offsets: Offsets) -> Params:
+def narrowed_shapes(params: Params, indices: Indices, offsets: Offsets, *, linear: bool = False) -> Params:
     """The shapes and types of what `narrow` returns, in place of its narrowed arrays."""
-    return _with_mlps(params, indices, offsets, partial(gather_core.eval_shape, multiple=multiple_of(params)))
+    return _with_mlps(params, indices, offsets, linear, partial(gather_core.eval_shape, multiple=multiple_of(params)))
 
 
 def multiple_of(params: Params) -> int:
@@ -88,14 +103,20 @@ def padded_width(kept: int, mlp_size: int, multiple: int) -> int:
     return padded if padded < mlp_size else kept
 
 
-_Gather = Callable[[list[Mlp], list[Array], list[Array | None]], list[Mlp]]
+_Gather = Callable[[list[Mlp], list[Array], list[Array | None], list[LinearFit | None]], list[Mlp]]
 
 
-def _with_mlps(params: Params, indices: Indices, offsets: Offsets, gather: _Gather) -> Params:
+def _with_mlps(params: Params, indices: Indices, offsets: Offsets, linear: bool, gather: _Gather) -> Params:
     """`params` with the MLPs of all layers that `indices` narrow replaced by what `gather` makes of them."""
     chosen = {l: layer_indices for l, layer_indices in enumerate(indices) if layer_indices is not None}
+    known = explained_by(params) if linear else None
     # Only the MLPs pass through the compiled gather: whatever a jit returns untouched it copies.
-    gathered = gather([params.layers[l].mlp for l in chosen], list(chosen.values()), [offsets[l] for l in chosen])
+    gathered = gather(
+        [params.layers[l].mlp for l in chosen],
+        list(chosen.values()),
+        [offsets[l] for l in chosen],
+        [None if known is None else known.fits[l] for l in chosen],
+    )
     narrowed = dict(zip(chosen, gathered, strict=True))
     layers = tuple(replace(layer, mlp=narrowed[l]) if l in narrowed else layer for l, layer in enumerate(params.layers))
     return replace(params.weights, layers=layers)
@@ -109,16 +130,41 @@ def narrowed_bytes(params: Params, layers: tuple[int, ...], kept: int, sets: int
 
 
 @partial(jax.jit, static_argnames="multiple")
-def gather_core(mlps: list[Mlp], indices: list[Array], offsets: list[Array | None], *, multiple: int) -> list[Mlp]:
-    """The program that narrows `mlps`, each to its `indices` and with its offset, to widths of a `multiple`."""
-    return [_gather_mlp(*layer, multiple) for layer in zip(mlps, indices, offsets, strict=True)]
+def gather_core(
+    mlps: list[Mlp],
+    indices: list[Array],
+    offsets: list[Array | None],
+    fits: list[LinearFit | None],
+    *,
+    multiple: int,
+) -> list[Mlp]:
+    """The program that narrows `mlps`, each to its `indices`, with its offset and its linear neurons.
+
+    Their widths are multiples of `multiple`.
+    """
+    return [_gather_mlp(*layer, multiple) for layer in zip(mlps, indices, offsets, fits, strict=True)]
 
 
-def _gather_mlp(mlp: Mlp, indices: Array, offset: Array | None, multiple: int) -> Mlp:
+def _gather_mlp(mlp: Mlp, indices: Array, offset: Array | None, fit: LinearFit | None, multiple: int) -> Mlp:
     width = padded_width(indices.shape[-1], mlp.width, multiple)
+    kept = mlp.down.take_inputs(indices)
     # On a GPU the gather and its padding are one program, which reads once and writes once.
+    down = kept.padded_inputs(width)
+    linear = None
+    if fit is not None:
+        size = -(-fit.size // multiple) * multiple
+        down = down.joined_inputs(_left_to_write(fit, kept, indices)).padded_inputs(width + size)
+        linear = fit.inputs_as(mlp.up.weight.dtype).padded_outputs(size)
     return Mlp(
         gate=None if mlp.gate is None else mlp.gate.take_outputs(indices).padded_outputs(width),
         up=mlp.up.take_outputs(indices).padded_outputs(width),
-        down=mlp.down.take_inputs(indices).padded_inputs(width).shifted(offset),
+        down=down.shifted(offset),
+        linear=linear,
     )
+
+
+def _left_to_write(fit: LinearFit, kept: Linear, indices: Array) -> Array:
+    """The linear neurons' columns of down, [D, r], or [B, D, r] where rows have sets of their own."""
+    if indices.ndim == 1:
+        return fit.left_to_write(kept.weight, indices)
+    return jax.vmap(fit.left_to_write)(kept.weight, indices)

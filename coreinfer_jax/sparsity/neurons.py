@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
+from coreinfer_jax.checks import check_flag
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.config import ModelConfig
 
@@ -25,6 +26,7 @@ class CoreNeurons:
             that serves every row, or [B, K] with one set per row of a batch.
         offsets: per layer either None or a read-only float32 array, [D], or [B, D] where rows have sets of their own:
             what is added to the MLP's output for the neurons that are not kept.
+        linear: whether the linear neurons of the model's calibration stand for them as well.
 
     Raises:
         CoreInferError: indices that are negative, not ascending (so also repeated), empty, or not integers; rows
@@ -33,8 +35,14 @@ class CoreNeurons:
 
     layers: tuple[np.ndarray | None, ...]
     offsets: tuple[np.ndarray | None, ...] = field(repr=False)
+    linear: bool = False
 
-    def __init__(self, layers: Iterable[ArrayLike | None], offsets: Sequence[ArrayLike | None] | None = None) -> None:
+    def __init__(
+        self,
+        layers: Iterable[ArrayLike | None],
+        offsets: Sequence[ArrayLike | None] | None = None,
+        linear: bool = False,
+    ) -> None:
         if not isinstance(layers, Iterable):
             raise CoreInferError(f"core neurons: {shown(layers)}; give one array of indices, or None, per layer")
         checked = tuple(None if indices is None else _checked(l, indices) for l, indices in enumerate(layers))
@@ -45,11 +53,13 @@ class CoreNeurons:
         added = _checked_offsets(checked, offsets)
         object.__setattr__(self, "layers", checked)
         object.__setattr__(self, "offsets", added)
+        check_flag("linear", linear)
+        object.__setattr__(self, "linear", linear)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the layers and the offsets."""
-        return _digest((*self.layers, *self.offsets))
+        """SHA-256 of the layers and the offsets, and of whether linear neurons stand beside them."""
+        return _digest((*self.layers, *self.offsets, np.array(self.linear)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CoreNeurons) and self.digest == other.digest
@@ -66,11 +76,11 @@ class CoreNeurons:
 
     def row(self, b: int) -> "CoreNeurons":
         """The core neurons of batch row `b`, as one shared set."""
-        per_row = (
+        layers, offsets = (
             [array[b] if array is not None and array.ndim == 2 else array for array in arrays]
             for arrays in (self.layers, self.offsets)
         )
-        return CoreNeurons(*per_row)
+        return CoreNeurons(layers, offsets, self.linear)
 
     def kept(self, mlp_size: int) -> tuple[int, ...]:
         """Neurons kept per layer, `mlp_size` (F) where a layer stays dense."""

@@ -20,6 +20,7 @@ from jax import Array, lax
 from coreinfer_jax.checks import check_fraction, check_name, check_number
 from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.weights import Layer
+from coreinfer_jax.sparsity.linear import LinearFit
 from coreinfer_jax.sparsity.votes import BUDGETS, Budget, Tally, Voting, best_first, count_votes, make_voting
 
 # Always there: `tokens` [B], how many were counted; `weight` [B], the sum of their weights; `total` [B, F], the
@@ -40,24 +41,34 @@ class Observer(Protocol):
 class Moments:
     """Weighted sums of activations and of their squares: a token's weight makes its `scale` 1, one of zeros has none.
 
+    Where linear neurons stand for what is left out, the sums are of what these do not explain.
+
     Attributes:
         counted: bool [B, T], the tokens that count.
         scale: (activations float32 [B, T, F], ||w|| [F]) to [B, T].
+        fits: of each layer; None without linear neurons.
     """
 
     counted: Array
     scale: Callable[[Array, Array], Array] = struct.field(pytree_node=False)
+    fits: tuple[LinearFit, ...] | None = None
+
+    def weights(self, layer: Layer, seen: MlpPass) -> Array:
+        """The weight of each token, float32 [B, T]; 0 where it does not count."""
+        wide = jnp.where(self.counted[:, :, None], seen.activations.astype(jnp.float32), 0)
+        scales = self.scale(wide, layer.mlp.down.input_norms())
+        return jnp.where(self.counted & (scales > 0), 1 / jnp.where(scales > 0, scales, 1), 0)
 
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Sums:
         """The sums of one layer."""
-        wide = jnp.where(self.counted[:, :, None], seen.activations.astype(jnp.float32), 0)
-        scales = self.scale(wide, layer.mlp.down.input_norms())
-        weights = jnp.where(self.counted & (scales > 0), 1 / jnp.where(scales > 0, scales, 1), 0)
+        weights = self.weights(layer, seen)
+        whole = seen.activations.astype(jnp.float32) if self.fits is None else self.fits[l].unexplained(seen)
+        missed = jnp.where(self.counted[:, :, None], whole, 0)
         return {
             "tokens": jnp.sum(self.counted, axis=1, dtype=jnp.float32),
             "weight": weights.sum(axis=1),
-            "total": jnp.sum(weights[:, :, None] * wide, axis=1),
-            "squares": jnp.sum(weights[:, :, None] * jnp.square(wide), axis=1),
+            "total": jnp.sum(weights[:, :, None] * missed, axis=1),
+            "squares": jnp.sum(weights[:, :, None] * jnp.square(missed), axis=1),
         }
 
 
@@ -166,9 +177,9 @@ class _MomentRule(Rule):
     def scale(wide: Array, norms: Array) -> Array:
         """What a token's weight makes 1, [B, T], of its activations float32 [B, T, F]."""
 
-    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer:
-        """The moments of the counted tokens."""
-        return Moments(jnp.asarray(counted), self.scale)
+    def observer(self, counted: np.ndarray, mlp_size: int, fits: tuple[LinearFit, ...] | None = None) -> Moments:
+        """The moments of the counted tokens, beside linear neurons those of what their `fits` leave."""
+        return Moments(jnp.asarray(counted), self.scale, fits)
 
 
 @dataclass(frozen=True, kw_only=True)

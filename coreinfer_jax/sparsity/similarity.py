@@ -86,9 +86,9 @@ class GroupChooser(Chooser):
         own = self.narrowed_layers(config.num_layers)
         return own if groups is None else tuple(sorted({*own, groups.clusters.layer}))
 
-    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer:
+    def observer(self, counted: np.ndarray, params: Params) -> Observer:
         """Votes."""
-        return self.votes.observer(counted, mlp_size)
+        return self.votes.observer(counted, params.config.mlp_size)
 
     def _assigned(self, sums: Mapping[int, Sums], groups: Groups) -> Array:
         """The group of every prompt, int32 [R]."""
@@ -265,10 +265,10 @@ class Auto(GroupChooser):
                 "number; give equal ratios, one row at a time, or per_row=False"
             )
 
-    def observer(self, counted: np.ndarray, mlp_size: int) -> Observer:
+    def observer(self, counted: np.ndarray, params: Params) -> Observer:
         """Votes of all tokens and of each prompt's first half, rounded down."""
         early = counted & (np.cumsum(counted, axis=1) <= counted.sum(axis=1, keepdims=True) // 2)
-        return _WholeAndEarly(self.votes.voting(counted, mlp_size), jnp.asarray(early))
+        return _WholeAndEarly(self.votes.voting(counted, params.config.mlp_size), jnp.asarray(early))
 
     def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
         """The fewer of the prompt's and the group's neurons; nothing where a group's weights may be there already."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.lab.evaluation.comparison import Texts, check_settings, compare_on
+from coreinfer_jax.lab.evaluation.fitting import learn
 from coreinfer_jax.lab.evaluation.material import Material, from_documents, own_answers
-from coreinfer_jax.lab.evaluation.measure import collect
 from coreinfer_jax.lab.evaluation.sensitivity import layer_gains
+from coreinfer_jax.lab.evaluation.settings import without_prior
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.allocate import allocate
 from coreinfer_jax.sparsity.calibration import Calibration
 from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.sparsity.stability import CoreConfig
@@ -109,10 +109,11 @@ def calibrate(
     default = CoreConfig()
     settings = [replace(default, beta=keep) for keep in KEEPS]
     material = _material(params, tokenizer, documents, settings, texts)
-    prior = collect(params, material.known, [default.ranking])
-    gains = layer_gains(params, material.tried.rows, material.tried.context, prior)
-    [sums] = prior.values()
-    found = Calibration(sums, gains, default)
+    sums, explained = learn(params, material.known)
+    prior = {without_prior(default.ranking): sums}
+    completed = replace(params, calibration=Calibration(sums, None, default, explained))
+    gains = layer_gains(completed, material.tried.rows, material.tried.context, prior)
+    found = Calibration(sums, gains, default, explained)
     core: CoreConfig | None = default
     results: list[dict[str, Any]] = []
     if bound is not None:
@@ -129,7 +130,8 @@ def calibrate(
         | {"texts": len(material.held_out[0].rows), "prompt_tokens": [own.length for own in material.held_out]},
         "bound": {} if bound is None else asdict(bound),
         "met": core is not None,
-        "kept_neurons": None if core is None else allocate(core, params.config, gains),
+        "kept_neurons": None if core is None else core.widths(replace(params, calibration=found)),
+        "linear_neurons": explained.fits[0].size,
     }
     return Calibrated(replace(found, core=core), facts, results)
 

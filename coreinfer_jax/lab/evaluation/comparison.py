@@ -22,6 +22,7 @@ from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params, weight_bytes_per_step
 from coreinfer_jax.sparsity.narrow import check_dense, narrowed_bytes
 from coreinfer_jax.sparsity.rules import Rule
+from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import LEAST_TEXTS, Beginnings, Corpus, Selection
 from coreinfer_jax.text.documents import Documents
@@ -159,9 +160,12 @@ def compare_on(
 
 def bytes_per_token(params: Params, setting: Setting) -> int:
     """Bytes of weights that a decode step on the setting's neurons reads for one row."""
-    kept, F = kept_by(setting, params), params.config.mlp_size
+    kept, F, core = kept_by(setting, params), params.config.mlp_size, chosen_by(setting)
     left_out = [narrowed_bytes(params, (l,), F - int(K), 1) for l, K in enumerate(kept)]
-    return weight_bytes_per_step(params, 1) - sum(left_out)
+    explained = core.explained(params) if isinstance(core, CoreConfig) else None
+    fits = () if explained is None else zip(explained.fits, kept, params.layers, strict=True)
+    linear = [own.bytes_beside(layer.mlp.down.weight.dtype) for own, K, layer in fits if K < F]
+    return weight_bytes_per_step(params, 1) - sum(left_out) + sum(linear)
 
 
 def read_prior(

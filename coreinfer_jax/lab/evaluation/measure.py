@@ -45,8 +45,9 @@ from coreinfer_jax.text.corpus import Beginnings
 # A batch's logits, float32 [B, T, V] of continuations, and a layer's activations are its largest arrays.
 BATCH_LOGITS, BATCH_TOKENS = 1 << 24, 4096
 
-# What a setting sums up of a text: a rule's sums, over all tokens or without a leading BOS.
-Observed: TypeAlias = tuple[Rule, bool]
+# What a setting sums up of a text: a rule's sums, over all tokens or without a leading BOS, of activations or of what
+# linear neurons leave of them.
+Observed: TypeAlias = tuple[Rule, bool, bool]
 # Per layer, each neuron's place in the order of a rule, and what stands for it where it is dropped, [B, F] each.
 Ranked: TypeAlias = tuple[list[Array], list[Array]]
 
@@ -88,8 +89,7 @@ def measure(
     prior = {} if prior is None else prior
     _check_prior((core.ranking for core in cores), prior)
     kept = [kept_by(setting, params) for setting in settings]
-    params = params.weights
-    observed = {_observed(core): core for core in cores}
+    observed = {_observed(core, params): core for core in cores}
     contexts = np.broadcast_to(np.asarray(context, np.int32), len(rows))
     T = rows.shape[1] - 1 - int(contexts.max())
     full: list[np.ndarray] = []
@@ -134,7 +134,7 @@ def collect(params: Params, texts: Beginnings, rules: Iterable[Rule] = tuple(RAN
     """
     total: list[list[Sums]] | None = None
     params, rules = params.weights, list(dict.fromkeys(map(without_prior, rules)))
-    for tokens, counted in _by_width(texts, params.config):
+    for tokens, counted in by_width(texts, params.config):
         observers = [rule.observer(counted, params.config.mlp_size) for rule in rules]
         sums, finite = read_corpus(params, jnp.asarray(tokens), observers)
         check_finite(finite, "activations")
@@ -148,7 +148,7 @@ def _rows_per_batch(rows: np.ndarray, scored: int, config: ModelConfig) -> int:
     return min(BATCH_LOGITS // (scored * config.vocab_size), BATCH_TOKENS // rows.shape[1])
 
 
-def _by_width(texts: Beginnings, config: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def by_width(texts: Beginnings, config: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Texts in batches of about their own lengths, [B, T], and which of their tokens count."""
     widths = np.array([min(bucket(int(length)), texts.rows.shape[1]) for length in texts.lengths])
     for width in sorted(set(widths.tolist())):
@@ -160,8 +160,8 @@ def _by_width(texts: Beginnings, config: ModelConfig) -> Iterator[tuple[np.ndarr
             yield rows[chosen], np.arange(width)[None, :] < ends[:, None]
 
 
-def _observed(core: CoreConfig) -> Observed:
-    return without_prior(core.ranking), core.count_bos
+def _observed(core: CoreConfig, params: Params) -> Observed:
+    return without_prior(core.ranking), core.count_bos, core.explained(params) is not None
 
 
 def _read(params: Params, tokens: np.ndarray, contexts: np.ndarray, T: int, cores: Iterable[CoreConfig]) -> Reading:
@@ -172,8 +172,8 @@ def _read(params: Params, tokens: np.ndarray, contexts: np.ndarray, T: int, core
     for core in cores:
         context = core.counted(tokens, contexts, 0, config)
         rest = core.counted(tokens, contexts + T, 0, config) & (places >= contexts[:, None])
-        observers.append((core.observer(context, config.mlp_size), core.observer(rest, config.mlp_size)))
-    return read(params, jnp.asarray(tokens), jnp.asarray(contexts), observers, scored=T)
+        observers.append((core.observer(context, params), core.observer(rest, params)))
+    return read(params.weights, jnp.asarray(tokens), jnp.asarray(contexts), observers, scored=T)
 
 
 def _ranker(
@@ -187,11 +187,13 @@ def _ranker(
         core = chosen_by(setting)
         assert isinstance(core, CoreConfig), "tokens rank for themselves"
         rule, foreknown = core.ranking, isinstance(setting, Foreknown)
-        key = rule, core.compensation, core.count_bos, foreknown
+        explained = core.explained(params)
+        key = rule, core.compensation, core.count_bos, explained is not None, foreknown
         if key not in known:
-            place = observed.index(_observed(core))
+            place = observed.index(_observed(core, params))
             own = [layer[place][foreknown] for layer in reading.sums]
-            corpus = list(prior[without_prior(rule)]) if rule.prior_tokens else None
+            of_texts = explained.prior if explained else prior[without_prior(rule)] if rule.prior_tokens else None
+            corpus = None if of_texts is None else list(of_texts)
             shares = np.float32(rule.prior_tokens), np.float32(core.compensation)
             known[key] = _ranked(own, corpus, downs, *shares, rule=type(rule))
         return known[key]
@@ -228,7 +230,11 @@ def _difference(
     kept: np.ndarray,
     ranked: Callable[[Setting], Ranked],
 ) -> Differences:
+    weights = params.weights
     if isinstance(setting, PerToken):
-        return with_best_of_each_token(params, reading, rest, following, kept, magnitude=PER_TOKEN[setting.rule])
+        return with_best_of_each_token(weights, reading, rest, following, kept, magnitude=PER_TOKEN[setting.rule])
     order, filled = ranked(setting)
-    return with_fixed_sets(params, reading, rest, following, _first(order, kept), filled)
+    core = chosen_by(setting)
+    explained = core.explained(params) if isinstance(core, CoreConfig) else None
+    fits = None if explained is None else explained.fits
+    return with_fixed_sets(weights, reading, rest, following, _first(order, kept), filled, fits)

@@ -18,6 +18,7 @@ from coreinfer_jax.lab.reading import read_whole
 from coreinfer_jax.model import Edit, MlpPass, extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import KVCache, init_cache
 from coreinfer_jax.model.weights import Layer, Params
+from coreinfer_jax.sparsity.linear import LinearFit
 from coreinfer_jax.sparsity.rules import Observer, Sums
 
 
@@ -99,7 +100,13 @@ def losses(logits: Array, following: Array) -> Array:
 
 @jax.jit
 def with_fixed_sets(
-    params: Params, reading: Reading, rest: Array, following: Array, kept: list[Array], filled: list[Array]
+    params: Params,
+    reading: Reading,
+    rest: Array,
+    following: Array,
+    kept: list[Array],
+    filled: list[Array],
+    fits: tuple[LinearFit, ...] | None,
 ) -> Differences:
     """The continuation `rest` [B, T] with one set of neurons per row and layer.
 
@@ -110,11 +117,14 @@ def with_fixed_sets(
         following: the token after each.
         kept: per layer, which neurons are, bool [B, F].
         filled: per layer, what stands for the activations of all others, float32 [B, F].
+        fits: per layer, what is expected of them beside that; None for nothing.
     """
 
     def edit(l: int, layer: Layer, seen: MlpPass) -> Array:
-        a = seen.activations
-        return jnp.where(kept[l][:, None, :], a, filled[l][:, None, :].astype(a.dtype))
+        stands = filled[l][:, None, :]
+        if fits is not None:
+            stands = stands + fits[l].expected(seen.inputs)
+        return jnp.where(kept[l][:, None, :], seen.activations, stands.astype(seen.activations.dtype))
 
     return _differences(params, reading, rest, following, edit)
 

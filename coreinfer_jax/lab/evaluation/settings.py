@@ -106,7 +106,9 @@ def check_rows_apart(core: object) -> None:
 
 def kept_by(setting: Setting, params: Params) -> np.ndarray:
     """Neurons kept per layer of a model, by its calibration: int32 [L], F where a layer stays dense."""
-    return np.array(allocate(chosen_by(setting), params.config, gains_of(params)), np.int32)
+    own = chosen_by(setting)
+    widths = own.widths(params) if isinstance(own, CoreConfig) else allocate(own, params.config, gains_of(params))
+    return np.array(widths, np.int32)
 
 
 def alpha_of(setting: Setting) -> float:
@@ -130,4 +132,5 @@ def described(setting: Setting) -> dict[str, Any]:
         "known": "continuation" if isinstance(setting, Foreknown) else "context",
         "layers": own.layers,
         "allocation": own.allocation,
+        "linear": isinstance(own, CoreConfig) and own.linear,
     }

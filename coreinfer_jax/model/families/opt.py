@@ -9,7 +9,7 @@ from jax import Array
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields, read_special_ids
 from coreinfer_jax.model.family import Family
-from coreinfer_jax.model.layers import LayerContext, MlpPass, attention, layer_norm, lookup, mlp_pass
+from coreinfer_jax.model.layers import LayerContext, MlpPass, attention, layer_norm, lookup, mlp_output, mlp_pass
 from coreinfer_jax.model.weights import Layer, Norm, Params
 
 # Rows 0 and 1 of OPT's position table are leftovers of its padding scheme.
@@ -121,7 +121,7 @@ def block(
     attended, past = attention(before(x, layer.attention_norm), layer.attention, past, positions, context, config)
     x = after(x + attended, layer.attention_norm)
     seen = mlp_pass(before(x, layer.mlp_norm), layer.mlp, config)
-    x = after(x + layer.mlp.down(edit(seen)), layer.mlp_norm)
+    x = after(x + mlp_output(seen, edit(seen), layer.mlp), layer.mlp_norm)
     return x, past, seen
 
 
