@@ -17,6 +17,7 @@ from benchmarks import (
     group_switch,
     keep_ratio,
     kernels,
+    linear_neurons,
     prediction,
     profile,
     quality,
@@ -63,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
     _add(commands, "keep-ratio", "perplexity by keep ratio", lambda o: [keep_ratio.measure(o.texts)], _add_texts)
     _add(commands, "quality", "what rules cost", lambda o: quality.measure(o.texts, o.models), _add_quality_options)
+    _add(
+        commands,
+        "linear-neurons",
+        "what linear neurons save at equal bytes",
+        lambda o: linear_neurons.measure(o.texts),
+        _add_texts,
+    )
     _add(
         commands,
         "free-running",

@@ -206,7 +206,7 @@ def _selection(asked: Asked, params: Params, keep: float) -> Program:
         "compensated": chooser.compensation > 0,
     }
     needed = sum(down.matrix_bytes for down in downs) + sum(map(leaf_bytes, jax.tree.leaves(sums)))
-    return Program(rank, (sums, None, downs, None, np.float32(0), np.float32(0)), needed, static)
+    return Program(rank, (sums, None, downs, [None] * len(downs), np.float32(0), np.float32(0)), needed, static)
 
 
 def _gathering(asked: Asked, params: Params, keep: float) -> Program:

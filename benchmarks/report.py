@@ -16,6 +16,7 @@ from benchmarks import (
     gguf_evidence,
     gpu_aims,
     kernels,
+    linear_neurons,
     model_card,
     performance,
     quality_page,
@@ -58,6 +59,7 @@ def current() -> dict[Path, str]:
         quality_page.PAGE: {
             **quality_page.sections(),
             "smollm2": shipped_calibrations.smollm2_table,
+            "linear neurons": linear_neurons.table,
             **_of_newest({"keep-ratio": _keep_ratio}),
         },
     }

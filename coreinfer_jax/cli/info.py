@@ -81,7 +81,10 @@ def setting_in_words(core: Mapping[str, Any] | None, facts: Mapping[str, Any], m
     if core is None:
         return "all neurons"
     shares = ", ".join(f"{kept / mlp_size:.0%}" for kept in facts.get("kept_neurons", ()))
-    return f"keep {core.get('beta', core.get('gamma')):g}" + (f" ({shares}, layer by layer)" if shares else "")
+    linear = facts.get("linear_neurons", ())
+    there = sum(map(bool, linear))
+    beside = f"; {max(linear)} linear neurons each in {there} of {len(linear)} layers" if there else ""
+    return f"keep {core.get('beta', core.get('gamma')):g}" + (f" ({shares}, layer by layer{beside})" if shares else "")
 
 
 def _calibration(summary: Summary) -> str:

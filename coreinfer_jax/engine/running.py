@@ -29,19 +29,23 @@ class Running:
         params: the model, dense.
         weights: what a decode step reads: the same for all rows, or narrowed per row.
         widths: neurons kept per layer, F where a layer is dense; None where all rows read the full model.
-        linear: whether linear neurons stand beside them.
+        linear: per layer, whether linear neurons stand beside them.
         rows: the state.
     """
 
     params: Params
     weights: Params
     widths: tuple[int, ...] | None
-    linear: bool
+    linear: tuple[bool, ...]
     rows: Rows
 
 
 def start(
-    params: Params, rows: int, capacity: int, widths: tuple[int, ...] | None = None, *, linear: bool = False
+    params: Params,
+    rows: int,
+    capacity: int,
+    widths: tuple[int, ...] | None = None,
+    linear: tuple[bool, ...] | None = None,
 ) -> Running:
     """A state of free rows.
 
@@ -51,16 +55,17 @@ def start(
         capacity: positions per row (S): prompt and new tokens together.
         widths: neurons kept per layer by the requests to come, F in layers that they leave dense; None for requests
             that run the full model.
-        linear: whether the linear neurons of the model's calibration stand beside these; as in the requests' core
-            neurons.
+        linear: per layer, whether the linear neurons of the model's calibration stand beside these, as in the requests'
+            core neurons; None for nowhere.
     """
+    linear = (False,) * params.config.num_layers if linear is None else linear
     config, weights = params.config, params.weights
     if widths is not None:
         narrowed = [None if width == config.mlp_size else width for width in widths]
         indices = tuple(None if width is None else jnp.zeros((rows, width), jnp.int32) for width in narrowed)
         D = config.hidden_size
         offsets = tuple(None if width is None else jnp.zeros((rows, D), jnp.float32) for width in narrowed)
-        weights = narrow(params, indices, offsets, linear=linear)
+        weights = narrow(params, indices, offsets, linear)
     # Arrays of their own: `insert` is given the memory of each.
     free = Rows(
         cache=init_cache(config, rows, capacity, params.dtype),
@@ -101,10 +106,17 @@ def insert_request(running: Running, row: int, begun: Begun) -> Running:
     if widths != running.widths:
         raise CoreInferError(f"the request keeps {widths} neurons per layer, the state {running.widths}: start another")
     if core is not None and core.linear != running.linear:
-        raise CoreInferError(f"the request has linear={core.linear}, the state linear={running.linear}: start another")
+        raise CoreInferError(
+            f"the request has linear neurons in layers {_where(core.linear)}, the state in {_where(running.linear)}: "
+            "start another"
+        )
     one = replace(begun.rows, sampling=with_keys(begun.rows.sampling))
     weights = running.weights if core is None else _with_set(running, row, core)
     return replace(running, weights=weights, rows=insert(running.rows, np.int32(row), one))
+
+
+def _where(linear: tuple[bool, ...]) -> list[int]:
+    return [l for l, there in enumerate(linear) if there]
 
 
 def _with_set(running: Running, row: int, core: CoreNeurons) -> Params:
@@ -114,7 +126,7 @@ def _with_set(running: Running, row: int, core: CoreNeurons) -> Params:
     narrowed = [l for l, own in enumerate(indices) if own is not None]
     # A state has offsets in any case, so that requests with and without them fit.
     filled = tuple(nothing if l in narrowed and own is None else own for l, own in enumerate(offsets))
-    one = narrow(running.params, indices, filled, linear=running.linear)
+    one = narrow(running.params, indices, filled, running.linear)
     before, own = ([params.layers[l].mlp for l in narrowed] for params in (running.weights, one))
     after = dict(zip(narrowed, insert_mlps(before, np.int32(row), own), strict=True))
     layers = tuple(

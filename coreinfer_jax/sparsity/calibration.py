@@ -47,6 +47,11 @@ class Explained:
     fits: tuple[LinearFit, ...]
     prior: tuple[Sums, ...]
 
+    @property
+    def size(self) -> int:
+        """Linear neurons of each layer, r."""
+        return self.fits[0].size
+
 
 def calibration_of(params: Params) -> Calibration | None:
     """What is known of a model's neurons; None where nothing is."""

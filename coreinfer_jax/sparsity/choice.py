@@ -20,7 +20,15 @@ from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import Narrowing
 from coreinfer_jax.sparsity.groups import Groups
-from coreinfer_jax.sparsity.narrow import Indices, Offsets, check_linear, narrow, narrowed_shapes, on_device
+from coreinfer_jax.sparsity.narrow import (
+    Indices,
+    Offsets,
+    check_linear,
+    linear_worth,
+    narrow,
+    narrowed_shapes,
+    on_device,
+)
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 from coreinfer_jax.sparsity.rules import Observer
 
@@ -96,7 +104,7 @@ class Chosen:
             return self.ready
         assert self.arrays is not None, "there is something to gather where nothing is ready"
         assert self.core is not None, "there are numbers of what is gathered"
-        return make(params, *self.arrays, linear=self.core.linear)
+        return make(params, *self.arrays, self.core.linear)
 
 
 class Choosing(ABC):
@@ -172,7 +180,9 @@ class GivenNeurons(Choosing):
     def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
         """The neurons' numbers."""
         widths = (0 if indices is None else indices.shape[-1] for indices in self.neurons.layers)
-        return tuple(widths), self.neurons.rows or 1
+        worth = linear_worth(params)
+        beside = zip(widths, self.neurons.linear, strict=True)
+        return tuple(width + worth if linear else width for width, linear in beside), self.neurons.rows or 1
 
     def choose(self, seen: Seen) -> Chosen:
         """The neurons; a single row's set is a shared one."""
@@ -252,12 +262,11 @@ def to_gather(
     offsets: Sequence[Array | None] | None,
     config: ModelConfig,
     choices: tuple[Choice, ...],
-    *,
-    linear: bool = False,
+    linear: bool | tuple[bool, ...] = False,
 ) -> Chosen:
     """What is to be gathered: index arrays [R, K] and offsets of the narrowed layers, a single set as a shared one.
 
-    `linear` says whether linear neurons stand beside them.
+    `linear` says in which of all layers linear neurons stand beside them.
     """
 
     def per_layer(arrays: Sequence[Any]) -> tuple[Any, ...]:

@@ -13,12 +13,14 @@ from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.backends import width_multiple
 from coreinfer_jax.model.weights import Linear, Mlp, Params, check_params
 from coreinfer_jax.sparsity.calibration import explained_by
-from coreinfer_jax.sparsity.linear import LinearFit
+from coreinfer_jax.sparsity.linear import LinearFit, neurons_worth
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 
 # Per layer of a model: kept neurons, [K] or [B, K], and what is added to the output for all others, [D] or [B, D].
 Indices = tuple[Array | None, ...]
 Offsets = tuple[Array | None, ...]
+# Whether linear neurons stand for these as well; None for nowhere.
+Linears = tuple[bool, ...]
 
 
 def compact(params: Params, core: CoreNeurons) -> Params:
@@ -45,19 +47,20 @@ def compact(params: Params, core: CoreNeurons) -> Params:
     check_dense(params)
     core.check(params.config)
     check_linear(params, core)
-    return narrow(params, *on_device(core), linear=core.linear)
+    return narrow(params, *on_device(core), core.linear)
 
 
 def check_dense(params: Params) -> None:
     """Refuse parameters that have been narrowed: their neurons are numbered differently."""
     check_params(params)
-    if any(layer.mlp.up.rows or layer.mlp.width != params.config.mlp_size for layer in params.layers):
+    F = params.config.mlp_size
+    if any(layer.mlp.up.rows or layer.mlp.width != F or layer.mlp.linear for layer in params.layers):
         raise CoreInferError("params are narrowed to core neurons already: give the dense params of the model")
 
 
 def check_linear(params: Params, core: CoreNeurons) -> None:
     """Refuse parameters without the linear neurons that `core` asks for."""
-    if core.linear and explained_by(params) is None:
+    if any(core.linear) and explained_by(params) is None:
         raise CoreInferError(
             "core neurons stand beside linear ones of a calibration, and params have none: load them with it, or give "
             "core neurons with linear=False"
@@ -79,12 +82,12 @@ def _arrays(layers: tuple[np.ndarray | None, ...]) -> tuple[Array | None, ...]:
     return tuple(None if layer is None else jnp.asarray(layer) for layer in layers)
 
 
-def narrow(params: Params, indices: Indices, offsets: Offsets, *, linear: bool = False) -> Params:
+def narrow(params: Params, indices: Indices, offsets: Offsets, linear: Linears | None = None) -> Params:
     """`compact` with one index array per layer on the device, [K] or [B, K], or None for a dense layer."""
     return _with_mlps(params, indices, offsets, linear, partial(gather_core, multiple=multiple_of(params)))
 
 
-def narrowed_shapes(params: Params, indices: Indices, offsets: Offsets, *, linear: bool = False) -> Params:
+def narrowed_shapes(params: Params, indices: Indices, offsets: Offsets, linear: Linears | None = None) -> Params:
     """The shapes and types of what `narrow` returns, in place of its narrowed arrays."""
     return _with_mlps(params, indices, offsets, linear, partial(gather_core.eval_shape, multiple=multiple_of(params)))
 
@@ -92,6 +95,16 @@ def narrowed_shapes(params: Params, indices: Indices, offsets: Offsets, *, linea
 def multiple_of(params: Params) -> int:
     """What the widths of `params`' narrowed MLPs are padded to a multiple of, where they lie."""
     return width_multiple(params.layers[0].mlp.up.weight)
+
+
+def linear_worth(params: Params) -> int:
+    """How many of a layer's neurons cost the bytes of its linear ones, as they are padded; 0 where there are none."""
+    known = explained_by(params)
+    if known is None:
+        return 0
+    multiple = multiple_of(params)
+    size = -(-known.size // multiple) * multiple
+    return neurons_worth(size, gated=params.layers[0].mlp.gate is not None)
 
 
 def padded_width(kept: int, mlp_size: int, multiple: int) -> int:
@@ -106,16 +119,16 @@ def padded_width(kept: int, mlp_size: int, multiple: int) -> int:
 _Gather = Callable[[list[Mlp], list[Array], list[Array | None], list[LinearFit | None]], list[Mlp]]
 
 
-def _with_mlps(params: Params, indices: Indices, offsets: Offsets, linear: bool, gather: _Gather) -> Params:
+def _with_mlps(params: Params, indices: Indices, offsets: Offsets, linear: Linears | None, gather: _Gather) -> Params:
     """`params` with the MLPs of all layers that `indices` narrow replaced by what `gather` makes of them."""
     chosen = {l: layer_indices for l, layer_indices in enumerate(indices) if layer_indices is not None}
-    known = explained_by(params) if linear else None
+    known = explained_by(params)
     # Only the MLPs pass through the compiled gather: whatever a jit returns untouched it copies.
     gathered = gather(
         [params.layers[l].mlp for l in chosen],
         list(chosen.values()),
         [offsets[l] for l in chosen],
-        [None if known is None else known.fits[l] for l in chosen],
+        [known.fits[l] if known is not None and linear is not None and linear[l] else None for l in chosen],
     )
     narrowed = dict(zip(chosen, gathered, strict=True))
     layers = tuple(replace(layer, mlp=narrowed[l]) if l in narrowed else layer for l, layer in enumerate(params.layers))

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-from coreinfer_jax.checks import check_flag
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.config import ModelConfig
 
@@ -26,7 +25,8 @@ class CoreNeurons:
             that serves every row, or [B, K] with one set per row of a batch.
         offsets: per layer either None or a read-only float32 array, [D], or [B, D] where rows have sets of their own:
             what is added to the MLP's output for the neurons that are not kept.
-        linear: whether the linear neurons of the model's calibration stand for them as well.
+        linear: per layer, whether the linear neurons of the model's calibration stand for them as well. In place of one
+            value per layer, True means all layers that are not dense, and False none.
 
     Raises:
         CoreInferError: indices that are negative, not ascending (so also repeated), empty, or not integers; rows
@@ -35,13 +35,13 @@ class CoreNeurons:
 
     layers: tuple[np.ndarray | None, ...]
     offsets: tuple[np.ndarray | None, ...] = field(repr=False)
-    linear: bool = False
+    linear: tuple[bool, ...]
 
     def __init__(
         self,
         layers: Iterable[ArrayLike | None],
         offsets: Sequence[ArrayLike | None] | None = None,
-        linear: bool = False,
+        linear: bool | Sequence[bool] = False,
     ) -> None:
         if not isinstance(layers, Iterable):
             raise CoreInferError(f"core neurons: {shown(layers)}; give one array of indices, or None, per layer")
@@ -53,12 +53,11 @@ class CoreNeurons:
         added = _checked_offsets(checked, offsets)
         object.__setattr__(self, "layers", checked)
         object.__setattr__(self, "offsets", added)
-        check_flag("linear", linear)
-        object.__setattr__(self, "linear", linear)
+        object.__setattr__(self, "linear", _checked_flags(checked, linear))
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the layers and the offsets, and of whether linear neurons stand beside them."""
+        """SHA-256 of the layers and the offsets, and of where linear neurons stand beside them."""
         return _digest((*self.layers, *self.offsets, np.array(self.linear)))
 
     def __eq__(self, other: object) -> bool:
@@ -153,6 +152,19 @@ def _checked_offset(layer: int, indices: np.ndarray | None, given: ArrayLike) ->
         raise CoreInferError(f"offset of layer {layer} holds NaN or infinity")
     offset.setflags(write=False)
     return offset
+
+
+def _checked_flags(layers: tuple[np.ndarray | None, ...], linear: bool | Sequence[bool]) -> tuple[bool, ...]:
+    """`linear` as one value per layer."""
+    if isinstance(linear, bool):
+        return tuple(linear and indices is not None for indices in layers)
+    if not isinstance(linear, tuple | list) or not all(isinstance(flag, bool) for flag in linear):
+        raise CoreInferError(f"linear={shown(linear)}: give True or False, for all layers or for each")
+    if len(linear) != len(layers) or any(
+        flag and indices is None for flag, indices in zip(linear, layers, strict=False)
+    ):
+        raise CoreInferError(f"linear={shown(linear)}: give one value per layer, False for dense ones")
+    return tuple(linear)
 
 
 def _digest(arrays: Sequence[np.ndarray | None]) -> str:

@@ -46,12 +46,12 @@ class Moments:
     Attributes:
         counted: bool [B, T], the tokens that count.
         scale: (activations float32 [B, T, F], ||w|| [F]) to [B, T].
-        fits: of each layer; None without linear neurons.
+        fits: of each layer, None of those without linear neurons.
     """
 
     counted: Array
     scale: Callable[[Array, Array], Array] = struct.field(pytree_node=False)
-    fits: tuple[LinearFit, ...] | None = None
+    fits: tuple[LinearFit | None, ...] | None = None
 
     def weights(self, layer: Layer, seen: MlpPass) -> Array:
         """The weight of each token, float32 [B, T]; 0 where it does not count."""
@@ -62,7 +62,8 @@ class Moments:
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Sums:
         """The sums of one layer."""
         weights = self.weights(layer, seen)
-        whole = seen.activations.astype(jnp.float32) if self.fits is None else self.fits[l].unexplained(seen)
+        fit = None if self.fits is None else self.fits[l]
+        whole = seen.activations.astype(jnp.float32) if fit is None else fit.unexplained(seen)
         missed = jnp.where(self.counted[:, :, None], whole, 0)
         return {
             "tokens": jnp.sum(self.counted, axis=1, dtype=jnp.float32),
@@ -177,7 +178,7 @@ class _MomentRule(Rule):
     def scale(wide: Array, norms: Array) -> Array:
         """What a token's weight makes 1, [B, T], of its activations float32 [B, T, F]."""
 
-    def observer(self, counted: np.ndarray, mlp_size: int, fits: tuple[LinearFit, ...] | None = None) -> Moments:
+    def observer(self, counted: np.ndarray, mlp_size: int, fits: tuple[LinearFit | None, ...] | None = None) -> Moments:
         """The moments of the counted tokens, beside linear neurons those of what their `fits` leave."""
         return Moments(jnp.asarray(counted), self.scale, fits)
 

@@ -10,15 +10,17 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import ALLOCATIONS, Allocation, allocate
-from coreinfer_jax.sparsity.calibration import PRIOR_RULE, Explained, calibration_of, explained_by, gains_of
+from coreinfer_jax.sparsity.calibration import PRIOR_RULE, calibration_of, explained_by, gains_of
 from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, by_set, to_gather
 from coreinfer_jax.sparsity.groups import Groups
-from coreinfer_jax.sparsity.linear import neurons_worth
+from coreinfer_jax.sparsity.linear import LinearFit
+from coreinfer_jax.sparsity.narrow import linear_worth
 from coreinfer_jax.sparsity.ranking import rank
-from coreinfer_jax.sparsity.rules import Contribution, Observer, Rule, Votes, rule_named
+from coreinfer_jax.sparsity.rules import Contribution, Observer, Rule, Sums, Votes, rule_named
 
-# With more neurons, those that linear ones take the place of are worth more. SmolLM2-135M at equal bytes, KL divergence
-# to that without linear neurons: keep 0.2 50 %, 0.4 69 %, 0.6 90 %, 0.8 105 %.
+# The largest share of its neurons at which a layer has linear ones: with more, those that they take the place of are
+# worth more. SmolLM2-135M at equal bytes, KL divergence as a share of that without linear neurons: keep 0.2 50 %, 0.4
+# 69 %, 0.6 90 %, 0.8 105 %.
 LINEAR_UP_TO = 0.65
 
 
@@ -36,9 +38,9 @@ class CoreConfig(Chooser):
         rule: what ranks neurons: a `Rule`, or the name of one as it is by default (docs/quality.md).
         compensation: the share of its mean activation at which a neuron that is not kept stands, in [0, 1]; per layer a
             constant vector in the MLP's output. A half measured best.
-        linear: whether linear neurons stand for those that are not kept, where the model's calibration has them, its
-            prior is used, and `beta` is at most `LINEAR_UP_TO`. Each layer then keeps so many fewer neurons that it
-            reads no more bytes.
+        linear: whether linear neurons stand for those that are not kept, where the model's calibration has them and its
+            prior is used. A layer that gets at most `LINEAR_UP_TO` of its neurons, and more than they cost, then keeps
+            so many fewer that it reads no more bytes.
         allocation: how `beta` is shared out over the narrowed layers, the total being the same: by `sensitivity` each
             gets what it is worth by the model's calibration, and without one the first gets more; `equal` gives all the
             same, as in the paper.
@@ -93,55 +95,63 @@ class CoreConfig(Chooser):
         """The narrowed ones."""
         return self.narrowed_layers(config.num_layers)
 
-    def explained(self, params: Params) -> Explained | None:
-        """The linear neurons that stand beside those that are kept of `params`; None for none."""
-        return explained_by(params) if self.linear and self.beta <= LINEAR_UP_TO and self._knows_texts else None
-
     @property
     def _knows_texts(self) -> bool:
         """Whether what a calibration read counts beside the prompt."""
-        return self.ranking.name == PRIOR_RULE and self.ranking.prior_tokens > 0
+        return isinstance(self.ranking, Contribution) and self.ranking.prior_tokens > 0
+
+    def linear_layers(self, params: Params) -> tuple[bool, ...]:
+        """In which layers linear neurons stand beside those that are kept."""
+        if not self.linear or not self._knows_texts or explained_by(params) is None:
+            return (False,) * params.config.num_layers
+        worth, most = linear_worth(params), LINEAR_UP_TO * params.config.mlp_size
+        return tuple(worth < share <= most for share in allocate(self, params.config, gains_of(params)))
+
+    def fits(self, params: Params) -> tuple[LinearFit | None, ...]:
+        """The fits of these layers, None of all others."""
+        known = explained_by(params)
+        of_layers = enumerate(self.linear_layers(params))
+        return tuple(known.fits[l] if known is not None and linear else None for l, linear in of_layers)
+
+    def prior(self, params: Params) -> tuple[Sums, ...] | None:
+        """Of each layer, the sums over other texts that count beside the prompt's; None for none."""
+        known, left = calibration_of(params), explained_by(params)
+        if known is None or not self._knows_texts:
+            return None
+        of_layers = enumerate(self.linear_layers(params))
+        return tuple(left.prior[l] if left is not None and linear else known.prior[l] for l, linear in of_layers)
 
     def observer(self, counted: np.ndarray, params: Params) -> Observer:
         """That of the rule, of what linear neurons leave."""
-        known, rule = self.explained(params), self.ranking
-        if known is None or not isinstance(rule, Contribution):
-            return rule.observer(counted, params.config.mlp_size)
-        return rule.observer(counted, params.config.mlp_size, known.fits)
+        rule, F = self.ranking, params.config.mlp_size
+        if isinstance(rule, Contribution) and any(self.linear_layers(params)):
+            return rule.observer(counted, F, self.fits(params))
+        return rule.observer(counted, F)
 
     def widths(self, params: Params) -> tuple[int, ...]:
         """Neurons kept per layer besides linear ones, F where a layer stays dense."""
-        shares, known, F = (
-            allocate(self, params.config, gains_of(params)),
-            self.explained(params),
-            params.config.mlp_size,
-        )
-        if known is None:
-            return shares
-        gated = params.layers[0].mlp.gate is not None
-        return tuple(
-            share if share == F else max(1, share - neurons_worth(fit.size, gated))
-            for share, fit in zip(shares, known.fits, strict=True)
-        )
+        shares, worth = allocate(self, params.config, gains_of(params)), linear_worth(params)
+        beside = zip(shares, self.linear_layers(params), strict=True)
+        return tuple(share - worth if linear else share for share, linear in beside)
 
     def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
-        """What is kept in layers that do not keep all."""
+        """What is kept in layers that do not keep all, linear neurons as so many others."""
         F = params.config.mlp_size
-        return tuple(0 if width == F else width for width in self.widths(params)), self.sets(rows)
+        shares = allocate(self, params.config, gains_of(params))
+        return tuple(0 if share == F else share for share in shares), self.sets(rows)
 
     def choose(self, seen: Seen) -> Chosen:
         """The neurons that the prompt itself ranks highest, the others at a share of their mean."""
         params, kept = seen.params, self.widths(seen.params)
         # A layer that keeps all is read as it is.
         narrowed = [l for l in self.observed_layers(params.config, None) if kept[l] < params.config.mlp_size]
-        explained = self.explained(params)
-        known = explained or (calibration_of(params) if self._knows_texts else None)
+        fits, prior = self.fits(params), self.prior(params)
         sums, counted = by_set(self, seen)
         indices, offsets = rank(
             [sums[l] for l in narrowed],
-            None if known is None else [known.prior[l] for l in narrowed],
+            None if prior is None else [prior[l] for l in narrowed],
             [params.layers[l].mlp.down for l in narrowed],
-            None if explained is None else [explained.fits[l].constants for l in narrowed],
+            [None if (own := fits[l]) is None else own.constants for l in narrowed],
             np.float32(self.ranking.prior_tokens),
             np.float32(self.compensation),
             rule=type(self.ranking),
@@ -149,4 +159,4 @@ class CoreConfig(Chooser):
             compensated=self.compensation > 0,
         )
         choices = (Choice("stability"),) * len(counted)
-        return to_gather(narrowed, indices, offsets, params.config, choices, linear=explained is not None)
+        return to_gather(narrowed, indices, offsets, params.config, choices, self.linear_layers(params))

@@ -12,7 +12,7 @@ from coreinfer_jax.lab.evaluation.material import Material, from_documents, own_
 from coreinfer_jax.lab.evaluation.sensitivity import layer_gains
 from coreinfer_jax.lab.evaluation.settings import without_prior
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.calibration import Calibration
+from coreinfer_jax.sparsity.calibration import Calibration, explained_by
 from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.text import Tokenizer
@@ -131,9 +131,17 @@ def calibrate(
         "bound": {} if bound is None else asdict(bound),
         "met": core is not None,
         "kept_neurons": None if core is None else core.widths(replace(params, calibration=found)),
-        "linear_neurons": explained.fits[0].size,
+        "linear_neurons": _linear_neurons(core, replace(params, calibration=found)),
     }
     return Calibrated(replace(found, core=core), facts, results)
+
+
+def _linear_neurons(core: CoreConfig | None, params: Params) -> list[int]:
+    """How many each layer has as `core` narrows it."""
+    known = explained_by(params)
+    if core is None or known is None:
+        return [0] * params.config.num_layers
+    return [known.size if there else 0 for there in core.linear_layers(params)]
 
 
 def _material(

@@ -17,9 +17,11 @@ from coreinfer_jax.lab.evaluation.settings import (
     chosen_by,
     described,
     kept_by,
+    known_with,
 )
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params, weight_bytes_per_step
+from coreinfer_jax.sparsity.calibration import explained_by
 from coreinfer_jax.sparsity.narrow import check_dense, narrowed_bytes
 from coreinfer_jax.sparsity.rules import Rule
 from coreinfer_jax.sparsity.stability import CoreConfig
@@ -137,6 +139,7 @@ def compare_on(
 ) -> list[dict[str, Any]]:
     """What each setting costs on `excerpts`, with intervals of this seed; see `evaluate`."""
     rows, length = excerpts.rows, excerpts.length
+    params = known_with(params, {} if prior is None else prior)
     name = f"comparing settings, prompts of {length} tokens"
     full, measured = measure(params, rows, excerpts.context, settings, prior=prior, name=name)
     dense = {
@@ -150,6 +153,7 @@ def compare_on(
             "texts": len(rows),
             "too_short": excerpts.too_short,
             **described(setting),
+            "linear_layers": sum(_linear_layers(params, setting)),
             "bytes_per_token": bytes_per_token(params, setting),
             **summary(one, seed),
             **dense,
@@ -160,12 +164,18 @@ def compare_on(
 
 def bytes_per_token(params: Params, setting: Setting) -> int:
     """Bytes of weights that a decode step on the setting's neurons reads for one row."""
-    kept, F, core = kept_by(setting, params), params.config.mlp_size, chosen_by(setting)
+    kept, F, known = kept_by(setting, params), params.config.mlp_size, explained_by(params)
     left_out = [narrowed_bytes(params, (l,), F - int(K), 1) for l, K in enumerate(kept)]
-    explained = core.explained(params) if isinstance(core, CoreConfig) else None
-    fits = () if explained is None else zip(explained.fits, kept, params.layers, strict=True)
-    linear = [own.bytes_beside(layer.mlp.down.weight.dtype) for own, K, layer in fits if K < F]
+    layers = zip(_linear_layers(params, setting), params.layers, strict=True)
+    fits = () if known is None else zip(known.fits, layers, strict=True)
+    linear = [own.bytes_beside(layer.mlp.down.weight.dtype) for own, (there, layer) in fits if there]
     return weight_bytes_per_step(params, 1) - sum(left_out) + sum(linear)
+
+
+def _linear_layers(params: Params, setting: Setting) -> tuple[bool, ...]:
+    """In which layers a setting has linear neurons."""
+    core = chosen_by(setting)
+    return core.linear_layers(params) if isinstance(core, CoreConfig) else (False,) * params.config.num_layers
 
 
 def read_prior(

@@ -16,6 +16,7 @@ from flax import struct
 from jax import Array, lax
 
 from coreinfer_jax.checks import check_finite
+from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.evaluation.measure import by_width
 from coreinfer_jax.lab.reading import read_whole
 from coreinfer_jax.model import MlpPass
@@ -30,11 +31,13 @@ from coreinfer_jax.text.corpus import Beginnings
 
 Matrix: TypeAlias = np.ndarray
 
-# On SmolLM2-135M 128 directions, which cost what a twelfth of the neurons does, lost least at equal bytes; beyond half
-# of the input's width a full matrix would be smaller.
+# On SmolLM2-135M 128 directions, one for every twelfth neuron, lost least at equal bytes; beyond half of the input's
+# width a full matrix would be smaller.
 NEURONS_PER_DIRECTION, MOST_DIRECTIONS, DIRECTIONS_AT_ONCE = 12, 256, 64
 # Of the inputs' mean variance.
 RIDGE = 0.01
+# Tokens to learn from for each input of an MLP. With 3 a fit may foretell nothing of tokens that it has not seen.
+LEAST_TOKENS = 8
 # The core sets whose rest the directions are for: of so many texts, at this keep ratio.
 SETS, KEEP = 16, 0.3
 # Of products of inputs and activations, held at a time.
@@ -66,15 +69,18 @@ def directions_of(config: ModelConfig) -> int:
     return max(1, most if most < DIRECTIONS_AT_ONCE else most // DIRECTIONS_AT_ONCE * DIRECTIONS_AT_ONCE)
 
 
-def learn(params: Params, texts: Beginnings) -> tuple[tuple[Sums, ...], Explained]:
+def learn(params: Params, texts: Beginnings) -> tuple[tuple[Sums, ...], Explained | None]:
     """The sums of `Contribution` over texts, of every layer, and linear neurons fitted to the same tokens.
 
     Args:
         params: dense weights.
         texts: to learn from. They are read once for as many layers as `MOST_BYTES` has room for.
 
+    Returns:
+        The sums, and no linear neurons where the texts have fewer than `LEAST_TOKENS` tokens for each input of an MLP.
+
     Raises:
-        CoreInferError: activations that are NaN or infinite.
+        CoreInferError: activations that are NaN or infinite, or too large for a fit of 16 bits.
     """
     config, params = params.config, params.weights
     D, F, L = config.hidden_size, config.mlp_size, config.num_layers
@@ -85,15 +91,16 @@ def learn(params: Params, texts: Beginnings) -> tuple[tuple[Sums, ...], Explaine
     for first in range(0, L, at_once):
         layers = tuple(range(first, min(first + at_once, L)))
         read = _sums_over(params, texts, layers)
-        for l, (products, sums, first_texts) in progress(
+        for l, (products, sums, of_texts) in progress(
             list(zip(layers, read, strict=True)), desc="fitting linear neurons", unit="layer"
         ):
             down = params.layers[l].mlp.down
-            dropped = _dropped(first_texts, sums, down.input_norms(), kept_neurons(KEEP, F))
+            dropped = _dropped(of_texts, sums, down.input_norms(), kept_neurons(KEEP, F))
             fits.append(fit(products, np.asarray(down.weight, np.float32), dropped, directions_of(config)))
             prior.append(sums)
             left.append(unexplained(products, sums, fits[-1]))
-    return tuple(prior), Explained(tuple(fits), tuple(left))
+    enough = texts.lengths.sum() >= LEAST_TOKENS * D
+    return tuple(prior), Explained(tuple(fits), tuple(left)) if enough else None
 
 
 def fit(products: Products, down: Matrix, dropped: Matrix, size: int) -> LinearFit:
@@ -115,18 +122,40 @@ def fit(products: Products, down: Matrix, dropped: Matrix, size: int) -> LinearF
     whitening = (vectors / np.sqrt(np.maximum(values, ridge))) @ vectors.T
     whitened = (whitening @ mixed).astype(np.float32)
     spread = np.zeros_like(covariance, np.float32)
-    for own in dropped:
-        written = (whitened * own[None, :]) @ down.T
-        spread += written @ written.T
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        for own in dropped:
+            written = (whitened * own[None, :]) @ down.T
+            spread += written @ written.T
+    _check_size(a, spread)
     _, leading = np.linalg.eigh(spread)
     exact = (whitening @ leading[:, : -size - 1 : -1]).T
-    directions, slopes = exact.astype(np.float16), (exact @ mixed).astype(np.float16)
+    return _rounded(exact, exact @ mixed, x, a, down)
+
+
+def _rounded(directions: Matrix, slopes: Matrix, x: Matrix, a: Matrix, down: Matrix) -> LinearFit:
+    """A fit in 16 bits, of exact directions and slopes and the mean input and activations.
+
+    Each direction is as long as its slopes are large, so that neither is beyond what 16 bits hold.
+    """
+    sizes = np.abs(slopes).max(axis=1) / np.abs(directions).max(axis=1)
+    scales = np.sqrt(np.where(sizes > 0, sizes, 1))[:, None]
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        halves = [(directions * scales).astype(np.float16), (slopes / scales).astype(np.float16)]
+        wide = [half.astype(np.float64) for half in halves]
+        written = (down @ wide[1].T).astype(np.float16)
+    _check_size(a, *halves, written)
     return LinearFit(
-        directions=jnp.asarray(directions),
-        slopes=jnp.asarray(slopes),
-        constants=jnp.asarray(a - (directions.astype(np.float64) @ x) @ slopes.astype(np.float64), jnp.float32),
-        written=jnp.asarray(down @ slopes.astype(np.float32).T, jnp.float16),
+        directions=jnp.asarray(halves[0]),
+        slopes=jnp.asarray(halves[1]),
+        constants=jnp.asarray(a - (wide[0] @ x) @ wide[1], jnp.float32),
+        written=jnp.asarray(written),
     )
+
+
+def _check_size(a: Matrix, *made: Matrix) -> None:
+    """Refuse mean activations `a` of which something infinite is `made`."""
+    if not all(np.isfinite(array).all() for array in made):
+        raise CoreInferError(f"activations of {np.abs(a).max():.2g} on average are too large for linear neurons")
 
 
 def unexplained(products: Products, sums: Sums, own: LinearFit) -> Sums:
@@ -153,7 +182,8 @@ def _wide(products: Products) -> tuple[Matrix, ...]:
 
 
 def _sums_over(params: Params, texts: Beginnings, layers: tuple[int, ...]) -> list[tuple[Products, Sums, Sums]]:
-    """Of each of `layers`, products and the sums of `Contribution` over all tokens, and those of each first text."""
+    """Of each of `layers`, products and the sums of `Contribution` over all tokens, and those of each of some texts."""
+    every = max(1, len(texts.rows) // SETS)  # texts come by their lengths: some of each
     total: tuple[list[Products], list[Sums]] | None = None
     rows: list[list[Sums]] = []
     seen = 0
@@ -163,10 +193,10 @@ def _sums_over(params: Params, texts: Beginnings, layers: tuple[int, ...]) -> li
         check_finite(finite, "activations")
         of_batch = products, jax.tree.map(lambda array: array.sum(axis=0), sums)
         total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
-        real = counted.any(axis=1)
-        if seen < SETS:
-            rows.append(jax.tree.map(lambda array, real=real: array[real], sums))
-            seen += int(real.sum())
+        real = np.flatnonzero(counted.any(axis=1))
+        some = real[(seen + np.arange(len(real))) % every == 0]
+        rows.append(jax.tree.map(lambda array, some=some: array[some], sums))
+        seen += len(real)
     assert total is not None, "there are texts"
     joined = [jax.tree.map(lambda *parts: jnp.concatenate(parts)[:SETS], *own) for own in zip(*rows, strict=True)]
     return list(zip(*total, joined, strict=True))

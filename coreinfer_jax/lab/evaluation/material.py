@@ -25,6 +25,8 @@ QUESTIONS, OPENINGS = "questions.txt", "openings.txt"
 OWN = "the model's own answers"
 # Texts on which each layer is narrowed alone.
 LAYER_TEXTS = 16
+# Tokens of an answer that is learnt from, where there is room.
+LEARNT = 128
 # Rows that are generated at a time. Drawn, not greedy: the most probable words of a plain model soon repeat themselves.
 ROWS, TEMPERATURE = 16, 0.7
 
@@ -80,13 +82,14 @@ def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
             f"{texts.continuation + 1} tokens; take shorter continuations, or texts of your own"
         )
     order = np.random.default_rng(texts.seed).permutation(len(prompts))
-    answered = _answered(params, [prompts[i] for i in order], texts)
-    middle = len(answered) // 2
+    middle, least = len(prompts) // 2, texts.continuation + 1
+    known = _answered(params, [prompts[i] for i in order[:middle]], max(least, LEARNT), texts.seed)
+    judged = _answered(params, [prompts[i] for i in order[middle:]], least, texts.seed)
     return Material(
         OWN,
-        Beginnings.of([[*prompt, *answer] for prompt, answer in answered[:middle]]),
-        _excerpts(answered[:middle], LAYER_TEXTS, texts.continuation),
-        (_excerpts(answered[middle:], texts.texts, texts.continuation),),
+        Beginnings.of([[*prompt, *answer] for prompt, answer in known]),
+        _excerpts(known, LAYER_TEXTS, texts.continuation),
+        (_excerpts(judged, texts.texts, texts.continuation),),
     )
 
 
@@ -102,9 +105,9 @@ def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
 Answered = tuple[list[int], list[int]]
 
 
-def _answered(params: Params, prompts: Sequence[list[int]], texts: Texts) -> list[Answered]:
-    """Each prompt with the full model's answer, at most one token more than are judged."""
-    config, new = params.config, texts.continuation + 1
+def _answered(params: Params, prompts: Sequence[list[int]], new: int, seed: int) -> list[Answered]:
+    """Each prompt with the full model's answer of at most `new` tokens, and no more than there is room for."""
+    config = params.config
     # Those of like length together: one program serves nearly all of them.
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
@@ -114,9 +117,9 @@ def _answered(params: Params, prompts: Sequence[list[int]], texts: Texts) -> lis
             params,
             [prompts[i] for i in numbers],
             None,
-            max_new_tokens=new,
+            max_new_tokens=min(new, config.max_positions - max(len(prompts[i]) for i in numbers)),
             temperature=TEMPERATURE,
-            key=texts.seed + int(chosen[0]),
+            key=seed + int(chosen[0]),
             eos_ids=config.eos_ids,
         )
         rows = zip(numbers, out.tokens, out.lengths, strict=True)
@@ -133,6 +136,6 @@ def _excerpts(answered: Sequence[Answered], most: int, continuation: int) -> Exc
             "are needed; take shorter continuations, or texts of your own"
         )
     chosen = long[:most]
-    rows = Beginnings.of([[*prompt, *answer] for prompt, answer in chosen]).rows
+    rows = Beginnings.of([[*prompt, *answer[: continuation + 1]] for prompt, answer in chosen]).rows
     contexts = np.array([len(prompt) for prompt, _ in chosen], np.int32)
     return Excerpts(rows, contexts, len(answered) - len(long))

@@ -1,6 +1,6 @@
 """What settings cost on texts: differences from the full model, per text and position of its continuation."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -30,6 +30,7 @@ from coreinfer_jax.lab.evaluation.settings import (
     Setting,
     chosen_by,
     kept_by,
+    known_with,
     without_prior,
 )
 from coreinfer_jax.lab.reading import batches, planned
@@ -37,8 +38,9 @@ from coreinfer_jax.model.cache import bucket
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Linear, Params
 from coreinfer_jax.progress import progress
+from coreinfer_jax.sparsity.calibration import explained_by
 from coreinfer_jax.sparsity.ranking import scored
-from coreinfer_jax.sparsity.rules import Rule, Sums, mean_activations, places
+from coreinfer_jax.sparsity.rules import Contribution, Observer, Rule, Sums, mean_activations, places
 from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.text.corpus import Beginnings
 
@@ -79,7 +81,8 @@ def measure(
             context; behind shorter ones may stand anything.
         context: tokens that the full model reads, of all texts or int32 [n] of each.
         settings: to compare.
-        prior: sums over a corpus, for rules with `prior_tokens`.
+        prior: sums over a corpus, for rules with `prior_tokens`. With others than the calibration's own, its linear
+            neurons are left out: what they leave is known of its own texts only.
         name: of the progress bar.
 
     Raises:
@@ -87,9 +90,10 @@ def measure(
     """
     cores = [own for setting in settings if isinstance(own := chosen_by(setting), CoreConfig)]
     prior = {} if prior is None else prior
+    params = known_with(params, prior)
     _check_prior((core.ranking for core in cores), prior)
     kept = [kept_by(setting, params) for setting in settings]
-    observed = {_observed(core, params): core for core in cores}
+    observed = {key: core for core in cores for key in _observed(core, params)}
     contexts = np.broadcast_to(np.asarray(context, np.int32), len(rows))
     T = rows.shape[1] - 1 - int(contexts.max())
     full: list[np.ndarray] = []
@@ -97,7 +101,7 @@ def measure(
     plan = planned(len(rows), _rows_per_batch(rows, T, params.config))
     with progress([], total=len(plan) * len(settings), desc=name, unit="setting") as bar:
         for chosen, real in plan:
-            reading = _read(params, rows[chosen, :-1], contexts[chosen], T, observed.values())
+            reading = _read(params, rows[chosen, :-1], contexts[chosen], T, observed)
             check_finite(reading.finite)
             rest, following = _continuation(rows[chosen], contexts[chosen], T)
             ranked = _ranker(params, reading, list(observed), prior)
@@ -160,20 +164,33 @@ def by_width(texts: Beginnings, config: ModelConfig) -> Iterator[tuple[np.ndarra
             yield rows[chosen], np.arange(width)[None, :] < ends[:, None]
 
 
-def _observed(core: CoreConfig, params: Params) -> Observed:
-    return without_prior(core.ranking), core.count_bos, core.explained(params) is not None
+def _observed(core: CoreConfig, params: Params) -> list[Observed]:
+    """What a setting observes of all layers: activations, and where it has linear neurons what these leave of them."""
+    kinds = (False, True) if any(core.linear_layers(params)) else (False,)
+    return [(without_prior(core.ranking), core.count_bos, linear) for linear in kinds]
 
 
-def _read(params: Params, tokens: np.ndarray, contexts: np.ndarray, T: int, cores: Iterable[CoreConfig]) -> Reading:
-    """The full model over `tokens` [B, W], with what each of `cores` observes of the contexts and of what follows."""
+def _read(
+    params: Params, tokens: np.ndarray, contexts: np.ndarray, T: int, observed: Mapping[Observed, CoreConfig]
+) -> Reading:
+    """The full model over `tokens` [B, W], with what is `observed` of the contexts and of what follows."""
     config = params.config
     places = np.arange(tokens.shape[1])[None, :]
     observers = []
-    for core in cores:
+    for (_, _, linear), core in observed.items():
         context = core.counted(tokens, contexts, 0, config)
         rest = core.counted(tokens, contexts + T, 0, config) & (places >= contexts[:, None])
-        observers.append((core.observer(context, params), core.observer(rest, params)))
+        own = partial(_observer, params, core.ranking, linear)
+        observers.append((own(context), own(rest)))
     return read(params.weights, jnp.asarray(tokens), jnp.asarray(contexts), observers, scored=T)
+
+
+def _observer(params: Params, rule: Rule, linear: bool, counted: np.ndarray) -> Observer:
+    """Of all layers, that of a rule, or of what linear neurons leave."""
+    known, F = explained_by(params), params.config.mlp_size
+    if not linear or known is None or not isinstance(rule, Contribution):
+        return rule.observer(counted, F)
+    return rule.observer(counted, F, known.fits)
 
 
 def _ranker(
@@ -182,21 +199,28 @@ def _ranker(
     """What ranks neurons for a setting; once for all keep ratios."""
     downs = [layer.mlp.down for layer in params.layers]
     known: dict[tuple[object, ...], Ranked] = {}
+    explained = explained_by(params)
+
+    def of_all(core: CoreConfig, foreknown: bool, linear: bool) -> Ranked:
+        rule = core.ranking
+        key = rule, core.compensation, core.count_bos, foreknown, linear
+        if key not in known:
+            place = observed.index((without_prior(rule), core.count_bos, linear))
+            own = [layer[place][foreknown] for layer in reading.sums]
+            plain = prior[without_prior(rule)] if rule.prior_tokens else None
+            corpus = explained.prior if linear and explained is not None else plain
+            shares = np.float32(rule.prior_tokens), np.float32(core.compensation)
+            texts = None if corpus is None else list(corpus)
+            known[key] = _ranked(own, texts, downs, *shares, rule=type(rule))
+        return known[key]
 
     def ranked(setting: Setting) -> Ranked:
         core = chosen_by(setting)
         assert isinstance(core, CoreConfig), "tokens rank for themselves"
-        rule, foreknown = core.ranking, isinstance(setting, Foreknown)
-        explained = core.explained(params)
-        key = rule, core.compensation, core.count_bos, explained is not None, foreknown
-        if key not in known:
-            place = observed.index(_observed(core, params))
-            own = [layer[place][foreknown] for layer in reading.sums]
-            of_texts = explained.prior if explained else prior[without_prior(rule)] if rule.prior_tokens else None
-            corpus = None if of_texts is None else list(of_texts)
-            shares = np.float32(rule.prior_tokens), np.float32(core.compensation)
-            known[key] = _ranked(own, corpus, downs, *shares, rule=type(rule))
-        return known[key]
+        layers = core.linear_layers(params)
+        found = {linear: of_all(core, isinstance(setting, Foreknown), linear) for linear in dict.fromkeys(layers)}
+        orders, filled = zip(*((found[own][0][l], found[own][1][l]) for l, own in enumerate(layers)), strict=True)
+        return list(orders), list(filled)
 
     return ranked
 
@@ -234,7 +258,7 @@ def _difference(
     if isinstance(setting, PerToken):
         return with_best_of_each_token(weights, reading, rest, following, kept, magnitude=PER_TOKEN[setting.rule])
     order, filled = ranked(setting)
-    core = chosen_by(setting)
-    explained = core.explained(params) if isinstance(core, CoreConfig) else None
-    fits = None if explained is None else explained.fits
-    return with_fixed_sets(weights, reading, rest, following, _first(order, kept), filled, fits)
+    core, known = chosen_by(setting), explained_by(params)
+    linear = core.linear_layers(params) if isinstance(core, CoreConfig) else ()
+    beside = None if known is None else (known.fits, jnp.asarray(linear))
+    return with_fixed_sets(weights, reading, rest, following, _first(order, kept), filled, beside)

@@ -106,7 +106,7 @@ def with_fixed_sets(
     following: Array,
     kept: list[Array],
     filled: list[Array],
-    fits: tuple[LinearFit, ...] | None,
+    beside: tuple[tuple[LinearFit, ...], Array] | None,
 ) -> Differences:
     """The continuation `rest` [B, T] with one set of neurons per row and layer.
 
@@ -117,13 +117,15 @@ def with_fixed_sets(
         following: the token after each.
         kept: per layer, which neurons are, bool [B, F].
         filled: per layer, what stands for the activations of all others, float32 [B, F].
-        fits: per layer, what is expected of them beside that; None for nothing.
+        beside: per layer, a fit of what is expected of them beside that, and whether it counts, bool [L]; None for
+            nothing anywhere.
     """
 
     def edit(l: int, layer: Layer, seen: MlpPass) -> Array:
         stands = filled[l][:, None, :]
-        if fits is not None:
-            stands = stands + fits[l].expected(seen.inputs)
+        if beside is not None:
+            fits, counts = beside
+            stands = stands + jnp.where(counts[l], fits[l].expected(seen.inputs), 0)
         return jnp.where(kept[l][:, None, :], seen.activations, stands.astype(seen.activations.dtype))
 
     return _differences(params, reading, rest, following, edit)

@@ -12,7 +12,7 @@ from coreinfer_jax.checks import check_fraction, check_name
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import ALLOCATIONS, Allocation, Narrowing, allocate
-from coreinfer_jax.sparsity.calibration import Calibration, gains_of
+from coreinfer_jax.sparsity.calibration import Calibration, calibration_of, gains_of
 from coreinfer_jax.sparsity.rules import RULES, Contribution, Rule, Sums, Votes
 from coreinfer_jax.sparsity.stability import CoreConfig
 
@@ -74,6 +74,14 @@ def prior_of(calibration: Calibration | None) -> Prior:
     return {} if calibration is None else {without_prior(Contribution()): calibration.prior}
 
 
+def known_with(params: Params, prior: Prior) -> Params:
+    """`params` with what is known of them beside `prior`: without linear neurons that were fitted to other texts."""
+    known = calibration_of(params)
+    if known is None or prior.get(without_prior(Contribution())) is known.prior:
+        return params
+    return replace(params, calibration=replace(known, linear=None))
+
+
 def _named(rule: Rule) -> str:
     return f"{rule.name}-mean-budget" if getattr(rule, "budget", None) == "mean" else rule.name
 
@@ -132,5 +140,4 @@ def described(setting: Setting) -> dict[str, Any]:
         "known": "continuation" if isinstance(setting, Foreknown) else "context",
         "layers": own.layers,
         "allocation": own.allocation,
-        "linear": isinstance(own, CoreConfig) and own.linear,
     }
