@@ -343,6 +343,8 @@ def test_what_a_model_does_not_have_is_not_asked_of_it() -> None:
     for call in calls:
         with pytest.raises(ci.CoreInferError, match="linear ones of a calibration, and params have none"):
             call(params, core)
+    with pytest.raises(ci.CoreInferError, match="linear ones of a calibration, and params have none"):
+        start(params, 2, 64, (40, 40, 40), (True, True, True))
     with pytest.raises(ci.CoreInferError, match="linear='yes'"):
         ci.CoreNeurons([range(5, 60)] * 3, linear="yes")
     assert core != ci.CoreNeurons(core.layers)

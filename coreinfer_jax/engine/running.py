@@ -17,7 +17,7 @@ from coreinfer_jax.engine.sampling import make_sampling, with_keys
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.narrow import narrow, on_device
+from coreinfer_jax.sparsity.narrow import check_linear, narrow, on_device
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 
 
@@ -57,8 +57,12 @@ def start(
             that run the full model.
         linear: per layer, whether the linear neurons of the model's calibration stand beside these, as in the requests'
             core neurons; None for nowhere.
+
+    Raises:
+        CoreInferError: linear neurons that the calibration does not have.
     """
     linear = (False,) * params.config.num_layers if linear is None else linear
+    check_linear(params, linear)
     config, weights = params.config, params.weights
     if widths is not None:
         narrowed = [None if width == config.mlp_size else width for width in widths]

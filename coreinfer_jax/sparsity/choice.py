@@ -175,7 +175,7 @@ class GivenNeurons(Choosing):
         _refuse_groups(groups, "CoreNeurons")
         self.neurons.check(params.config)
         self.neurons.check_rows(rows)
-        check_linear(params, self.neurons)
+        check_linear(params, self.neurons.linear)
 
     def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
         """The neurons' numbers."""

@@ -46,7 +46,7 @@ def compact(params: Params, core: CoreNeurons) -> Params:
     check_core(core)
     check_dense(params)
     core.check(params.config)
-    check_linear(params, core)
+    check_linear(params, core.linear)
     return narrow(params, *on_device(core), core.linear)
 
 
@@ -58,9 +58,9 @@ def check_dense(params: Params) -> None:
         raise CoreInferError("params are narrowed to core neurons already: give the dense params of the model")
 
 
-def check_linear(params: Params, core: CoreNeurons) -> None:
-    """Refuse parameters without the linear neurons that `core` asks for."""
-    if any(core.linear) and explained_by(params) is None:
+def check_linear(params: Params, linear: Linears) -> None:
+    """Refuse parameters without the linear neurons that are asked for, layer by layer."""
+    if any(linear) and explained_by(params) is None:
         raise CoreInferError(
             "core neurons stand beside linear ones of a calibration, and params have none: load them with it, or give "
             "core neurons with linear=False"

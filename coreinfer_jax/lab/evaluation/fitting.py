@@ -85,6 +85,7 @@ def learn(params: Params, texts: Beginnings) -> tuple[tuple[Sums, ...], Explaine
     config, params = params.config, params.weights
     D, F, L = config.hidden_size, config.mlp_size, config.num_layers
     at_once = max(1, MOST_BYTES // (4 * D * (D + F)))
+    enough = texts.lengths.sum() >= LEAST_TOKENS * D
     prior: list[Sums] = []
     fits: list[LinearFit] = []
     left: list[Sums] = []
@@ -94,12 +95,13 @@ def learn(params: Params, texts: Beginnings) -> tuple[tuple[Sums, ...], Explaine
         for l, (products, sums, of_texts) in progress(
             list(zip(layers, read, strict=True)), desc="fitting linear neurons", unit="layer"
         ):
+            prior.append(sums)
+            if not enough:
+                continue
             down = params.layers[l].mlp.down
             dropped = _dropped(of_texts, sums, down.input_norms(), kept_neurons(KEEP, F))
             fits.append(fit(products, np.asarray(down.weight, np.float32), dropped, directions_of(config)))
-            prior.append(sums)
             left.append(unexplained(products, sums, fits[-1]))
-    enough = texts.lengths.sum() >= LEAST_TOKENS * D
     return tuple(prior), Explained(tuple(fits), tuple(left)) if enough else None
 
 
@@ -111,6 +113,9 @@ def fit(products: Products, down: Matrix, dropped: Matrix, size: int) -> LinearF
         down: the down projection W, [D, F].
         dropped: bool [n, F], the neurons outside of each of n core sets.
         size: directions (r).
+
+    Raises:
+        CoreInferError: activations too large for 16 bits.
     """
     weight, x, a, xx, xa = _wide(products)
     whole = weight if weight > 0 else np.float64(1)
