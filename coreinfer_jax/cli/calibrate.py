@@ -49,6 +49,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of tokens with the full model's choice; its lower 95 %% end",
     )
     arguments.add_texts(parser, TEXTS)
+    parser.add_argument("--answers", action="store_true", help="with --data: read the model's own answers as well")
+    parser.add_argument(
+        "--distil",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="train linear neurons for so long on what the full model foretells (0); some hundreds pay, and take long",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.set_defaults(run=_run)
 
@@ -60,8 +68,14 @@ def _run(options: argparse.Namespace) -> None:
     documents = None if options.data is None else read_documents(to_path(options.data), options.text_column)
     if documents is None and texts.prompt_tokens != TEXTS.prompt_tokens:
         raise CoreInferError("--prompt-tokens: is of texts in a file; add --data FILE, or leave it out")
+    if options.answers and documents is None:
+        raise CoreInferError(
+            "--answers: goes with --data FILE; without one the model's own answers are read in any case"
+        )
+    if options.distil < 0:
+        raise CoreInferError(f"--distil {options.distil}: give a number of steps, or 0 for none")
     params, tokenizer = arguments.load_model(options, calibrated=False)
-    found = calibrate(params, tokenizer, documents, bound, texts)
+    found = calibrate(params, tokenizer, documents, bound, texts, answers=options.answers, steps=options.distil)
     stored = stored_fingerprint(*open_model(directory))
     write_calibration(directory, stored, found.calibration, found.facts)  # a failure of timing loses nothing
     facts = found.facts | {"speed": _speed(params, tokenizer, found)}

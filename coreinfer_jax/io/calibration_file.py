@@ -15,7 +15,7 @@ from coreinfer_jax.errors import CoreInferError, shown, shown_name
 from coreinfer_jax.files import new_file
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.allocate import PARTS
-from coreinfer_jax.sparsity.calibration import Calibration, Explained
+from coreinfer_jax.sparsity.calibration import LINEAR_UP_TO, Calibration, Explained
 from coreinfer_jax.sparsity.choice import Chooser
 from coreinfer_jax.sparsity.choosers import chooser_of, settings_of
 from coreinfer_jax.sparsity.linear import LinearFit
@@ -61,6 +61,7 @@ def write_calibration(directory: Path, fingerprint: str, calibration: Calibratio
         "model": fingerprint,
         "tokenizer": _tokenizer_digest(directory),
         "core": json.dumps(core),
+        "linear_up_to": json.dumps(None if calibration.linear is None else calibration.linear.up_to),
         "facts": json.dumps(facts),
     }
     with new_file(directory / CALIBRATION) as partial:
@@ -174,7 +175,7 @@ def _calibration(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray], 
     gains = _checked(arrays["gains"], (config.num_layers, PARTS))
     if (np.diff(gains, axis=1) > 0).any():
         raise ValueError("gains that rise along a layer")
-    return Calibration(prior, gains, _core(metadata), _explained(arrays, config))
+    return Calibration(prior, gains, _core(metadata), _explained(metadata, arrays, config))
 
 
 def _sums(where: str, arrays: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[Sums, ...]:
@@ -188,7 +189,7 @@ def _sums(where: str, arrays: Mapping[str, np.ndarray], config: ModelConfig) -> 
     return found
 
 
-def _explained(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Explained | None:
+def _explained(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Explained | None:
     """The linear neurons that a file holds; None for none, as in those of version 2."""
     if "linear.0.directions" not in arrays:
         return None
@@ -204,7 +205,10 @@ def _explained(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Explain
         )
         for l in range(config.num_layers)
     )
-    return Explained(fits, _sums("unexplained", arrays, config))
+    up_to = float(json.loads(metadata.get("linear_up_to", str(LINEAR_UP_TO))))
+    if not 0 <= up_to <= 1:
+        raise ValueError(f"linear neurons up to {up_to} of a layer")
+    return Explained(fits, _sums("unexplained", arrays, config), up_to)
 
 
 def _checked(array: np.ndarray, shape: tuple[int, ...], dtype: type[np.floating[Any]] = np.float32) -> np.ndarray:

@@ -13,6 +13,8 @@ from coreinfer_jax.sparsity.rules import Contribution, Sums
 if TYPE_CHECKING:
     from coreinfer_jax.sparsity.choice import Chooser
 
+# Up to which share of a layer's neurons it has linear ones, where no calibration has tried it.
+LINEAR_UP_TO = 0.65
 # The rule whose sums a calibration holds.
 PRIOR_RULE = Contribution.name
 
@@ -42,10 +44,13 @@ class Explained:
     Attributes:
         fits: of each layer.
         prior: as that of a `Calibration`, of the activations without what the fits expect.
+        up_to: the largest share of its neurons at which a layer has linear ones: with more, those that they take the
+            place of are worth more.
     """
 
     fits: tuple[LinearFit, ...]
     prior: tuple[Sums, ...]
+    up_to: float = struct.field(pytree_node=False, default=LINEAR_UP_TO)
 
     @property
     def size(self) -> int:

@@ -18,11 +18,6 @@ from coreinfer_jax.sparsity.narrow import linear_worth
 from coreinfer_jax.sparsity.ranking import rank
 from coreinfer_jax.sparsity.rules import Contribution, Observer, Rule, Sums, Votes, rule_named
 
-# The largest share of its neurons at which a layer has linear ones: with more, those that they take the place of are
-# worth more. SmolLM2-135M at equal bytes, KL divergence as a share of that without linear neurons: keep 0.2 50 %, 0.4
-# 69 %, 0.6 90 %, 0.8 105 %.
-LINEAR_UP_TO = 0.65
-
 
 @dataclass(frozen=True, kw_only=True)
 class CoreConfig(Chooser):
@@ -37,10 +32,10 @@ class CoreConfig(Chooser):
             (benchmarks/results/keep-ratio.jsonl).
         rule: what ranks neurons: a `Rule`, or the name of one as it is by default (docs/quality.md).
         compensation: the share of its mean activation at which a neuron that is not kept stands, in [0, 1]; per layer a
-            constant vector in the MLP's output. A half measured best.
+            constant vector in the MLP's output. A half measured best. It does not count where linear neurons stand.
         linear: whether linear neurons stand for those that are not kept, where the model's calibration has them and its
-            prior is used. A layer that gets at most `LINEAR_UP_TO` of its neurons, and more than they cost, then keeps
-            so many fewer that it reads no more bytes.
+            prior is used. A layer that gets no larger a share of its neurons than the calibration found them to be
+            worth, and more than they cost, then keeps so many fewer that it reads no more bytes.
         allocation: how `beta` is shared out over the narrowed layers, the total being the same: by `sensitivity` each
             gets what it is worth by the model's calibration, and without one the first gets more; `equal` gives all the
             same, as in the paper.
@@ -102,9 +97,10 @@ class CoreConfig(Chooser):
 
     def linear_layers(self, params: Params) -> tuple[bool, ...]:
         """In which layers linear neurons stand beside those that are kept."""
-        if not self.linear or not self._knows_texts or explained_by(params) is None:
+        known = explained_by(params)
+        if not self.linear or not self._knows_texts or known is None:
             return (False,) * params.config.num_layers
-        worth, most = linear_worth(params), LINEAR_UP_TO * params.config.mlp_size
+        worth, most = linear_worth(params), known.up_to * params.config.mlp_size
         return tuple(worth < share <= most for share in allocate(self, params.config, gains_of(params)))
 
     def fits(self, params: Params) -> tuple[LinearFit | None, ...]:

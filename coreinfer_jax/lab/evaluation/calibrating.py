@@ -7,9 +7,10 @@ from typing import Any
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.lab.evaluation.comparison import Texts, check_settings, compare_on
+from coreinfer_jax.lab.evaluation.distilling import distil, lesson
 from coreinfer_jax.lab.evaluation.fitting import learn
-from coreinfer_jax.lab.evaluation.material import Material, from_documents, own_answers
-from coreinfer_jax.lab.evaluation.sensitivity import layer_gains
+from coreinfer_jax.lab.evaluation.material import Material, from_documents, own_answers, together
+from coreinfer_jax.lab.evaluation.sensitivity import layer_gains, linear_up_to
 from coreinfer_jax.lab.evaluation.settings import without_prior
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.calibration import Calibration, explained_by
@@ -85,6 +86,9 @@ def calibrate(
     documents: Documents | None = None,
     bound: Bound | None = BOUND,
     texts: Texts = TEXTS,
+    *,
+    answers: bool = False,
+    steps: int = 0,
 ) -> Calibrated:
     """Learn what a model's neurons do on texts, which layers need most of them, and how many are needed.
 
@@ -97,6 +101,8 @@ def calibrate(
         documents: texts like those to come; None for prompts of the package, each with the model's own answer.
         bound: what a setting may cost; None takes `CoreConfig()`, whatever that costs.
         texts: which of them, and how much; the model's own answers have no use for `prompt_tokens` and `switched`.
+        answers: whether the model's own answers are read beside documents.
+        steps: how long linear neurons are trained after they are fitted (`distilling`), 0 for not.
 
     Returns:
         `Calibrated`; its `calibration.core` is None, all neurons, where no keep ratio meets the bound.
@@ -108,9 +114,14 @@ def calibrate(
     check_dense(params)
     default = CoreConfig()
     settings = [replace(default, beta=keep) for keep in KEEPS]
-    material = _material(params, tokenizer, documents, settings, texts)
+    material = _material(params, tokenizer, documents, settings, texts, answers)
     sums, explained = learn(params, material.known)
     prior = {without_prior(default.ranking): sums}
+    if explained is not None and steps:
+        taught = lesson(material.known, material.prompts, texts.seed)
+        explained = distil(params, explained, material.known, taught, steps, texts.seed)
+    if explained is not None:
+        explained = linear_up_to(params, explained, material.tried, prior)
     completed = replace(params, calibration=Calibration(sums, None, default, explained))
     gains = layer_gains(completed, material.tried.rows, material.tried.context, prior)
     found = Calibration(sums, gains, default, explained)
@@ -131,6 +142,8 @@ def calibrate(
         "bound": {} if bound is None else asdict(bound),
         "met": core is not None,
         "kept_neurons": None if core is None else core.widths(replace(params, calibration=found)),
+        "trained_steps": 0 if explained is None else steps,
+        "linear_up_to": 0.0 if explained is None else explained.up_to,
         "linear_neurons": _linear_neurons(core, replace(params, calibration=found)),
     }
     return Calibrated(replace(found, core=core), facts, results)
@@ -150,13 +163,15 @@ def _material(
     documents: Documents | None,
     settings: Sequence[CoreConfig],
     texts: Texts,
+    answers: bool,
 ) -> Material:
     """The texts to read, if these sizes fit the model."""
     if documents is None:
         check_settings(params, settings, replace(texts, prompt_tokens=(1,)))  # prompts have lengths of their own
         return own_answers(params, tokenizer, texts)
     check_settings(params, settings, texts)
-    return from_documents(documents, tokenizer, texts, params.config)
+    given = from_documents(documents, tokenizer, texts, params.config)
+    return together(given, own_answers(params, tokenizer, texts)) if answers else given
 
 
 def _cheapest(results: Sequence[dict[str, Any]], bound: Bound) -> CoreConfig | None:

@@ -18,6 +18,7 @@ from jax import Array, lax
 from coreinfer_jax.checks import check_finite
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.evaluation.measure import by_width
+from coreinfer_jax.lab.evaluation.passes import read_corpus
 from coreinfer_jax.lab.reading import read_whole
 from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.config import ModelConfig
@@ -134,33 +135,61 @@ def fit(products: Products, down: Matrix, dropped: Matrix, size: int) -> LinearF
     _check_size(a, spread)
     _, leading = np.linalg.eigh(spread)
     exact = (whitening @ leading[:, : -size - 1 : -1]).T
-    return _rounded(exact, exact @ mixed, x, a, down)
+    directions, slopes = halved(exact, exact @ mixed)
+    _check_size(a, directions, slopes)
+    placed = directions.astype(np.float64) @ x
+    return made(directions, slopes, a - placed @ slopes.astype(np.float64), down)
 
 
-def _rounded(directions: Matrix, slopes: Matrix, x: Matrix, a: Matrix, down: Matrix) -> LinearFit:
-    """A fit in 16 bits, of exact directions and slopes and the mean input and activations.
+def halved(directions: Matrix, slopes: Matrix) -> tuple[Matrix, Matrix]:
+    """Directions [r, D] and slopes [r, F] in 16 bits.
 
     Each direction is as long as its slopes are large, so that neither is beyond what 16 bits hold.
     """
     sizes = np.abs(slopes).max(axis=1) / np.abs(directions).max(axis=1)
     scales = np.sqrt(np.where(sizes > 0, sizes, 1))[:, None]
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at where a fit is made of them
+        return (directions * scales).astype(np.float16), (slopes / scales).astype(np.float16)
+
+
+def made(directions: Matrix, slopes: Matrix, constants: Matrix, down: Matrix) -> LinearFit:
+    """A fit of what `halved` gives, constants [F] and the down projection [D, F].
+
+    Raises:
+        CoreInferError: activations too large for 16 bits.
+    """
     with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-        halves = [(directions * scales).astype(np.float16), (slopes / scales).astype(np.float16)]
-        wide = [half.astype(np.float64) for half in halves]
-        written = (down @ wide[1].T).astype(np.float16)
-    _check_size(a, *halves, written)
+        written = (down @ slopes.astype(np.float64).T).astype(np.float16)
+    _check_size(constants, directions, slopes, written)
     return LinearFit(
-        directions=jnp.asarray(halves[0]),
-        slopes=jnp.asarray(halves[1]),
-        constants=jnp.asarray(a - (wide[0] @ x) @ wide[1], jnp.float32),
+        directions=jnp.asarray(directions),
+        slopes=jnp.asarray(slopes),
+        constants=jnp.asarray(constants, jnp.float32),
         written=jnp.asarray(written),
     )
 
 
 def _check_size(a: Matrix, *made: Matrix) -> None:
-    """Refuse mean activations `a` of which something infinite is `made`."""
+    """Refuse activations `a`, on average, of which something infinite is `made`."""
     if not all(np.isfinite(array).all() for array in made):
         raise CoreInferError(f"activations of {np.abs(a).max():.2g} on average are too large for linear neurons")
+
+
+def unexplained_over(params: Params, texts: Beginnings, fits: tuple[LinearFit, ...]) -> tuple[Sums, ...]:
+    """Of each layer, the sums over texts of what fits leave of the activations.
+
+    Raises:
+        CoreInferError: activations that are NaN or infinite.
+    """
+    total: list[Sums] | None = None
+    for tokens, counted in by_width(texts, params.config):
+        observer = Contribution().observer(counted, params.config.mlp_size, fits)
+        read, finite = read_corpus(params.weights, jnp.asarray(tokens), [observer])
+        check_finite(finite, "activations")
+        sums = [own for [own] in read]
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    assert total is not None, "there are texts"
+    return tuple(total)
 
 
 def unexplained(products: Products, sums: Sums, own: LinearFit) -> Sums:

@@ -27,6 +27,8 @@ OWN = "the model's own answers"
 LAYER_TEXTS = 16
 # Tokens of an answer that is learnt from, where there is room.
 LEARNT = 128
+# Answers to each prompt that are learnt from, each drawn anew.
+ANSWERS = 3
 # Rows that are generated at a time. Drawn, not greedy: the most probable words of a plain model soon repeat themselves.
 ROWS, TEMPERATURE = 16, 0.7
 
@@ -37,13 +39,15 @@ class Material:
 
     Attributes:
         name: where they come from, for people.
-        known: what the prior is summed up over.
+        known: what the prior is summed up over, and linear neurons are fitted to.
+        prompts: int32 [n], how long a prompt each of these begins with, 0 where any beginning may be one.
         tried: on which each layer is narrowed alone.
         held_out: on which keep ratios are judged, for each length of prompt.
     """
 
     name: str
     known: Beginnings
+    prompts: np.ndarray
     tried: Excerpts
     held_out: tuple[Excerpts, ...]
 
@@ -57,7 +61,29 @@ def from_documents(documents: Documents, tokenizer: Tokenizer, texts: Texts, con
     corpus = Corpus(documents, tokenizer, texts.seed)
     tried, held_out = corpus.select(texts.tokens, LAYER_TEXTS, half=0), corpus.select(texts.tokens, texts.texts, half=1)
     longest = Excerpts(tried.rows, max(texts.prompt_tokens), tried.too_short)
-    return Material(documents.name, prior_texts(corpus, config, half=0), longest, tuple(excerpts_of(held_out, texts)))
+    known = prior_texts(corpus, config, half=0)
+    prompts = np.zeros(len(known.rows), np.int32)
+    return Material(documents.name, known, prompts, longest, tuple(excerpts_of(held_out, texts)))
+
+
+def together(one: Material, other: Material) -> Material:
+    """Both: learnt from as one, and judged by each."""
+    known = [row[:n].tolist() for own in (one, other) for row, n in zip(own.known.rows, own.known.lengths, strict=True)]
+    return Material(
+        f"{one.name} and {other.name}",
+        Beginnings.of(known),
+        np.concatenate([one.prompts, other.prompts]),
+        _joined(one.tried, other.tried),
+        (*one.held_out, *other.held_out),
+    )
+
+
+def _joined(one: Excerpts, other: Excerpts) -> Excerpts:
+    """The texts of both, whose continuations are equally long."""
+    width = max(one.rows.shape[1], other.rows.shape[1])
+    rows = [np.pad(own.rows, ((0, 0), (0, width - own.rows.shape[1]))) for own in (one, other)]
+    contexts = [np.broadcast_to(np.asarray(own.context, np.int32), len(own.rows)) for own in (one, other)]
+    return Excerpts(np.concatenate(rows), np.concatenate(contexts), one.too_short + other.too_short)
 
 
 def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
@@ -83,12 +109,15 @@ def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
         )
     order = np.random.default_rng(texts.seed).permutation(len(prompts))
     middle, least = len(prompts) // 2, texts.continuation + 1
-    known = _answered(params, [prompts[i] for i in order[:middle]], max(least, LEARNT), texts.seed)
+    asked = [prompts[i] for i in order[:middle]]
+    drawn = [_answered(params, asked, max(least, LEARNT), texts.seed + draw * len(prompts)) for draw in range(ANSWERS)]
+    known = [answer for answers in drawn for answer in answers]
     judged = _answered(params, [prompts[i] for i in order[middle:]], least, texts.seed)
     return Material(
         OWN,
         Beginnings.of([[*prompt, *answer] for prompt, answer in known]),
-        _excerpts(known, LAYER_TEXTS, texts.continuation),
+        np.array([len(prompt) for prompt, _ in known], np.int32),
+        _excerpts(drawn[0], LAYER_TEXTS, texts.continuation),
         (_excerpts(judged, texts.texts, texts.continuation),),
     )
 

@@ -209,9 +209,9 @@ def _ranker(
             own = [layer[place][foreknown] for layer in reading.sums]
             plain = prior[without_prior(rule)] if rule.prior_tokens else None
             corpus = explained.prior if linear and explained is not None else plain
-            shares = np.float32(rule.prior_tokens), np.float32(core.compensation)
+            shares = np.float32(rule.prior_tokens), np.float32(0 if linear else core.compensation)
             texts = None if corpus is None else list(corpus)
-            known[key] = _ranked(own, texts, downs, *shares, rule=type(rule))
+            known[key] = ranked_neurons(own, texts, downs, *shares, rule=type(rule))
         return known[key]
 
     def ranked(setting: Setting) -> Ranked:
@@ -226,7 +226,7 @@ def _ranker(
 
 
 @partial(jax.jit, static_argnames="rule")
-def _ranked(
+def ranked_neurons(
     sums: list[Sums],
     prior: list[Sums] | None,
     downs: list[Linear],
@@ -235,6 +235,7 @@ def _ranked(
     *,
     rule: type[Rule],
 ) -> Ranked:
+    """Each neuron's place, and what stands for it where it is dropped; arguments as of `ranking.rank`."""
     sums, scores = scored(sums, prior, downs, prior_tokens, compensation, rule)
     return [places(own) for own in scores], [compensation * mean_activations(own) for own in sums]
 

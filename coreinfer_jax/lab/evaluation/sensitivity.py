@@ -1,15 +1,21 @@
-"""How much a model's output depends on each layer's neurons: what `allocate` shares a keep ratio out by."""
+"""How much a model's output depends on each layer's neurons, and up to where linear neurons are worth their bytes."""
+
+from dataclasses import replace
 
 import numpy as np
 
+from coreinfer_jax.lab.evaluation.comparison import Excerpts
 from coreinfer_jax.lab.evaluation.measure import measure
 from coreinfer_jax.lab.evaluation.settings import Prior
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import PARTS
+from coreinfer_jax.sparsity.calibration import Calibration, Explained
 from coreinfer_jax.sparsity.stability import CoreConfig
 
 # Keep ratios at which each layer is narrowed alone; between them the logarithm of the divergence is nearly a line.
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)
+# Keep ratios at which linear neurons are tried against none, at equal bytes.
+LINEAR_TRIED = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 # Below what is no more than rounding.
 LEAST_KL = 1e-9
 
@@ -53,3 +59,21 @@ def _falling(lost: np.ndarray) -> np.ndarray:
     from scipy.optimize import isotonic_regression  # takes a second to import, which other commands need not wait for
 
     return np.asarray(isotonic_regression(-np.diff(lost), increasing=False).x)
+
+
+def linear_up_to(params: Params, explained: Explained, excerpts: Excerpts, prior: Prior) -> Explained:
+    """`explained` with the largest share of its neurons at which a layer still gains by linear ones at equal bytes.
+
+    Args:
+        params: dense weights.
+        explained: linear neurons of theirs.
+        excerpts: texts to try it on, all layers keeping the same share.
+        prior: sums over a corpus by the default rule; the linear neurons' own.
+    """
+    [sums] = prior.values()
+    known = replace(params, calibration=Calibration(sums, None, None, replace(explained, up_to=1.0)))
+    settings = [CoreConfig(beta=keep, allocation="equal", linear=own) for keep in LINEAR_TRIED for own in (False, True)]
+    _, found = measure(known, excerpts.rows, excerpts.context, settings, prior=prior, name="trying linear neurons")
+    lost = np.array([own.kl.mean() for own in found]).reshape(-1, 2)
+    worth = np.cumprod(lost[:, 1] < lost[:, 0])  # 1 up to the first keep ratio at which they are not
+    return replace(explained, up_to=(0.0, *LINEAR_TRIED)[worth.sum()])
