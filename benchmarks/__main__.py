@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "calibrate-smollm2",
         "write SmolLM2's calibration",
         lambda options: [shipped_calibrations.write_smollm2(options.texts)],
-        texts=True,
+        _add_texts,
     )
     _add(commands, "first-answer", "what SmolLM2 answers, and how fast", lambda _: [first_answer.measure()])
     _add(
