@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    chat_model,
     compiled,
     continuations,
     decode,
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "prediction", "what the methods cost before decoding", lambda _: [prediction.measure()])
     _add(commands, "keep-ratio", "perplexity by keep ratio", lambda o: [keep_ratio.measure(o.texts)], _add_texts)
     _add(commands, "quality", "what rules cost", lambda o: quality.measure(o.texts, o.models), _add_quality_options)
+    _add(commands, "chat-model", "what fewer neurons cost SmolLM2", lambda o: chat_model.measure(o.data), _add_data)
     _add(
         commands,
         "linear-neurons",

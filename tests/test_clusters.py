@@ -544,6 +544,7 @@ def test_settings_of_auto_and_fused_reach_the_prediction(run, on_clusters: tuple
 
 UNUSED = [
     (("--method", "fused", "--compensation", 0.2), "--compensation 0.2: is of --method stability"),
+    (("--method", "fused", "--no-linear"), "--no-linear: is of --method stability"),
     (("--method", "auto", "--allocation", "equal"), "--allocation equal: is of --method stability"),
     (("--method", "similarity", "--prior-tokens", 5), "--prior-tokens 5.0: is of --method stability"),
     (("--method", "auto", "--group-tokens", 5), "--group-tokens 5.0: is of --method fused"),

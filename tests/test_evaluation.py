@@ -484,6 +484,16 @@ def test_tables_tell_settings_apart_by_what_differs(on_texts, capsys):
         assert f"  {label}  " in line
 
 
+def test_linear_neurons_are_compared_with_none(on_texts, capsys):
+    sizes = ["--prompt-tokens", "8", "--continuation", "8", "--texts", "2"]
+    assert main(["eval", *on_texts, *sizes, "--beta", "0.2", "--linear", "yes", "no", "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]
+    assert [s["linear"] for s in settings] == [True, False]
+    assert settings[1]["linear_layers"] == 0
+    assert main(["eval", *on_texts, *sizes, "--beta", "0.2", "--linear", "yes", "no"]) == 0
+    assert [line.count("no linear") for line in capsys.readouterr().out.splitlines()] == [0, 0, 1]
+
+
 def test_a_setting_is_named_by_its_keep_ratio_and_what_others_do_not_share():
     contribution = settings_of(ci.CoreConfig(beta=0.3))
     votes = settings_of(ci.CoreConfig(beta=0.3, rule="votes", compensation=0))

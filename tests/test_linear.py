@@ -321,10 +321,12 @@ def test_one_set_for_all_rows_and_16_bit_weights_run() -> None:
 
 def test_a_calibration_file_holds_them(tmp_path) -> None:
     params = explained(random_model(LLAMA))
-    found = replace(params.calibration, gains=np.zeros((3, 64), np.float32), core=CORE)
+    tried = replace(params.calibration.linear, up_to=0.8)
+    found = replace(params.calibration, gains=np.zeros((3, 64), np.float32), core=CORE, linear=tried)
     write_calibration(tmp_path, "model", found, {})
     again = read_calibration(tmp_path, LLAMA, lambda: "model")
     assert again.core == CORE
+    assert again.linear.up_to == 0.8
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
     (tmp_path / CALIBRATION).unlink()

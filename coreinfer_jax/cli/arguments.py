@@ -35,11 +35,12 @@ PRESETS = ("default", "paper")
 # What `add_core` asks for, by the names that files and results have.
 SETTINGS = (
     *("alpha", "beta", "budget", "layers", "method", "gamma", "least_stability", "least_tokens", "group_tokens"),
-    *("prior_tokens", "rule", "compensation", "allocation"),
+    *("prior_tokens", "rule", "compensation", "linear", "allocation"),
 )
 # Options that change nothing with any other method.
 OF_METHODS = {
     "compensation": "stability",
+    "linear": "stability",
     "allocation": "stability",
     "prior_tokens": "stability",
     "group_tokens": "fused",
@@ -124,6 +125,13 @@ def add_core(parser: argparse.ArgumentParser) -> None:
         "--allocation",
         choices=ALLOCATIONS,
         help=f"how the kept share is divided among layers: by need, or equal ({default.allocation})",
+    )
+    parser.add_argument(
+        "--no-linear",
+        dest="linear",
+        action="store_const",
+        const=False,
+        help="without linear neurons for those that are dropped, where a calibration has them",
     )
     parser.add_argument("--gamma", type=float, help="share of a group's neurons kept, (0, 1] (default: --beta)")
     parser.add_argument("--clusters", metavar="DIR", help="groups for similarity, fused and auto (coreinfer clusters)")
@@ -238,7 +246,7 @@ def core_config(options: argparse.Namespace, params: Params | None = None) -> Ch
     if options.method == "dense":
         if unused := [name for name in named if name != "method"]:
             raise CoreInferError(
-                f"--{unused[0].replace('_', '-')}: is of core neurons, which --method dense has none of"
+                f"{_option(unused[0], named[unused[0]])}: is of core neurons, which --method dense has none of"
             )
         return None
     if not named:
@@ -262,7 +270,7 @@ def _refuse_unused(named: Mapping[str, Any], core: Chooser, calibrated: bool) ->
         )
     for name, method in OF_METHODS.items():
         if name in named and core.method != method:
-            raise CoreInferError(f"--{name.replace('_', '-')} {named[name]}: is of --method {method}; leave it out")
+            raise CoreInferError(f"{_option(name, named[name])}: is of --method {method}; leave it out")
     if "prior_tokens" in named and rule != PRIOR_RULE:
         raise CoreInferError(
             f"--prior-tokens {named['prior_tokens']:g}: is of --rule {PRIOR_RULE}; take that, or leave it out"
@@ -277,9 +285,14 @@ def _refuse_unused(named: Mapping[str, Any], core: Chooser, calibrated: bool) ->
             raise CoreInferError(f"--{name} {named[name]}: is of votes; add --rule votes, or leave it out")
 
 
+def _option(name: str, value: Any) -> str:
+    """A setting as the command line has it."""
+    return f"--no-{name}" if value is False else f"--{name.replace('_', '-')} {value}"
+
+
 def labels(cores: Sequence[Mapping[str, Any] | None]) -> list[str]:
     """What tells settings of core neurons apart, of each its keep ratio; None is all neurons."""
-    named = ("allocation", "compensation", "alpha", "layers", "prior_tokens")
+    named = ("allocation", "compensation", "linear", "alpha", "layers", "prior_tokens")
     chosen = [core for core in cores if core is not None]
     differing = [name for name in named if len({str(core[name]) for core in chosen if name in core}) > 1]
     rules = len({core["rule"] for core in chosen}) > 1

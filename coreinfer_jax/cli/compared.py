@@ -49,9 +49,10 @@ def _of_alpha(
         rule = replace(preset.ranking if own else RANKINGS[name], prior_tokens=asked if has_prior(name) else 0.0)
         rule = replace(rule, alpha=alpha) if isinstance(rule, Votes) else rule
         compensations = options.compensation or [preset.compensation if own else 0.0]
-        for compensation, allocation, keep in product(compensations, allocations, keeps):
+        linear = [preset.linear] if options.linear is None else [asked == "yes" for asked in options.linear]
+        for compensation, beside, allocation, keep in product(compensations, linear, allocations, keeps):
             shares = {"beta": keep, "allocation": allocation, "layers": layers}
-            yield replace(preset, rule=rule, compensation=compensation, **shares)
+            yield replace(preset, rule=rule, compensation=compensation, linear=beside, **shares)
 
 
 def refuse_unused(

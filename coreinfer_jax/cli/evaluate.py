@@ -56,6 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of their mean at which dropped neurons stand, [0, 1]",
     )
     parser.add_argument(
+        "--linear",
+        nargs="+",
+        choices=("yes", "no"),
+        help="whether the calibration's linear neurons stand for dropped ones (yes); both to compare",
+    )
+    parser.add_argument(
         "--allocation",
         nargs="+",
         choices=ALLOCATIONS,

@@ -58,6 +58,7 @@ def title(result: dict[str, Any]) -> str:
     """What a setting does, whatever it keeps."""
     parts = [result["rule"]]
     parts += [f"{result['compensation']:g} of the mean"] if result["compensation"] else []
+    parts += ["no linear neurons"] if not result["linear"] else []
     parts += [f"prior {result['prior_tokens']:g}"] if result["prior_tokens"] else []
     parts += [f"alpha {result['alpha']:g}"] if "votes" in result["rule"] else []
     parts += ["layers alike"] if result["allocation"] == "equal" else []

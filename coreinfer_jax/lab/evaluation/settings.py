@@ -140,4 +140,5 @@ def described(setting: Setting) -> dict[str, Any]:
         "known": "continuation" if isinstance(setting, Foreknown) else "context",
         "layers": own.layers,
         "allocation": own.allocation,
+        "linear": not isinstance(own, CoreConfig) or own.linear,
     }
