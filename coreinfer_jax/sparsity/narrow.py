@@ -123,14 +123,16 @@ def _with_mlps(params: Params, indices: Indices, offsets: Offsets, linear: Linea
     """`params` with the MLPs of all layers that `indices` narrow replaced by what `gather` makes of them."""
     chosen = {l: layer_indices for l, layer_indices in enumerate(indices) if layer_indices is not None}
     known = explained_by(params)
-    # Only the MLPs pass through the compiled gather: whatever a jit returns untouched it copies.
-    gathered = gather(
-        [params.layers[l].mlp for l in chosen],
-        list(chosen.values()),
-        [offsets[l] for l in chosen],
-        [known.fits[l] if known is not None and linear is not None and linear[l] else None for l in chosen],
-    )
-    narrowed = dict(zip(chosen, gathered, strict=True))
+    fits = {l: known.fits[l] for l in chosen if known is not None and linear is not None and linear[l]}
+    # Layers with linear neurons pass one by one: each needs a float32 copy of the down projection that it keeps, and
+    # one program for all would hold those of all layers.
+    passes = [[l for l in chosen if l not in fits], *([l] for l in fits)]
+    narrowed: dict[int, Mlp] = {}
+    for own in filter(None, passes):
+        # Only the MLPs pass through the compiled gather: whatever a jit returns untouched it copies.
+        mlps = [params.layers[l].mlp for l in own]
+        gathered = gather(mlps, [chosen[l] for l in own], [offsets[l] for l in own], [fits.get(l) for l in own])
+        narrowed |= dict(zip(own, gathered, strict=True))
     layers = tuple(replace(layer, mlp=narrowed[l]) if l in narrowed else layer for l, layer in enumerate(params.layers))
     return replace(params.weights, layers=layers)
 
