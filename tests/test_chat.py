@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +159,28 @@ def test_a_system_message_needs_a_template(typed, templated):
     assert "--system" in err
     _, out, _ = typed(["Hello"], "--system", "Be brief", "--temperature", "0", model=templated)
     assert out == reply_of(templated, "<system> Be brief\n<user> Hello\n<assistant>") + "\n"
+
+
+def test_a_reply_ends_at_the_tokenizers_end_of_turn(typed, templated, tmp_path, capsys):
+    """The config's EOS is another token, and the template ends a turn with one that the model makes in its reply."""
+    params, tokenizer = ci.load(templated)
+    prompt = tokenizer.encode("<user> Hello\n<assistant>")
+    made = ci.generate(params, [prompt], ci.CoreConfig(beta=0.5), max_new_tokens=12).tokens[0].tolist()
+    last = made[2]
+    model = tmp_path / "model"
+    shutil.copytree(templated, model)
+    described = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    vocabulary = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    text = next(piece for piece, i in vocabulary.items() if i == last)
+    declared = described.get("added_tokens_decoder", {}) | {str(last): {"content": text, "special": True}}
+    end = "{{ '" + text + "' if message['role'] == 'assistant' else '' }}\n{% endfor %}"
+    described |= {"added_tokens_decoder": declared, "chat_template": TEMPLATE.replace("\n{% endfor %}", end)}
+    (model / "tokenizer_config.json").write_text(json.dumps(described))
+    _, _, err = typed(["Hello"], "--temperature", "0", model=model)
+    assert " + 3 new tokens" in err
+    greedy = ["--beta", "0.5", "--temperature", "0", "--json"]
+    assert main(["generate", "Hello", "--chat", "--model", str(model), *greedy]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == made[:3]
 
 
 def test_generate_applies_the_template(capsys, templated):

@@ -209,6 +209,35 @@ def test_added_tokens_beside_a_bare_model(llama2, tmp_path, where):
     assert tokenizer.encode("<s>") == [1, *reference.encode("<s>")]  # declared by no file: text, as to sentencepiece
 
 
+NAMED = {
+    "a name": {"tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}},
+    "objects": {"special_tokens_map": {"eos_token": {"content": "</s>", "lstrip": False}, "pad_token": "<s>"}},
+    "without a name": {"tokenizer_config": {"additional_special_tokens": ["</s>", {"content": "<s>"}]}},
+}
+
+
+@pytest.mark.parametrize("where", NAMED)
+def test_what_files_call_a_special_token_is_one_in_prompts(llama2, tmp_path, where):
+    reference = sentencepiece_of(llama2)
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, **NAMED[where]))
+    ids = tokenizer.encode("a</s>b<s>c")
+    assert ids == [1, *reference.encode("a"), 2, *reference.encode("b"), 1, *reference.encode("c")]
+    assert tokenizer.decode(ids) == "a b c"
+
+
+def test_special_tokens_in_prompts_are_those_of_transformers(llama2, tmp_path):
+    copy(llama2, tmp_path, tokenizer_config=NAMED["a name"]["tokenizer_config"] | {"tokenizer_class": "LlamaTokenizer"})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("a</s>b<s>c<unk>d")["input_ids"]
+    ours = load_tokenizer(tmp_path).encode("a</s>b<s>c<unk>d")
+    assert [i for i in ours if i < 3] == [1, 2, 1, 0]
+    assert [i for i in theirs if i < 3][-3:] == [2, 1, 0]  # some releases put a BOS in front
+
+
+def test_a_special_token_that_the_vocabulary_lacks_stays_text(llama2, tmp_path):
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config={"pad_token": "<pad>", "eos_token": "</s>"}))
+    assert tokenizer.encode("a<pad>b") == [1, *sentencepiece_of(llama2).encode("a<pad>b")]
+
+
 def test_white_space_beside_an_added_token_may_belong_to_it(llama2, tmp_path):
     reference = sentencepiece_of(llama2)
     tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config=added_behind(len(reference))))

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import FrameType
 
-from coreinfer_jax.cli import arguments
+from coreinfer_jax.cli import arguments, drawing
 from coreinfer_jax.cli.reply import Reply, facts
 from coreinfer_jax.engine.conversation import Conversation, converse
-from coreinfer_jax.engine.options import drawing_of
+from coreinfer_jax.engine.options import GenerateOptions
 from coreinfer_jax.engine.prompts import check_length
 from coreinfer_jax.errors import CoreInferError, one_line
 from coreinfer_jax.model.weights import Params
@@ -29,12 +29,13 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class _Model:
-    """What answers, and by which core neurons."""
+    """What answers, by which core neurons, and how its tokens are drawn in the first turn."""
 
     params: Params
     tokenizer: Tokenizer
     core: Chooser | Recommended | None
     groups: Groups | None
+    drawn: GenerateOptions
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     arguments.add_model(parser)
     arguments.add_core(parser)
-    arguments.add_sampling(parser, temperature=0.7, new_tokens=NEW_TOKENS)
+    drawing.add_sampling(parser, temperature=0.7, new_tokens=NEW_TOKENS)
     parser.add_argument("--system", metavar="TEXT", help="what the chat template puts before the conversation")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
     arguments.core_config(options)
-    arguments.check_stops(options)
+    drawing.check_stops(options)
     if options.system is not None:
         arguments.check_text("system message", options.system)
     params, tokenizer = arguments.load_model(options)
     core = arguments.core_config(options, params)
-    model = _Model(params, tokenizer, core, arguments.load_groups(options, params, core))
+    groups = arguments.load_groups(options, params, core)
     check_length(1, _most(options), params.config)
-    drawing_of(arguments.sampling(options, params.config, tokenizer), params.config)
+    drawn = drawing.sampling(options, params.config, tokenizer, is_chat=True)
+    model = _Model(params, tokenizer, core, groups, drawn)
     if find_spec("readline"):
         import readline  # noqa: F401 - gives input() editing and history
     opening = () if options.system is None else ({"role": "system", "content": options.system},)
@@ -79,7 +81,7 @@ def _run(options: argparse.Namespace) -> None:
             _say("[the conversation is forgotten]")
             continue
         try:
-            session = _turn(options, model, session, line, (options.seed + turn) % 2**63)
+            session = _turn(options, model, session, line, turn)
         except CoreInferError as error:
             _say(f"\ncoreinfer: error: {one_line(str(error))} ({RESET} starts over)")
             session = _still_alive(session)
@@ -116,15 +118,15 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: str, seed: int) -> _Session:
+def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: str, turn: int) -> _Session:
     """The session after one line of the user and the model's reply to it, which is printed as it comes."""
     arguments.check_text("line", line)
     params, tokenizer = model.params, model.tokenizer
     messages = (*session.messages, {"role": "user", "content": line})
     prompt = _encode(tokenizer, messages)
     new = min(_most(options), arguments.most_new_tokens(params.config, len(prompt)))
-    drawn = arguments.sampling(options, params.config, tokenizer)
-    wanted = drawn | {"key": seed, "groups": model.groups, "max_new_tokens": new}
+    key = (options.seed or 0) + turn
+    wanted = model.drawn | {"key": key % 2**63, "groups": model.groups, "max_new_tokens": new}
     chunks = converse(params, prompt, session.conversation, model.core, **wanted)
     reply = Reply(tokenizer, prompt, options.stop)
     with _interruptible() as interrupted:

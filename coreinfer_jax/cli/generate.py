@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from coreinfer_jax.cli import arguments
+from coreinfer_jax.cli import arguments, drawing
 from coreinfer_jax.cli.reply import Reply, facts
 from coreinfer_jax.engine.generation import stream
 
@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="PROMPT is a question: apply the model's chat template")
     arguments.add_model(parser)
     arguments.add_core(parser)
-    arguments.add_sampling(parser, temperature=0.0, new_tokens=NEW_TOKENS)
+    drawing.add_sampling(parser, temperature=0.0, new_tokens=NEW_TOKENS)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.set_defaults(run=_run)
 
@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     arguments.check_text("prompt", options.prompt)
     arguments.core_config(options)
-    arguments.check_stops(options)
+    drawing.check_stops(options)
     params, tokenizer = arguments.load_model(options)
     core = arguments.core_config(options, params)
     groups = arguments.load_groups(options, params, core)
@@ -37,7 +37,7 @@ def _run(options: argparse.Namespace) -> None:
         prompt = tokenizer.encode(options.prompt)
     asked = options.max_new_tokens
     new = min(NEW_TOKENS, arguments.most_new_tokens(params.config, len(prompt))) if asked is None else asked
-    drawn = arguments.sampling(options, params.config, tokenizer)
+    drawn = drawing.sampling(options, params.config, tokenizer, options.chat)
     chunks = stream(params, [prompt], core, **drawn | {"groups": groups, "max_new_tokens": new})
 
     def show(text: str) -> None:

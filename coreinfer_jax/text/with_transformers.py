@@ -26,6 +26,8 @@ class TransformersTokenizer:
         try:
             self._tokenizer: Any = _open(directory)
             self._backend = _byte_fallback_backend(self._tokenizer)
+            declared = self._tokenizer.added_tokens_decoder.items()
+            self._special = {str(token.content): int(i) for i, token in declared if token.special}
             self.decode(self.encode("a"))  # some mistakes show only in use
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -53,8 +55,13 @@ class TransformersTokenizer:
 
     def special_id(self, text: str) -> int | None:
         """See `Tokenizer.special_id`."""
-        declared = self._tokenizer.added_tokens_decoder.items()
-        return next((int(i) for i, token in declared if token.special and token.content == text), None)
+        return self._special.get(text)
+
+    @property
+    def eos_id(self) -> int | None:
+        """See `Tokenizer.eos_id`."""
+        number = self._tokenizer.eos_token_id
+        return None if number is None else int(number)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """See `Tokenizer.encode_chat`."""
