@@ -1,6 +1,7 @@
 """The command line on a real small model: what it prints, and one line and status 2 for every mistake."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -390,6 +391,20 @@ def test_a_device_that_is_not_there(run, tinystories, device):
     if jax.default_backend() == device:
         pytest.skip(f"there is a {device}")
     assert_refused(run("generate", PROMPT, "--model", tinystories, "--device", device), f"--device {device}")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "abacus"])
+def test_a_platform_that_is_not_there(platform):
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from coreinfer_jax.cli import main; sys.exit(main())",
+        "generate",
+        PROMPT,
+    ]
+    environment = {**os.environ, "JAX_PLATFORMS": platform}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert_refused((done.returncode, done.stdout, done.stderr), f"JAX_PLATFORMS={platform}: ")
 
 
 def test_a_prompt_that_is_no_unicode(run, tinystories):

@@ -3,7 +3,7 @@
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -74,6 +74,12 @@ def _run(options: argparse.Namespace) -> None:
             raise CoreInferError("--system: this model has no chat template to put it in; leave the option out")
         _say("[no chat template: what you write and what the model answers is one text that it continues]")
     _say(f"[{RESET} forgets the conversation, {END} or Ctrl-D ends, Ctrl-C stops a reply]")
+    with _handler(signal.default_int_handler):
+        _converse(options, model, opening)
+
+
+def _converse(options: argparse.Namespace, model: _Model, opening: tuple[Message, ...]) -> None:
+    """Turn after turn, from `opening` on, until the user ends."""
     session = _Session(opening)
     for turn, line in enumerate(_lines()):
         if line == RESET:
@@ -167,9 +173,16 @@ def _interruptible() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         pressed.append(number)
 
+    with _handler(press):
+        yield pressed
+
+
+@contextmanager
+def _handler(press: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """What Ctrl-C does meanwhile, in the place of what it does to other commands, which is to end them."""
     before = signal.signal(signal.SIGINT, press)
     try:
-        yield pressed
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
