@@ -12,7 +12,7 @@ from threading import Thread
 from types import FrameType
 
 # After a signal, for what is in progress to be cleared away.
-GRACE_SECONDS = 0.5
+GRACE_SECONDS = 0.3
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -50,9 +50,11 @@ def _end_on_signals() -> list[int]:
     """
     received: list[int] = []
 
-    def interrupt(number: int, _: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         if received:
             return
+        if _is_importing(frame):
+            os._exit(128 + number)
         received.append(number)
         sys.unraisablehook = lambda _: None
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -65,6 +67,15 @@ def _end_on_signals() -> list[int]:
         signal.signal(number, interrupt)
     Thread(target=_end_after_grace, args=(reading, interrupt), daemon=True).start()
     return received
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether the main thread imports a module: compiled modules that import others may abort at an exception."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _end_after_grace(reading: int, handler: object) -> None:

@@ -1,5 +1,6 @@
 """The command line on a real small model: what it prints, and one line and status 2 for every mistake."""
 
+import io
 import json
 import os
 import re
@@ -405,6 +406,35 @@ def test_a_platform_that_is_not_there(platform):
     environment = {**os.environ, "JAX_PLATFORMS": platform}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert_refused((done.returncode, done.stdout, done.stderr), f"JAX_PLATFORMS={platform}: ")
+
+
+def test_a_prompt_from_a_file_or_from_standard_input(run, generate, tinystories, tmp_path, monkeypatch):
+    expected = generate()["tokens"]
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n")
+    options = ["--model", tinystories, "--max-new-tokens", 24, "--dtype", "float32", "--json"]
+    assert json.loads(run("generate", "--file", file, *options)[1])["tokens"] == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    assert json.loads(run("generate", "-", *options)[1])["tokens"] == expected
+    long = " ".join(["word"] * 28_000)  # 140 kB: more than an argument may be long, and than this model reads
+    file.write_text(long)
+    assert_refused(run("generate", "--file", file, *options), "shorten the prompt")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(long))
+    assert_refused(run("generate", "-", *options), "shorten the prompt")
+
+
+def test_prompts_that_cannot_be_read(run, tinystories, tmp_path, monkeypatch):
+    pipe, latin, large = tmp_path / "pipe", tmp_path / "latin", tmp_path / "large"
+    os.mkfifo(pipe)
+    latin.write_bytes("K\xf6nig".encode("latin-1"))
+    with large.open("wb") as stream:
+        stream.truncate(2**40)
+    for file in (tmp_path, tmp_path / "missing", pipe, latin, large):
+        assert_refused(run("generate", "--file", file, "--model", tinystories), str(file))
+    assert_refused(run("generate", PROMPT, "--file", latin, "--model", tinystories), "--file FILE")
+    for empty in ("", "\n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(empty))
+        assert_refused(run("generate", "-", "--model", tinystories), "empty")
 
 
 def test_a_prompt_that_is_no_unicode(run, tinystories):

@@ -12,10 +12,10 @@ import pytest
 import sentencepiece
 import transformers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import coreinfer_jax as ci
-from coreinfer_jax.text import TOKENIZER_FILES, load_tokenizer
+from coreinfer_jax.text import TOKENIZER_FILES, load_tokenizer, with_transformers
 
 # How sentencepiece writes a space: it decodes to one.
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -140,6 +140,21 @@ def test_published_ids(real_data, llama2, name, text, ids):
     tokenizer = load_tokenizer({"opt": real_data / "tokenizers" / "opt", "llama2": llama2}[name])
     assert tokenizer.encode(text) == ids
     assert tokenizer.decode(ids) == text
+
+
+def test_a_release_of_transformers_that_loses_spaces_is_named(tinystories, monkeypatch):
+    """As one that builds a byte-level tokenizer anew, with sentencepiece's sections in the place of its own."""
+    opened = with_transformers._open
+
+    def rebuilt(directory: Path) -> object:
+        tokenizer = opened(directory)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "")
+        return tokenizer
+
+    assert load_tokenizer(tinystories) is not None
+    monkeypatch.setattr(with_transformers, "_open", rebuilt)
+    with pytest.raises(ci.CoreInferError, match=r"transformers \d.* loses the spaces of texts"):
+        load_tokenizer(tinystories)
 
 
 def test_a_model_config_beside_a_tokenizer_changes_no_ids(data, tmp_path):

@@ -24,6 +24,11 @@ from coreinfer_jax.text import Tokenizer
 HELP = "talk to a model, its core neurons chosen anew each turn"
 NEW_TOKENS = 256
 RESET, END = "/reset", "/exit"
+WHEN_FULL = ("trim", "wait")
+# The share of the model's positions that a reply has at least, if it asks for so many, and the share that a trimmed
+# conversation takes at most. That is less than it might, because the model reads what was trimmed anew.
+LEAST_FOR_REPLY, MOST_AFTER_TRIMMING = 1 / 4, 1 / 2
+_REMEDY = {"trim": "the next turn takes some", "wait": f"{RESET} starts over"}
 Message = dict[str, str]
 
 
@@ -52,6 +57,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     arguments.add_core(parser)
     drawing.add_sampling(parser, temperature=0.7, new_tokens=NEW_TOKENS)
     parser.add_argument("--system", metavar="TEXT", help="what the chat template puts before the conversation")
+    parser.add_argument(
+        "--when-full",
+        choices=WHEN_FULL,
+        default=WHEN_FULL[0],
+        help=f"what a conversation that fills the model's positions does: lose its oldest turns, or wait for {RESET} "
+        "(%(default)s)",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -129,6 +141,8 @@ def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: s
     arguments.check_text("line", line)
     params, tokenizer = model.params, model.tokenizer
     messages = (*session.messages, {"role": "user", "content": line})
+    if options.when_full == "trim":
+        messages = _trimmed(messages, model, _most(options))
     prompt = _encode(tokenizer, messages)
     new = min(_most(options), arguments.most_new_tokens(params.config, len(prompt)))
     key = (options.seed or 0) + turn
@@ -146,11 +160,34 @@ def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: s
     _say(
         facts(chunk.stats, len(reply.tokens), model.groups)
         + (" [stopped]" if interrupted else "")
-        + (f" [no room is left: {RESET} starts over]" if full else "")
+        + (f" [no room is left: {_REMEDY[options.when_full]}]" if full else "")
     )
     return replace(
         session, messages=(*messages, {"role": "assistant", "content": reply.text}), conversation=conversation
     )
+
+
+def _trimmed(messages: tuple[Message, ...], model: _Model, reply_tokens: int) -> tuple[Message, ...]:
+    """`messages` without their oldest turns, as many as it takes for a reply to have room; this is said."""
+    positions, kept = model.params.config.max_positions, messages
+    room = positions - len(_encode(model.tokenizer, messages))
+    if room >= min(reply_tokens, int(LEAST_FOR_REPLY * positions)):
+        return messages
+    while _turns(kept) > 1 and len(_encode(model.tokenizer, kept)) > MOST_AFTER_TRIMMING * positions:
+        kept = _without_oldest_turn(kept)
+    if turns := _turns(messages) - _turns(kept):
+        _say(f"[no room was left: the oldest {turns} turn{'s are' if turns > 1 else ' is'} forgotten]")
+    return kept
+
+
+def _turns(messages: tuple[Message, ...]) -> int:
+    return sum(message["role"] == "user" for message in messages)
+
+
+def _without_oldest_turn(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """`messages` without the first of the user and its reply; what comes before them stays."""
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    return messages[:first] + messages[first + 2 :]
 
 
 def _encode(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> list[int]:
