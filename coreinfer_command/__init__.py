@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from threading import Thread
 from types import FrameType
+from typing import NoReturn
 
 # After a signal, for what is in progress to be cleared away.
 GRACE_SECONDS = 0.3
@@ -34,8 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         # While Python ends there is nothing left to clear away.
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, _end)
     return 128 + received[0] if received else status
+
+
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    os._exit(128 + number)
 
 
 def _end_on_signals() -> list[int]:
@@ -54,7 +59,7 @@ def _end_on_signals() -> list[int]:
         if received:
             return
         if _is_importing(frame):
-            os._exit(128 + number)
+            _end(number, frame)
         received.append(number)
         sys.unraisablehook = lambda _: None
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

@@ -18,6 +18,7 @@ FIRST, LAST = 0.3, 6.0
 # Until a process is gone: the second that a user would wait, and what a busy machine adds.
 MOST_SECONDS = 2.0
 START = "import sys; from coreinfer_command import main; sys.exit(main())"
+NAMES = ("generate", "generate-narrowed", "info", "convert", "eval", "calibrate", "train", "chat")
 PROMPT = "Once upon a time there was a king."
 
 
@@ -74,28 +75,28 @@ def main() -> int:
     parser.add_argument("--commands", nargs="*", default=[])
     options = parser.parse_args()
     violations = 0
-    with tempfile.TemporaryDirectory() as directory:
-        known = commands(Path(directory))
-        for name in options.commands or known:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if name == "chat" and number == signal.SIGINT:  # which stops a reply, and not the chat
-                    continue
-                ends = []
-                for turn in range(options.times):
-                    moment = FIRST + (LAST - FIRST) * turn / max(1, options.times - 1)
-                    status, took, told = interrupted(known[name], moment, number)
-                    wrong = complaint(number, status, took, told)
-                    violations += wrong is not None
-                    ends.append((status, took))
-                    if wrong:
-                        print(f"{name}, {number.name} after {moment:.1f} s: {wrong}\n{told}", flush=True)
-                statuses = sorted({status for status, _ in ends})
-                longest = max(took for _, took in ends)
-                print(
-                    f"{name}, {number.name}: {len(ends)} times, statuses {statuses}, at most {longest:.2f} s",
-                    flush=True,
-                )
+    for name in options.commands or NAMES:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if name == "chat" and number == signal.SIGINT:  # which stops a reply, and not the chat
+                continue
+            violations += tried(name, number, options.times)
     return int(violations > 0)
+
+
+def tried(name: str, number: signal.Signals, times: int) -> int:
+    """How many of so many tries of a command have ended otherwise than they should; all are told."""
+    ends, violations = [], 0
+    for turn in range(times):
+        moment = FIRST + (LAST - FIRST) * turn / max(1, times - 1)
+        with tempfile.TemporaryDirectory() as directory:
+            status, took, told = interrupted(commands(Path(directory))[name], moment, number)
+        ends.append((status, took))
+        if wrong := complaint(number, status, took, told):
+            violations += 1
+            print(f"{name}, {number.name} after {moment:.1f} s: {wrong}\n{told}", flush=True)
+    statuses, longest = sorted({status for status, _ in ends}), max(took for _, took in ends)
+    print(f"{name}, {number.name}: {times} times, statuses {statuses}, at most {longest:.2f} s", flush=True)
+    return violations
 
 
 if __name__ == "__main__":
