@@ -248,6 +248,13 @@ def test_special_tokens_in_prompts_are_those_of_transformers(llama2, tmp_path):
     assert [i for i in theirs if i < 3][-3:] == [2, 1, 0]  # some releases put a BOS in front
 
 
+@pytest.mark.parametrize("name", ["\ud800", "<\udfff>", "a" * 100_000, ""])
+def test_a_special_token_that_is_no_text_is_none(llama2, tmp_path, name):
+    config = {"pad_token": name, "additional_special_tokens": [name, 5, None, {"content": name}]}
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config=config))
+    assert tokenizer.encode("a</s>b") == [1, *sentencepiece_of(llama2).encode("a</s>b")]
+
+
 def test_a_special_token_that_the_vocabulary_lacks_stays_text(llama2, tmp_path):
     tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config={"pad_token": "<pad>", "eos_token": "</s>"}))
     assert tokenizer.encode("a<pad>b") == [1, *sentencepiece_of(llama2).encode("a<pad>b")]

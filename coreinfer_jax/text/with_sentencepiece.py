@@ -107,7 +107,7 @@ class SentencePieceTokenizer:
 
     def _piece(self, text: str) -> int | None:
         """The piece that `text` is, if it is; of those that no text produces as well."""
-        i = int(self._processor.piece_to_id(text))
+        i = int(self._processor.piece_to_id(text.encode(errors="replace")))  # JSON may hold lone surrogates
         return i if str(self._processor.id_to_piece(i)) == text else None
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -25,7 +25,8 @@ PROMPT = "Once upon a time there was a king."
 def commands(work: Path) -> dict[str, list[str]]:
     """Commands that take longer than the last moment, or end well before it; `work` is an empty directory."""
     texts = work / "texts.txt"
-    texts.write_text("\n".join(f"{PROMPT} He had {number} sons, and all of them went away." for number in range(400)))
+    stories = (f"{PROMPT} He had {number} sons, and all of them went away.\n<|endoftext|>\n" for number in range(400))
+    texts.write_text("".join(stories))
     return {
         "generate": ["generate", PROMPT, "--max-new-tokens", "400", "--seed", "1"],
         "generate-narrowed": ["generate", PROMPT, "--model", "embedded:llama", "--beta", "0.37", "--min-p", "0.01"],
@@ -39,7 +40,10 @@ def commands(work: Path) -> dict[str, list[str]]:
 
 
 def interrupted(arguments: list[str], seconds: float, number: int) -> tuple[int, float, str]:
-    """The status of a command that gets a signal after so many seconds, how long it took to end, what it complained."""
+    """How a command ends that gets a signal after so many seconds: its status, the seconds it took, what it complained.
+
+    The status is as a shell tells it, also where the signal itself has ended the process.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", START, *arguments],
         stdin=subprocess.PIPE,
@@ -56,7 +60,8 @@ def interrupted(arguments: list[str], seconds: float, number: int) -> tuple[int,
             process.kill()
         took = time.perf_counter() - began
         assert process.stderr is not None
-        return process.returncode, took, process.stderr.read()
+        status = process.returncode
+        return 128 - status if status < 0 else status, took, process.stderr.read()
 
 
 def complaint(number: int, status: int, took: float, told: str) -> str | None:
