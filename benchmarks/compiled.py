@@ -153,7 +153,7 @@ def _decode(asked: Asked, params: Params, keep: float | None) -> Program:
 
     def rows() -> Any:
         cache, none = init_cache(config, asked.rows, asked.capacity, DTYPE), jnp.zeros(asked.rows, jnp.int32)
-        drawing = Drawing(jax.random.key(0), 0.8, 40, 0.9, ()) if asked.sampled else GREEDY
+        drawing = Drawing(jax.random.key(0), 0.8, 40, 0.9) if asked.sampled else GREEDY
         sampling = make_sampling(config, asked.rows, drawing, asked.capacity)
         return first_drawn(cache, jnp.zeros((asked.rows, config.vocab_size)), none, none, sampling)
 

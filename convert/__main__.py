@@ -2,7 +2,7 @@
 
 import sys
 
-from coreinfer_jax.cli import main
+from coreinfer_command import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_a_full_conversation_says_so_and_goes_on_after_reset(typed):
 def test_a_reply_is_as_long_as_there_is_room_for(typed):
     """512 positions: the second reply has not the 200 that were asked for, and the third none."""
     lines = ["word " * 100, "word " * 100, "word"]
-    status, _, err = typed(lines, "--max-new-tokens", "200", "--temperature", "0")
+    status, _, err = typed(lines, "--max-new-tokens", "200", "--temperature", "0", "--when-full", "wait")
     facts = [line for line in err.splitlines() if "MLP neurons" in line]
     counts = [tuple(map(int, re.search(r"(\d+) prompt.* \+ (\d+) new tokens", line).groups())) for line in facts]
     assert status == 0
@@ -127,6 +128,39 @@ def test_a_reply_is_as_long_as_there_is_room_for(typed):
     assert sum(counts[1]) == 512
     assert facts[1].endswith("[no room is left: /reset starts over]")
     assert "exceed the model's 512 positions" in err
+
+
+def test_a_long_conversation_forgets_its_oldest_turns(typed, templated, monkeypatch):
+    """And goes on with what a conversation of the others alone would say; what comes before them all stays."""
+    asked = []
+    encode = chat._encode
+
+    def recorded(tokenizer, messages):
+        asked.append(messages)
+        return encode(tokenizer, messages)
+
+    monkeypatch.setattr(chat, "_encode", recorded)
+    lines = [f"{number} " + "word " * 60 for number in range(12)]
+    status, _, err = typed(lines, "--system", "Be brief", "--temperature", "0", model=templated)
+    assert (status, err.count("MLP neurons"), "error" in err) == (0, 12, False)
+    assert re.search(r"\[no room was left: the oldest \d+ turns are forgotten\]", err)
+    _, tokenizer = ci.load(templated)
+    last = asked[-1]
+    assert last[0] == {"role": "system", "content": "Be brief"}
+    assert [message["role"] for message in last[1:]] == ["user", "assistant"] * (len(last) // 2 - 1) + ["user"]
+    said = [message["content"].strip() for message in last if message["role"] == "user"]
+    assert said == [line.strip() for line in lines][-len(said) :]
+    assert len(encode(tokenizer, last)) + 12 <= 512
+
+
+def test_trimming_keeps_the_last_turn_and_can_be_left_out(typed):
+    """One line that is too long is refused in either way; a conversation that is left alone waits for /reset."""
+    for how in ("trim", "wait"):
+        _, _, err = typed(["The king", "word " * 600], "--when-full", how)
+        assert "exceed the model's 512 positions" in err
+    lines = ["word " * 100] * 6
+    assert "exceed" not in typed(lines)[2]
+    assert "exceed" in typed(lines, "--when-full", "wait")[2]
 
 
 def test_a_mistake_leaves_what_was_read(typed, monkeypatch):
@@ -158,6 +192,38 @@ def test_a_system_message_needs_a_template(typed, templated):
     assert "--system" in err
     _, out, _ = typed(["Hello"], "--system", "Be brief", "--temperature", "0", model=templated)
     assert out == reply_of(templated, "<system> Be brief\n<user> Hello\n<assistant>") + "\n"
+
+
+def test_a_reply_ends_at_the_tokenizers_end_of_turn(typed, templated, tmp_path, capsys):
+    """The config's EOS is another token, and the template ends a turn with one that the model makes in its reply."""
+    params, tokenizer = ci.load(templated)
+    prompt = tokenizer.encode("<user> Hello\n<assistant>")
+    made = ci.generate(params, [prompt], ci.CoreConfig(beta=0.5), max_new_tokens=12).tokens[0].tolist()
+    last = made[2]
+    model = tmp_path / "model"
+    shutil.copytree(templated, model)
+    described = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    vocabulary = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    text = next(piece for piece, i in vocabulary.items() if i == last)
+    declared = described.get("added_tokens_decoder", {}) | {str(last): {"content": text, "special": True}}
+    end = "{{ '" + text + "' if message['role'] == 'assistant' else '' }}\n{% endfor %}"
+    described |= {"added_tokens_decoder": declared, "chat_template": TEMPLATE.replace("\n{% endfor %}", end)}
+    (model / "tokenizer_config.json").write_text(json.dumps(described))
+    _, _, err = typed(["Hello"], "--temperature", "0", model=model)
+    assert " + 3 new tokens" in err
+    greedy = ["--beta", "0.5", "--temperature", "0", "--json"]
+    assert main(["generate", "Hello", "--chat", "--model", str(model), *greedy]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == made[:3]
+
+
+def test_generate_puts_a_system_message_before_the_question(capsys, templated):
+    greedy = ["--beta", "0.5", "--max-new-tokens", "12", "--temperature", "0", "--json"]
+    asked = ["generate", "Hello", "--chat", "--system", "Be brief", "--model", str(templated)]
+    assert main([*asked, *greedy]) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    assert text == reply_of(templated, "<system> Be brief\n<user> Hello\n<assistant>")
+    assert main(["generate", "Hello", "--system", "Be brief"]) == 2
+    assert "--system" in capsys.readouterr().err
 
 
 def test_generate_applies_the_template(capsys, templated):

@@ -1,6 +1,8 @@
 """The command line on a real small model: what it prints, and one line and status 2 for every mistake."""
 
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -166,10 +168,42 @@ def test_sampling_defaults_to_what_the_model_recommends(run, generate, tinystori
     assert generate("--top-k", 1, model=model)["tokens"] == generate()["tokens"]
     recommend(do_sample=False, temperature=0.9)
     assert generate(model=model)["tokens"] == generate()["tokens"]
-    recommend(do_sample=True)
-    assert generate(model=model)["tokens"] == generate("--temperature", 1)["tokens"]
-    recommend(do_sample=True, temperature="hot")
-    assert_refused(run("generate", PROMPT, "--model", model), "temperature='hot'")
+    recommend(do_sample=True)  # transformers draws among the 50 most probable where a file says no more
+    drawn = generate("--temperature", 2, "--top-k", 50)["tokens"]
+    assert generate("--temperature", 2, model=model)["tokens"] == drawn != generate("--temperature", 2)["tokens"]
+    recommend(do_sample=True, temperature=2.0, top_k=0)
+    assert generate(model=model)["tokens"] == generate("--temperature", 2)["tokens"]
+    recommend(repetition_penalty=1.8, no_repeat_ngram_size=2)
+    penalised = generate("--repetition-penalty", 1.8, "--no-repeat-ngram-size", 2)["tokens"]
+    assert generate(model=model)["tokens"] == penalised != generate()["tokens"]
+    recommend(do_sample=True, temperature="hot", top_p=7, min_p=-1)
+    assert_refused(run("generate", PROMPT, "--model", model), f"{model / 'generation_config.json'}: temperature='hot'")
+    assert generate("--temperature", 0, model=model)["tokens"] == generate()["tokens"]
+
+
+def test_recommendations_that_are_not_honoured_are_named(run, tinystories, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tinystories, model, copy_function=shutil.copyfile)
+    fields = {"do_sample": True, "typical_p": 0.9, "bad_words_ids": [[5]], "max_length": 4096, "num_beams": 1}
+    (model / "generation_config.json").write_text(json.dumps(fields))
+    status, _, err = run("generate", PROMPT, "--model", model, "--max-new-tokens", 2)
+    assert status == 0
+    named, _ = err.splitlines()
+    assert named == f"[{model / 'generation_config.json'}: not honoured: typical_p=0.9, bad_words_ids=[[5]]]"
+    status, _, err = run("generate", PROMPT, "--model", model, "--max-new-tokens", 2, "--temperature", 0)
+    assert (status, err.count("\n")) == (0, 1)
+
+
+@pytest.mark.parametrize("options", [["--top-p", "0.9", "--seed", "7"], ["--top-k", "4", "--temperature", "0"]])
+def test_options_of_drawing_where_nothing_is_drawn(run, tinystories, options):
+    status, _, err = run("generate", PROMPT, "--model", tinystories, "--max-new-tokens", 2, *options)
+    assert status == 0
+    named = ", ".join(option for option in options if option.startswith("--") and option != "--temperature")
+    assert err.splitlines()[0] == f"[{named}: without effect where nothing is drawn; add a --temperature above 0]"
+    status, _, err = run(
+        "generate", PROMPT, "--model", tinystories, "--max-new-tokens", 2, "--temperature", 1, "--seed", 7
+    )
+    assert (status, err.count("\n")) == (0, 1)
 
 
 def test_a_converted_model_generates_the_same(run, generate, tinystories, tmp_path):
@@ -216,6 +250,9 @@ GENERATE_MISTAKES = [
     (["--temperature", "-1"], "temperature=-1.0"),
     (["--temperature", "1", "--seed", "99999999999999999999999"], "99999999999999999999999"),
     (["--top-p", "2"], "top_p=2.0"),
+    (["--min-p", "2"], "min_p=2.0"),
+    (["--repetition-penalty", "0"], "repetition_penalty=0.0"),
+    (["--no-repeat-ngram-size", "-1"], "no_repeat_ngram_size=-1"),
     (["--top-k", "0"], "top_k=0"),
     (["--max-new-tokens", "0"], "max_new_tokens=0"),
     (["--max-new-tokens", "-3"], "max_new_tokens=-3"),
@@ -355,6 +392,49 @@ def test_a_device_that_is_not_there(run, tinystories, device):
     if jax.default_backend() == device:
         pytest.skip(f"there is a {device}")
     assert_refused(run("generate", PROMPT, "--model", tinystories, "--device", device), f"--device {device}")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "abacus"])
+def test_a_platform_that_is_not_there(platform):
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from coreinfer_jax.cli import main; sys.exit(main())",
+        "generate",
+        PROMPT,
+    ]
+    environment = {**os.environ, "JAX_PLATFORMS": platform}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert_refused((done.returncode, done.stdout, done.stderr), f"JAX_PLATFORMS={platform}: ")
+
+
+def test_a_prompt_from_a_file_or_from_standard_input(run, generate, tinystories, tmp_path, monkeypatch):
+    expected = generate()["tokens"]
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n")
+    options = ["--model", tinystories, "--max-new-tokens", 24, "--dtype", "float32", "--json"]
+    assert json.loads(run("generate", "--file", file, *options)[1])["tokens"] == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    assert json.loads(run("generate", "-", *options)[1])["tokens"] == expected
+    long = " ".join(["word"] * 28_000)  # 140 kB: more than an argument may be long, and than this model reads
+    file.write_text(long)
+    assert_refused(run("generate", "--file", file, *options), "shorten the prompt")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(long))
+    assert_refused(run("generate", "-", *options), "shorten the prompt")
+
+
+def test_prompts_that_cannot_be_read(run, tinystories, tmp_path, monkeypatch):
+    pipe, latin, large = tmp_path / "pipe", tmp_path / "latin", tmp_path / "large"
+    os.mkfifo(pipe)
+    latin.write_bytes("K\xf6nig".encode("latin-1"))
+    with large.open("wb") as stream:
+        stream.truncate(2**40)
+    for file in (tmp_path, tmp_path / "missing", pipe, latin, large):
+        assert_refused(run("generate", "--file", file, "--model", tinystories), str(file))
+    assert_refused(run("generate", PROMPT, "--file", latin, "--model", tinystories), "--file FILE")
+    for empty in ("", "\n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(empty))
+        assert_refused(run("generate", "-", "--model", tinystories), "empty")
 
 
 def test_a_prompt_that_is_no_unicode(run, tinystories):

@@ -560,6 +560,78 @@ def test_two_rotary_spellings_may_agree(fields, rope):
     assert model_config(LLAMA | new | fields).rope == rope
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+# Rotary settings of each family, all of their fields stated, in the spelling of transformers 5.
+STATED_ROPES = {
+    **{(family, "default"): {"rope_type": "default", "rope_theta": 5e5} for family in FAMILIES if family != "opt"},
+    **{(family, "linear"): LINEAR | {"rope_theta": 5e5} for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2")},
+    **{(family, "llama3"): LLAMA3_ROPE | {"rope_theta": 5e5} for family in ("llama", "mistral", "smollm3")},
+    ("phi3", "longrope"): LONGROPE
+    | {"type": "longrope", "rope_theta": 5e5, "original_max_position_embeddings": 4096, "factor": 4.0}
+    | {"attention_factor": 1.25, "partial_rotary_factor": 1.0},
+}
+del STATED_ROPES["gemma3_text", "default"]  # has two rotations, and other places for them
+# Fields that may also stand at the top level, beside the settings.
+AT_THE_TOP = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+
+
+def otherwise(value: object) -> object:
+    """A value of the same kind that means something else."""
+    if isinstance(value, str):
+        return "linear" if value != "linear" else "llama3"
+    return [2 * one for one in value] if isinstance(value, list) else type(value)(value / 2)
+
+
+@pytest.mark.parametrize(("family", "kind"), STATED_ROPES)
+def test_rotary_settings_that_stand_twice_and_agree_load(family, kind):
+    settings = STATED_ROPES[family, kind]
+    tops = {name: settings[name] for name in AT_THE_TOP if name in settings}
+    once = model_config(FAMILIES[family] | {"rope_parameters": settings})
+    assert once.rope.theta == 5e5
+    for fields in ({"rope_scaling": settings}, tops, tops | {"rope_scaling": settings}):
+        assert model_config(FAMILIES[family] | {"rope_parameters": settings} | fields) == once
+    assert model_config(FAMILIES[family] | {"rope_parameters": settings | {"rope_type": kind, "type": kind}}) == once
+
+
+@pytest.mark.parametrize(("family", "kind"), STATED_ROPES)
+def test_rotary_settings_that_stand_twice_and_disagree_are_refused(family, kind):
+    """Every field in turn says something else in one of its two places."""
+    settings = STATED_ROPES[family, kind]
+    twice = FAMILIES[family] | {"rope_parameters": settings, "rope_scaling": settings}
+    for name, value in settings.items():
+        for spelling in ("rope_parameters", "rope_scaling"):
+            told = refusal(twice | {spelling: settings | {name: otherwise(value)}})
+            assert "rope" in told or name in told
+    for name in (name for name in AT_THE_TOP if name in settings):
+        top = {"rope_parameters": settings, name: otherwise(settings[name])}
+        assert name in refusal(FAMILIES[family] | top)
+    both_names = settings | {"rope_type": kind, "type": otherwise(kind)}
+    assert "keep one" in refusal(FAMILIES[family] | {"rope_parameters": both_names})
+
+
+@pytest.mark.parametrize(("family", "kind"), [key for key in STATED_ROPES if key[0] != "bamboo"])
+def test_rotary_settings_mean_what_they_mean_to_transformers(family, kind):
+    """In whichever place each field stands: moved to the top level, or to the older spelling."""
+    settings = STATED_ROPES[family, kind]
+    tops = {name: settings[name] for name in ("rope_theta", "partial_rotary_factor") if name in settings}
+    inner = {name: value for name, value in settings.items() if name not in tops}
+    sizes = FAMILIES[family] | {"max_position_embeddings": 16384}
+    for fields in ({"rope_parameters": settings}, tops | {"rope_scaling": inner}, tops | {"rope_parameters": inner}):
+        theirs = transformers.AutoConfig.for_model(**sizes | fields).rope_parameters
+        rope = model_config(sizes | fields).rope
+        assert (rope.theta, rope.scaling) == (theirs["rope_theta"], kind.replace("default", "none"))
+        if "factor" in theirs and kind != "longrope":
+            assert rope.factor == theirs["factor"]
+        if "original_max_position_embeddings" in theirs:
+            assert rope.original_max_positions == theirs["original_max_position_embeddings"]
+
+
+def test_an_original_length_that_transformers_would_not_see_is_refused():
+    short = {name: value for name, value in LLAMA3_ROPE.items() if name != "original_max_position_embeddings"}
+    fields = {"rope_scaling": short, "original_max_position_embeddings": 8192}
+    assert "original_max_position_embeddings=8192" in refusal(LLAMA | fields)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral", None, 3, ["opt"]])
 def test_other_families_are_refused(model_type):
     assert repr(model_type) in refusal(OPT | {"model_type": model_type})

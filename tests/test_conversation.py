@@ -101,3 +101,12 @@ def test_mistakes_leave_the_conversation_alive() -> None:
         ci.converse(params, [*TURNS[0], 900], past)
     _, last, _ = answer(params, [*TURNS[0], 9], past, ci.CoreConfig())
     assert last.stats.cached_tokens == (len(TURNS[0]),)
+
+
+def test_a_turn_whose_memory_another_turn_took_is_refused() -> None:
+    params = random_model(MODELS["opt"])
+    turn = ci.converse(params, TURNS[0], max_new_tokens=100)
+    _, middle = next(turn)
+    list(ci.converse(params, [*TURNS[0], 5, 6], middle, max_new_tokens=4))
+    with pytest.raises(ci.CoreInferError, match="another turn has gone on from it"):
+        list(turn)

@@ -31,13 +31,14 @@ class Asked:
     options: dict[str, object]
 
 
-# Lengths, temperatures, EOS sets, seeds and budgets all differ; one row of the state serves two of them in turn.
+# Lengths, temperatures, EOS sets, seeds, budgets and penalties all differ; rows of the state serve two of them in turn.
 REQUESTS = [
     Asked(words(5), {"max_new_tokens": 30}),
     Asked(words(40), {"max_new_tokens": 12, "temperature": 0.8, "top_k": 9, "key": 4}),
     Asked(words(17), {"max_new_tokens": 25, "temperature": 1.1, "top_p": 0.7, "key": 5, "eos_ids": tuple(range(40))}),
     Asked(words(30), {"max_new_tokens": 20, "eos_ids": tuple(range(50, 90))}),
     Asked(words(9), {"max_new_tokens": 7, "temperature": 0.5, "key": 6}),
+    Asked(words(9), {"max_new_tokens": 30, "repetition_penalty": 1.6, "no_repeat_ngram_size": 2}),
 ]
 
 
@@ -101,6 +102,7 @@ def check_says_alone(params: ci.Params, core: Core, multiple: int, monkeypatch: 
         rows.advance(8)
     rows.insert(0, 3, core)
     rows.insert(2, 4, core)
+    rows.insert(1, 5, core)
     while rows.busy:
         rows.advance(64)
     assert [rows.said[number] for number in range(len(REQUESTS))] == expected

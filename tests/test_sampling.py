@@ -45,6 +45,30 @@ def test_draws_stay_inside_the_allowed_set_and_reach_all_of_it(
     assert (np.abs(counts - 20_000 * p) <= 5 * np.sqrt(20_000 * p * (1 - p)) + 1e-6).all()
 
 
+@pytest.mark.parametrize("top_p", [1e-300, 1e-46, 1e-40, 1e-9])
+def test_a_top_p_that_float32_cannot_hold_draws_the_most_probable_token(top_p: float) -> None:
+    logits = jnp.asarray(np.random.default_rng(3).standard_normal((50, OPT.vocab_size)), jnp.float32)
+    drawn = drawn_from(logits, settings(50, temperature=1.0, top_p=top_p, key=0))
+    assert (drawn == np.argmax(logits, axis=-1)).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1.0, 1e30])
+@pytest.mark.parametrize("options", [{}, {"top_p": 1 - 1e-12}, {"min_p": 1e-46}, {"min_p": 1}])
+def test_every_accepted_setting_draws_a_token_that_may_be_drawn(temperature: float, options: dict[str, float]) -> None:
+    logits = np.full((200, OPT.vocab_size), -np.inf, np.float32)
+    logits[:, 7], logits[:, 9] = 3.0, 2.0
+    drawn = drawn_from(jnp.asarray(logits), settings(200, temperature=temperature, key=0, **options))
+    assert set(drawn.tolist()) <= {7, 9}
+
+
+def test_every_seed_is_a_stream_of_its_own() -> None:
+    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**40 + 7, 2**63 - 1, -1, -2, -(2**32), -(2**63)]
+    keys = [drawing_of({"temperature": 1.0, "key": seed}, OPT).key for seed in seeds]
+    assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == len(seeds)
+    for seed, key in zip(seeds[:4], keys, strict=False):
+        assert (jax.random.key_data(key) == jax.random.key_data(jax.random.key(np.uint32(seed)))).all()
+
+
 def test_tokens_that_tie_at_the_cut_are_kept_together() -> None:
     logits = jnp.asarray([[3.0, 1.0, 1.0, 0.0] + [-9.0] * 97], jnp.float32)
     sampling = settings(2000, temperature=1.0, top_k=2, key=0)

@@ -12,10 +12,10 @@ import pytest
 import sentencepiece
 import transformers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import coreinfer_jax as ci
-from coreinfer_jax.text import TOKENIZER_FILES, load_tokenizer
+from coreinfer_jax.text import TOKENIZER_FILES, load_tokenizer, with_transformers
 
 # How sentencepiece writes a space: it decodes to one.
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -142,6 +142,21 @@ def test_published_ids(real_data, llama2, name, text, ids):
     assert tokenizer.decode(ids) == text
 
 
+def test_a_release_of_transformers_that_loses_spaces_is_named(tinystories, monkeypatch):
+    """As one that builds a byte-level tokenizer anew, with sentencepiece's sections in the place of its own."""
+    opened = with_transformers._open
+
+    def rebuilt(directory: Path) -> object:
+        tokenizer = opened(directory)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "")
+        return tokenizer
+
+    assert load_tokenizer(tinystories) is not None
+    monkeypatch.setattr(with_transformers, "_open", rebuilt)
+    with pytest.raises(ci.CoreInferError, match=r"transformers \d.* loses the spaces of texts"):
+        load_tokenizer(tinystories)
+
+
 def test_a_model_config_beside_a_tokenizer_changes_no_ids(data, tmp_path):
     alone = load_tokenizer(data / "tokenizers" / "opt")
     beside = load_tokenizer(copy(data / "tokenizers" / "opt", tmp_path, config={"model_type": "opt"}))
@@ -207,6 +222,42 @@ def test_added_tokens_beside_a_bare_model(llama2, tmp_path, where):
     assert ids == [1, *reference.encode("one"), start, *reference.encode("two"), tool, *reference.encode("three")]
     assert tokenizer.decode(ids) == "one two<tool>three"  # as transformers and sentencepiece leave out special tokens
     assert tokenizer.encode("<s>") == [1, *reference.encode("<s>")]  # declared by no file: text, as to sentencepiece
+
+
+NAMED = {
+    "a name": {"tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}},
+    "objects": {"special_tokens_map": {"eos_token": {"content": "</s>", "lstrip": False}, "pad_token": "<s>"}},
+    "without a name": {"tokenizer_config": {"additional_special_tokens": ["</s>", {"content": "<s>"}]}},
+}
+
+
+@pytest.mark.parametrize("where", NAMED)
+def test_what_files_call_a_special_token_is_one_in_prompts(llama2, tmp_path, where):
+    reference = sentencepiece_of(llama2)
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, **NAMED[where]))
+    ids = tokenizer.encode("a</s>b<s>c")
+    assert ids == [1, *reference.encode("a"), 2, *reference.encode("b"), 1, *reference.encode("c")]
+    assert tokenizer.decode(ids) == "a b c"
+
+
+def test_special_tokens_in_prompts_are_those_of_transformers(llama2, tmp_path):
+    copy(llama2, tmp_path, tokenizer_config=NAMED["a name"]["tokenizer_config"] | {"tokenizer_class": "LlamaTokenizer"})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("a</s>b<s>c<unk>d")["input_ids"]
+    ours = load_tokenizer(tmp_path).encode("a</s>b<s>c<unk>d")
+    assert [i for i in ours if i < 3] == [1, 2, 1, 0]
+    assert [i for i in theirs if i < 3][-3:] == [2, 1, 0]  # some releases put a BOS in front
+
+
+@pytest.mark.parametrize("name", ["\ud800", "<\udfff>", "a" * 100_000, ""])
+def test_a_special_token_that_is_no_text_is_none(llama2, tmp_path, name):
+    config = {"pad_token": name, "additional_special_tokens": [name, 5, None, {"content": name}]}
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config=config))
+    assert tokenizer.encode("a</s>b") == [1, *sentencepiece_of(llama2).encode("a</s>b")]
+
+
+def test_a_special_token_that_the_vocabulary_lacks_stays_text(llama2, tmp_path):
+    tokenizer = load_tokenizer(copy(llama2, tmp_path, tokenizer_config={"pad_token": "<pad>", "eos_token": "</s>"}))
+    assert tokenizer.encode("a<pad>b") == [1, *sentencepiece_of(llama2).encode("a<pad>b")]
 
 
 def test_white_space_beside_an_added_token_may_belong_to_it(llama2, tmp_path):

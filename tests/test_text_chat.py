@@ -9,7 +9,7 @@ import sentencepiece
 import transformers
 
 import coreinfer_jax as ci
-from coreinfer_jax.text import load_tokenizer
+from coreinfer_jax.text import end_of_turn, load_tokenizer
 
 # Llama 2's, as in its tokenizer_config.json, without system messages.
 LLAMA2 = (
@@ -174,3 +174,27 @@ def test_the_text_of_a_conversation(kind, request):
     assert tokenizer.render_chat(HI, begin_answer=True) == f"{said}<|im_start|>assistant\n"
     begun = [*HI, {"role": "assistant", "content": "Well"}]
     assert tokenizer.render_chat(begun, begin_answer=False) == f"{said}<|im_start|>assistant\nWell"
+
+
+def test_a_reply_ends_where_the_template_ends_it(llama2):
+    """Whatever token that is, and whatever stands around it: as the ids of a longer conversation have it."""
+    size = len(sentencepiece.SentencePieceProcessor(str(llama2 / "tokenizer.model")))
+    added = {"<|im_start|>": size, "<|im_end|>": size + 1, "<|user|>": size + 2}
+    declared = {str(i): {"content": text, "special": True} for text, i in added.items()}
+    config = {"added_tokens_decoder": declared, "bos_token": "<s>", "eos_token": "</s>"}
+    assert end_of_turn(load_tokenizer(llama2)) == ()
+    write_template(llama2, LLAMA2, "tokenizer_config.json", **config)
+    assert end_of_turn(load_tokenizer(llama2)) == (2,)
+    write_template(llama2, CHATML, "tokenizer_config.json", **config)
+    assert end_of_turn(load_tokenizer(llama2)) == (2, size + 1)
+    header = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}\n{% endfor %}"
+    write_template(llama2, header, "tokenizer_config.json", **config)
+    assert end_of_turn(load_tokenizer(llama2)) == (2, size + 2)
+    write_template(llama2, "{{ raise_exception('no') }}", "tokenizer_config.json", **config)
+    assert end_of_turn(load_tokenizer(llama2)) == (2,)
+
+
+def test_a_reply_ends_at_the_tokenizers_own_eos(opt):
+    """As transformers names it."""
+    write_template(opt, CHATML, "chat_template.jinja")
+    assert end_of_turn(load_tokenizer(opt)) == (transformers.AutoTokenizer.from_pretrained(opt).eos_token_id,)

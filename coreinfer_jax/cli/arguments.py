@@ -8,10 +8,8 @@ from typing import Any
 import jax
 
 from coreinfer_jax.checks import check_fraction
-from coreinfer_jax.engine.options import GenerateOptions
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io import load
-from coreinfer_jax.io.config_json import read_sampling
 from coreinfer_jax.io.embedded import DEFAULT
 from coreinfer_jax.io.loading import load_uncalibrated, model_path
 from coreinfer_jax.io.mapping import DTYPES
@@ -157,20 +155,6 @@ def add_core(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens: int) -> None:
-    """How tokens are drawn, and when to stop; `temperature` is for models that recommend none."""
-    parser.set_defaults(usual_temperature=temperature)
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default {new_tokens}, if there is room")
-    usual = "default: as the model's generation_config.json recommends"
-    parser.add_argument(
-        "--temperature", type=float, help=f"0 takes the most probable token; {usual}, else {temperature:g}"
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help=usual)
-    parser.add_argument("--top-p", type=float, metavar="P", help=usual)
-    parser.add_argument("--seed", type=int, help="for temperatures above 0 (default 0)", default=0)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
-
-
 def table(rows: Sequence[Sequence[str]]) -> str:
     """`rows` for a terminal, columns one under the other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -180,14 +164,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def column(value: str) -> str | int:
     """A column of a table: a number from 0, or a name."""
     return int(value) if value.isascii() and value.isdigit() else value
-
-
-def check_stops(options: argparse.Namespace) -> None:
-    """Refuse stop strings that no text can hold."""
-    if "" in options.stop:
-        raise CoreInferError("--stop '': give text to stop at")
-    for stop in options.stop:
-        check_text("--stop text", stop)
 
 
 def load_model(options: argparse.Namespace, calibrated: bool = True) -> tuple[Params, Tokenizer]:
@@ -312,20 +288,6 @@ def load_groups(options: argparse.Namespace, params: Params, core: Chooser | Rec
     if options.clusters is None or not isinstance(core, Similarity | Fused | Auto):
         return None
     return prepare_groups(params, load_clusters(options.clusters), core, compacted=False)
-
-
-def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer) -> GenerateOptions:
-    """How tokens are drawn, and where to stop."""
-    # A special token leaves no text behind in which a stop string could be found.
-    stops = {i for stop in options.stop if (i := tokenizer.special_id(stop)) is not None}
-    asked = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
-    drawn: dict[str, Any] = {
-        **{"temperature": options.usual_temperature, "top_k": None, "top_p": None},
-        **read_sampling(model_path(options.model)),
-        **{name: value for name, value in asked.items() if value is not None},
-    }
-    # All names in `drawn` are options; a type checker cannot know that of a dict.
-    return GenerateOptions(**drawn, eos_ids=(*config.eos_ids, *stops), key=options.seed)  # type: ignore[typeddict-item]
 
 
 def most_new_tokens(config: ModelConfig, prompt_tokens: int) -> int:

@@ -3,16 +3,16 @@
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import FrameType
 
-from coreinfer_jax.cli import arguments
+from coreinfer_jax.cli import arguments, drawing
 from coreinfer_jax.cli.reply import Reply, facts
 from coreinfer_jax.engine.conversation import Conversation, converse
-from coreinfer_jax.engine.options import drawing_of
+from coreinfer_jax.engine.options import GenerateOptions
 from coreinfer_jax.engine.prompts import check_length
 from coreinfer_jax.errors import CoreInferError, one_line
 from coreinfer_jax.model.weights import Params
@@ -24,17 +24,23 @@ from coreinfer_jax.text import Tokenizer
 HELP = "talk to a model, its core neurons chosen anew each turn"
 NEW_TOKENS = 256
 RESET, END = "/reset", "/exit"
+WHEN_FULL = ("trim", "wait")
+# The share of the model's positions that a reply has at least, if it asks for so many, and the share that a trimmed
+# conversation takes at most. That is less than it might, because the model reads what was trimmed anew.
+LEAST_FOR_REPLY, MOST_AFTER_TRIMMING = 1 / 4, 1 / 2
+_REMEDY = {"trim": "the next turn takes some", "wait": f"{RESET} starts over"}
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What answers, and by which core neurons."""
+    """What answers, by which core neurons, and how its tokens are drawn in the first turn."""
 
     params: Params
     tokenizer: Tokenizer
     core: Chooser | Recommended | None
     groups: Groups | None
+    drawn: GenerateOptions
 
 
 @dataclass(frozen=True)
@@ -49,21 +55,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     arguments.add_model(parser)
     arguments.add_core(parser)
-    arguments.add_sampling(parser, temperature=0.7, new_tokens=NEW_TOKENS)
+    drawing.add_sampling(parser, temperature=0.7, new_tokens=NEW_TOKENS)
     parser.add_argument("--system", metavar="TEXT", help="what the chat template puts before the conversation")
+    parser.add_argument(
+        "--when-full",
+        choices=WHEN_FULL,
+        default=WHEN_FULL[0],
+        help=f"what a conversation that fills the model's positions does: lose its oldest turns, or wait for {RESET} "
+        "(%(default)s)",
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
     arguments.core_config(options)
-    arguments.check_stops(options)
+    drawing.check_stops(options)
     if options.system is not None:
         arguments.check_text("system message", options.system)
     params, tokenizer = arguments.load_model(options)
     core = arguments.core_config(options, params)
-    model = _Model(params, tokenizer, core, arguments.load_groups(options, params, core))
+    groups = arguments.load_groups(options, params, core)
     check_length(1, _most(options), params.config)
-    drawing_of(arguments.sampling(options, params.config, tokenizer), params.config)
+    drawn = drawing.sampling(options, params.config, tokenizer, is_chat=True)
+    model = _Model(params, tokenizer, core, groups, drawn)
     if find_spec("readline"):
         import readline  # noqa: F401 - gives input() editing and history
     opening = () if options.system is None else ({"role": "system", "content": options.system},)
@@ -72,6 +86,12 @@ def _run(options: argparse.Namespace) -> None:
             raise CoreInferError("--system: this model has no chat template to put it in; leave the option out")
         _say("[no chat template: what you write and what the model answers is one text that it continues]")
     _say(f"[{RESET} forgets the conversation, {END} or Ctrl-D ends, Ctrl-C stops a reply]")
+    with _handler(signal.default_int_handler):
+        _converse(options, model, opening)
+
+
+def _converse(options: argparse.Namespace, model: _Model, opening: tuple[Message, ...]) -> None:
+    """Turn after turn, from `opening` on, until the user ends."""
     session = _Session(opening)
     for turn, line in enumerate(_lines()):
         if line == RESET:
@@ -79,7 +99,7 @@ def _run(options: argparse.Namespace) -> None:
             _say("[the conversation is forgotten]")
             continue
         try:
-            session = _turn(options, model, session, line, (options.seed + turn) % 2**63)
+            session = _turn(options, model, session, line, turn)
         except CoreInferError as error:
             _say(f"\ncoreinfer: error: {one_line(str(error))} ({RESET} starts over)")
             session = _still_alive(session)
@@ -116,15 +136,17 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: str, seed: int) -> _Session:
+def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: str, turn: int) -> _Session:
     """The session after one line of the user and the model's reply to it, which is printed as it comes."""
     arguments.check_text("line", line)
     params, tokenizer = model.params, model.tokenizer
     messages = (*session.messages, {"role": "user", "content": line})
+    if options.when_full == "trim":
+        messages = _trimmed(messages, model, _most(options))
     prompt = _encode(tokenizer, messages)
     new = min(_most(options), arguments.most_new_tokens(params.config, len(prompt)))
-    drawn = arguments.sampling(options, params.config, tokenizer)
-    wanted = drawn | {"key": seed, "groups": model.groups, "max_new_tokens": new}
+    key = (options.seed or 0) + turn
+    wanted = model.drawn | {"key": key % 2**63, "groups": model.groups, "max_new_tokens": new}
     chunks = converse(params, prompt, session.conversation, model.core, **wanted)
     reply = Reply(tokenizer, prompt, options.stop)
     with _interruptible() as interrupted:
@@ -138,11 +160,34 @@ def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: s
     _say(
         facts(chunk.stats, len(reply.tokens), model.groups)
         + (" [stopped]" if interrupted else "")
-        + (f" [no room is left: {RESET} starts over]" if full else "")
+        + (f" [no room is left: {_REMEDY[options.when_full]}]" if full else "")
     )
     return replace(
         session, messages=(*messages, {"role": "assistant", "content": reply.text}), conversation=conversation
     )
+
+
+def _trimmed(messages: tuple[Message, ...], model: _Model, reply_tokens: int) -> tuple[Message, ...]:
+    """`messages` without their oldest turns, as many as it takes for a reply to have room; this is said."""
+    positions, kept = model.params.config.max_positions, messages
+    room = positions - len(_encode(model.tokenizer, messages))
+    if room >= min(reply_tokens, int(LEAST_FOR_REPLY * positions)):
+        return messages
+    while _turns(kept) > 1 and len(_encode(model.tokenizer, kept)) > MOST_AFTER_TRIMMING * positions:
+        kept = _without_oldest_turn(kept)
+    if turns := _turns(messages) - _turns(kept):
+        _say(f"[no room was left: the oldest {turns} turn{'s are' if turns > 1 else ' is'} forgotten]")
+    return kept
+
+
+def _turns(messages: tuple[Message, ...]) -> int:
+    return sum(message["role"] == "user" for message in messages)
+
+
+def _without_oldest_turn(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """`messages` without the first of the user and its reply; what comes before them stays."""
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    return messages[:first] + messages[first + 2 :]
 
 
 def _encode(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> list[int]:
@@ -165,9 +210,16 @@ def _interruptible() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         pressed.append(number)
 
+    with _handler(press):
+        yield pressed
+
+
+@contextmanager
+def _handler(press: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """What Ctrl-C does meanwhile, in the place of what it does to other commands, which is to end them."""
     before = signal.signal(signal.SIGINT, press)
     try:
-        yield pressed
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 

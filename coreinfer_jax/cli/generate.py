@@ -5,46 +5,51 @@ import json
 import sys
 from dataclasses import asdict
 
-from coreinfer_jax.cli import arguments
+from coreinfer_jax.cli import arguments, drawing
 from coreinfer_jax.cli.reply import Reply, facts
 from coreinfer_jax.engine.generation import stream
+from coreinfer_jax.errors import CoreInferError, shown_name
+from coreinfer_jax.files import to_path
 
 HELP = "continue a prompt"
 NEW_TOKENS = 128
+# Of a prompt: more than any model has positions for.
+MOST_CHARACTERS = 2**26
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument("--chat", action="store_true", help="PROMPT is a question: apply the model's chat template")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text to continue; - reads standard input")
+    parser.add_argument("--file", metavar="FILE", help="read the prompt from a text file")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a question: apply the model's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: what the template puts before the question")
     arguments.add_model(parser)
     arguments.add_core(parser)
-    arguments.add_sampling(parser, temperature=0.0, new_tokens=NEW_TOKENS)
+    drawing.add_sampling(parser, temperature=0.0, new_tokens=NEW_TOKENS)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    arguments.check_text("prompt", options.prompt)
+    text = _prompt(options)
+    arguments.check_text("prompt", text)
+    messages = _messages(options, text)
     arguments.core_config(options)
-    arguments.check_stops(options)
+    drawing.check_stops(options)
     params, tokenizer = arguments.load_model(options)
     core = arguments.core_config(options, params)
     groups = arguments.load_groups(options, params, core)
-    if options.chat:
-        prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
-    else:
-        prompt = tokenizer.encode(options.prompt)
+    prompt = tokenizer.encode_chat(messages) if options.chat else tokenizer.encode(text)
     asked = options.max_new_tokens
     new = min(NEW_TOKENS, arguments.most_new_tokens(params.config, len(prompt))) if asked is None else asked
-    drawn = arguments.sampling(options, params.config, tokenizer)
+    drawn = drawing.sampling(options, params.config, tokenizer, options.chat)
     chunks = stream(params, [prompt], core, **drawn | {"groups": groups, "max_new_tokens": new})
 
     def show(text: str) -> None:
         if not options.json:
             print(text, end="", flush=True)
 
-    show("" if options.chat else options.prompt)
+    show("" if options.chat else text)
     reply = Reply(tokenizer, prompt, options.stop)
     for chunk in chunks:
         show(reply.add(chunk))
@@ -57,3 +62,42 @@ def _run(options: argparse.Namespace) -> None:
     else:
         print(flush=True)
     print(facts(stats, len(reply.tokens), groups), file=sys.stderr)
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    """The prompt, from wherever it is to come; a line break at the end of a file is the file's, not the text's."""
+    if (options.prompt is None) == (options.file is None):
+        raise CoreInferError("generate: give either PROMPT, which may be - for standard input, or --file FILE")
+    if options.file is not None:
+        return _of_file(options.file).removesuffix("\n")
+    if options.prompt != "-":
+        return str(options.prompt)
+    text = sys.stdin.read(MOST_CHARACTERS + 1)
+    if len(text) > MOST_CHARACTERS:
+        raise CoreInferError(f"standard input: more than {MOST_CHARACTERS} characters; give a shorter prompt")
+    return text.removesuffix("\n")
+
+
+def _of_file(name: str) -> str:
+    path = to_path(name)
+    try:
+        if path.exists() and not path.is_file():
+            raise CoreInferError(f"--file {shown_name(name)}: is no regular file; name a text file")
+        if path.stat().st_size > MOST_CHARACTERS:
+            raise CoreInferError(f"--file {shown_name(name)}: more than {MOST_CHARACTERS} bytes; give a shorter prompt")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CoreInferError(f"--file {shown_name(name)}: {error.strerror or error}; name a readable file") from error
+    except UnicodeDecodeError as error:
+        raise CoreInferError(f"--file {shown_name(name)}: not UTF-8 text; save it as UTF-8") from error
+
+
+def _messages(options: argparse.Namespace, question: str) -> list[dict[str, str]]:
+    """The conversation that the chat template is given."""
+    asked = {"role": "user", "content": question}
+    if options.system is None:
+        return [asked]
+    if not options.chat:
+        raise CoreInferError("--system: is of --chat; add that, or leave it out")
+    arguments.check_text("system message", options.system)
+    return [{"role": "system", "content": options.system}, asked]

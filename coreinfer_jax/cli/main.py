@@ -65,13 +65,26 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        mistake = _mistake_about_devices(error)
+        if mistake is None:
             raise
-        remedy = "take a smaller model or batch, or a 16-bit --dtype"
-        print(f"coreinfer: error: out of memory ({shown(str(error))}); {remedy}", file=sys.stderr)
+        print(f"coreinfer: error: {mistake}", file=sys.stderr)
         return 2
     return 0
+
+
+def _mistake_about_devices(error: Exception) -> str | None:
+    """What an error tells of a device that is too small, or of one that is not there; None for any other error."""
+    text = str(error)
+    if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
+        return f"out of memory ({shown(text)}); take a smaller model or batch, or a 16-bit --dtype"
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):  # JAX asserts that it has found one
+        named = os.environ.get("JAX_PLATFORMS", "")
+        return f"JAX_PLATFORMS={named}: JAX finds no such device here; unset it, or install JAX's plugin for the device"
+    return None
 
 
 def _open_closed_streams() -> None:

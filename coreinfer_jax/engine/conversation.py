@@ -82,7 +82,7 @@ def converse(
     past = conversation.past if conversation and conversation.goes_on(params, ids, known, groups) else None
     if past is not None:
         past.check_alive()
-    request = make_request(params, [ids[past.read if past else 0 :]], core, options, past)
+    request = make_request(params, [ids], core, options, past)
     rope = params.config.rope
     if past is not None and rope is not None and rope.is_long(request.capacity) != rope.is_long(past.cache.capacity):
         request = make_request(params, [ids], core, options, None)  # its keys were rotated for shorter texts

@@ -68,11 +68,14 @@ def stream(
 def make_request(
     params: Params, tokens: Tokens, core: Core | Recommended, options: GenerateOptions, past: Past | None = None
 ) -> Request:
-    """A call to generate, checked, so that mistakes surface at the call and not when the first chunk is asked for."""
+    """A call to generate, checked, so that mistakes surface at the call and not when the first chunk is asked for.
+
+    Tokens are whole prompts, whatever of them `past` has read.
+    """
     check_dense(params)
     drawing = drawing_of(options, params.config)
     prompts = pad_prompts(tokens, params.config)
     new = options.get("max_new_tokens", MAX_NEW_TOKENS)
-    check_length((past.read if past else 0) + int(prompts.lengths.max()), new, params.config)
+    check_length(int(prompts.lengths.max()), new, params.config)
     chooser = chooser_for(params, core)
     return checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past)

@@ -61,6 +61,7 @@ def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past
     weights = jax.block_until_ready(begun.chosen.weights(request.params))
     stats = replace(stats, compaction_seconds=perf_counter() - began)
     while not np.array(rows.done).all():
+        past.check_alive()  # another turn may have gone on from the last chunk
         began = perf_counter()
         rows, drawn, steps = decode(weights, rows, np.int32(steps_per_dispatch))
         new_lengths, steps_run = np.array(rows.length), int(steps)
@@ -126,6 +127,7 @@ def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
         sums,
         make_sampling(params.config, request.rows, request.drawing, request.max_new_tokens),
         observer,
+        request.history(cache.capacity) if request.drawing.penalises else None,
         observed=observed,
         filled=min(cache.capacity, bucket(request.cached + prompts.tokens.shape[1])),
     )

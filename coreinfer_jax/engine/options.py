@@ -16,7 +16,10 @@ from coreinfer_jax.sparsity.groups import Groups
 
 # Below it logits / temperature leaves the range of float32.
 LEAST_TEMPERATURE = 1e-6
-MOST_TEMPERATURE = float(np.finfo(np.float32).max)
+# Above it the reciprocal, by which a compiler may multiply, does.
+MOST_TEMPERATURE = 1e30
+# Beyond it penalised logits may leave that range, the more so when they are divided by a temperature.
+MOST_PENALTY = 1e6
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -28,6 +31,11 @@ class GenerateOptions(TypedDict, total=False):
         temperature: 0 takes the most probable token, which is the default; above 0 draws.
         top_k: draw among the k most probable tokens only; None draws among all.
         top_p: draw among the smallest set of tokens with at least this probability only; None draws among all.
+        min_p: draw among tokens at least this share as probable as the most probable one only; None draws among all.
+        repetition_penalty: logits of tokens that stand in the prompt or were made since are divided by this where
+            they are positive, and multiplied where they are negative, also at temperature 0; None changes none.
+        no_repeat_ngram_size: no n tokens stand twice in prompt and new tokens together, as far as new tokens decide
+            it; None lets all repeat.
         eos_ids: a row ends after any of these, looked for among new tokens only; () never stops, the default.
         key: `jax.random.key` or int seed, needed to draw; row i draws its t-th token with
             fold_in(fold_in(key, i), t).
@@ -38,6 +46,9 @@ class GenerateOptions(TypedDict, total=False):
     temperature: float
     top_k: int | None
     top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
     eos_ids: Iterable[int]
     key: Array | int | None
 
@@ -51,17 +62,28 @@ class Drawing:
         temperature: above 0 where there is a key, else 0.
         top_k: V keeps every token.
         top_p: 1 keeps every token.
+        min_p: 0 keeps every token.
+        repetition_penalty: 1 lowers no logit.
+        no_repeat_ngram_size: 0 lets every n-gram repeat.
         eos_ids: tokens after which a row is complete.
     """
 
-    key: Array | None
-    temperature: float
-    top_k: int
-    top_p: float
-    eos_ids: tuple[int, ...]
+    key: Array | None = None
+    temperature: float = 0.0
+    top_k: int = np.iinfo(np.int32).max
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    eos_ids: tuple[int, ...] = ()
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what a text holds already changes what comes next in it."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
 
 
-GREEDY = Drawing(None, 0.0, np.iinfo(np.int32).max, 1.0, ())
+GREEDY = Drawing()
 
 
 def drawing_of(options: GenerateOptions, config: ModelConfig) -> Drawing:
@@ -76,17 +98,24 @@ def drawing_of(options: GenerateOptions, config: ModelConfig) -> Drawing:
         raise TypeError(f"{unknown[0]} is no option of generating; there are {known}")
     temperature, key = options.get("temperature", 0.0), options.get("key")
     _check_temperature(temperature, key)
-    top_k, top_p = options.get("top_k"), options.get("top_p")
+    top_k, top_p, min_p = options.get("top_k"), options.get("top_p"), options.get("min_p")
     if top_k is not None and (not is_whole(top_k) or top_k < 1):
         raise CoreInferError(f"top_k={shown(top_k)}: give a whole number of at least 1, or None to keep every token")
     if top_p is not None and not (isinstance(top_p, Real) and 0 < top_p <= 1):
         raise CoreInferError(f"top_p={shown(top_p)}: give a share above 0 and at most 1, or None to keep every token")
+    if min_p is not None and not (isinstance(min_p, Real) and 0 <= min_p <= 1):
+        raise CoreInferError(f"min_p={shown(min_p)}: give a share from 0 to 1, or None to keep every token")
+    penalty, size = options.get("repetition_penalty"), options.get("no_repeat_ngram_size")
+    _check_penalties(penalty, size)
     V = config.vocab_size
     return Drawing(
         key=None if temperature == 0 else _typed_key(key),
         temperature=float(temperature),
         top_k=V if top_k is None else min(top_k, V),
         top_p=1.0 if top_p is None else float(top_p),
+        min_p=0.0 if min_p is None else float(min_p),
+        repetition_penalty=1.0 if penalty is None else float(penalty),
+        no_repeat_ngram_size=0 if size is None else min(size, config.max_positions + 1),  # longer than any text
         eos_ids=_checked_eos(options.get("eos_ids", ()), V),
     )
 
@@ -94,12 +123,24 @@ def drawing_of(options: GenerateOptions, config: ModelConfig) -> Drawing:
 def _check_temperature(temperature: float, key: object) -> None:
     if not isinstance(temperature, Real) or not 0 <= temperature <= MOST_TEMPERATURE:
         raise CoreInferError(
-            f"temperature={shown(temperature)}: give 0 for greedy decoding or a number above 0 and up to 3.4e38"
+            f"temperature={shown(temperature)}: give 0 for greedy decoding or a number above 0 and up to 1e30"
         )
     if 0 < temperature < LEAST_TEMPERATURE:
         raise CoreInferError(f"temperature={temperature}: give 0 for greedy decoding or at least {LEAST_TEMPERATURE}")
     if temperature > 0 and key is None:
         raise CoreInferError(f"temperature={temperature} draws at random: give key, a jax.random.key or an int seed")
+
+
+def _check_penalties(penalty: float | None, size: int | None) -> None:
+    if penalty is not None and not (isinstance(penalty, Real) and 1 / MOST_PENALTY <= penalty <= MOST_PENALTY):
+        raise CoreInferError(
+            f"repetition_penalty={shown(penalty)}: give a number from {1 / MOST_PENALTY:g} to {MOST_PENALTY:g}; "
+            "1 or None changes nothing"
+        )
+    if size is not None and not (is_whole(size) and size >= 0):
+        raise CoreInferError(
+            f"no_repeat_ngram_size={shown(size)}: give a whole number of at least 1; 0 or None lets all repeat"
+        )
 
 
 def _checked_eos(eos_ids: object, vocab_size: int) -> tuple[int, ...]:
@@ -122,7 +163,8 @@ def _typed_key(key: Array | int | None) -> Array:
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not -(2**63) <= key < 2**63:
             raise CoreInferError(f"key={shown(key)}: give a seed of at most 63 bits")
-        return jax.random.key(key)
+        with jax.enable_x64(True):  # JAX would otherwise keep the lower 32 bits
+            return jax.random.key(key)
     try:
         array = jnp.asarray(key if hasattr(key, "dtype") else "no array")
     except TypeError as error:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from coreinfer_jax.engine.rows import Rows, first_drawn, is_over, put_row
+from coreinfer_jax.engine.penalties import penalised
+from coreinfer_jax.engine.rows import Rows, first_drawn, is_over, put_row, with_token
 from coreinfer_jax.engine.sampling import Sampling, draw
 from coreinfer_jax.model import MlpPass, extend, observe_nothing, unembed
 from coreinfer_jax.model.backends import ANY_ORDER, DECODE_OPTIONS
@@ -47,6 +48,7 @@ def prefill(
     sums: list[Any],
     sampling: Sampling,
     observer: Observer | None,
+    history: Array | None = None,
     *,
     observed: tuple[int, ...],
     filled: int,
@@ -62,6 +64,7 @@ def prefill(
         sums: theirs, one entry per layer of `observed`.
         sampling: how to draw, and where rows end.
         observer: what to sum up; None for nothing.
+        history: int32 [B, S], all tokens that were and are to be read; None where `sampling` looks at none.
         observed: layers.
         filled: at least start + T of every row, the positions to attend to.
     """
@@ -71,8 +74,8 @@ def prefill(
 
     hidden, cache, seen = extend(params, tokens, cache, start, observe, filled=filled)
     logits = unembed(params, hidden[jnp.arange(tokens.shape[0]), lengths - 1][:, None])[:, 0]
-    first = draw(logits, sampling, jnp.zeros_like(lengths))
-    rows = first_drawn(cache, logits, first, start + lengths, sampling)
+    first = draw(penalised(logits, sampling, history, start + lengths), sampling, jnp.zeros_like(lengths))
+    rows = first_drawn(cache, logits, first, start + lengths, sampling, history)
     return rows, jax.tree.map(jnp.add, sums, [seen[l] for l in observed]), logits
 
 
@@ -123,7 +126,9 @@ def decode(params: Params, rows: Rows, steps: Array | np.integer) -> tuple[Rows,
 def _decode_one(params: Params, rows: Rows) -> Rows:
     hidden, cache, _ = extend(params, rows.token[:, None], rows.cache, rows.position, observe_nothing)
     logits = unembed(params, hidden)[:, 0]
-    token = jnp.where(rows.done, rows.sampling.fill, draw(logits, rows.sampling, rows.length))
+    history = with_token(rows)
+    drawn = draw(penalised(logits, rows.sampling, history, rows.position + 1), rows.sampling, rows.length)
+    token = jnp.where(rows.done, rows.sampling.fill, drawn)
     running = (~rows.done).astype(jnp.int32)
     length = rows.length + running
     return replace(
@@ -135,6 +140,7 @@ def _decode_one(params: Params, rows: Rows) -> Rows:
         length=length,
         done=rows.done | is_over(token, length, rows.sampling),
         finite=rows.finite & (jnp.isfinite(logits).all(axis=-1) | rows.done),
+        history=history,
     )
 
 

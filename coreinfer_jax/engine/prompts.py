@@ -49,6 +49,15 @@ def pad_prompts(tokens: Tokens, config: ModelConfig) -> Prompts:
     return Prompts(tokens=padded, lengths=lengths)
 
 
+def without_first(prompts: Prompts, read: int) -> Prompts:
+    """What is left of `prompts` behind their first `read` tokens, at least one token of each."""
+    lengths = prompts.lengths - read
+    rest = prompts.tokens[:, read:]
+    width = bucket(int(lengths.max()))
+    padded = np.pad(rest, ((0, 0), (0, max(0, width - rest.shape[1]))))
+    return Prompts(tokens=padded[:, :width], lengths=lengths)
+
+
 def _rows(tokens: Tokens) -> list[np.ndarray]:
     if not hasattr(tokens, "__array__") and not isinstance(tokens, Sequence):
         raise CoreInferError(f"tokens: {type(tokens).__name__}; give int [B, T] or a list of lists")

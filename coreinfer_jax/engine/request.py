@@ -9,7 +9,7 @@ import numpy as np
 
 from coreinfer_jax.device import check_memory
 from coreinfer_jax.engine.options import Drawing
-from coreinfer_jax.engine.prompts import Prompts
+from coreinfer_jax.engine.prompts import Prompts, without_first
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes
 from coreinfer_jax.model.weights import Params
@@ -52,6 +52,7 @@ class Request:
     Attributes:
         params: dense weights, with what is known of their neurons.
         prompts: what is to be read.
+        text: the whole prompts, what was read of them before included.
         chooser: how core neurons are chosen.
         groups: groups of texts to choose them by, or None.
         drawing: how tokens are drawn and where rows end.
@@ -62,6 +63,7 @@ class Request:
 
     params: Params
     prompts: Prompts
+    text: Prompts
     chooser: Choosing
     groups: Groups | None
     drawing: Drawing
@@ -83,6 +85,10 @@ class Request:
     def capacity(self) -> int:
         """Positions per row of its cache (S)."""
         return bucket(self.cached + int(self.prompts.lengths.max()) + self.max_new_tokens)
+
+    def history(self, capacity: int) -> np.ndarray:
+        """The whole prompts, int32 [B, `capacity`], with room for the new tokens."""
+        return np.pad(self.text.tokens, ((0, 0), (0, capacity - self.text.tokens.shape[1])))
 
     @property
     def observed(self) -> tuple[int, ...]:
@@ -108,7 +114,7 @@ class Request:
 
 def checked_request(
     params: Params,
-    prompts: Prompts,
+    text: Prompts,
     chooser: Choosing,
     groups: Groups | None,
     drawing: Drawing,
@@ -117,12 +123,15 @@ def checked_request(
 ) -> Request:
     """The request of these parts, where the chooser can choose for it and there is memory for it.
 
+    Of the prompts `text` only what lies behind the `past` is to be read.
+
     Raises:
         CoreInferError: there is not, or it cannot.
     """
+    prompts = text if past is None else without_first(text, past.read)
     chooser.check(params, groups, len(prompts.lengths))
     counted = chooser.counted(prompts.tokens, prompts.lengths, past.read if past else 0, params.config)
-    request = Request(params, prompts, chooser, groups, drawing, max_new_tokens, past, counted)
+    request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted)
     narrows = any(chooser.gathered(params, groups, request.rows)[0])
     check_memory(
         request.added_bytes,

@@ -25,6 +25,7 @@ class Rows:
         done: bool [B], rows that have drawn an EOS or used up their budget; also rows that hold no request.
         finite: bool [B], whether all logits so far were finite.
         sampling: how each row draws and where it ends.
+        history: int32 [B, S], the tokens of `cache` in their places; None where no row's sampling looks at them.
     """
 
     cache: KVCache
@@ -34,10 +35,18 @@ class Rows:
     done: Array
     finite: Array
     sampling: Sampling
+    history: Array | None = None
 
 
-def first_drawn(cache: KVCache, logits: Array, token: Array, position: Array, sampling: Sampling) -> Rows:
-    """Rows whose first token [B] was drawn from logits [B, V] after `position` [B] tokens."""
+def first_drawn(
+    cache: KVCache,
+    logits: Array,
+    token: Array,
+    position: Array,
+    sampling: Sampling,
+    history: Array | None = None,
+) -> Rows:
+    """Rows whose first token [B] was drawn from logits [B, V] after `position` [B] tokens, those of `history`."""
     length = jnp.ones_like(token)
     return Rows(
         cache=cache,
@@ -47,7 +56,13 @@ def first_drawn(cache: KVCache, logits: Array, token: Array, position: Array, sa
         done=is_over(token, length, sampling),
         finite=jnp.isfinite(logits).all(axis=-1),
         sampling=sampling,
+        history=history,
     )
+
+
+def with_token(rows: Rows) -> Array | None:
+    """The history with each row's `token` in its place."""
+    return None if rows.history is None else rows.history.at[jnp.arange(len(rows.token)), rows.position].set(rows.token)
 
 
 def is_over(token: Array, length: Array, sampling: Sampling) -> Array:

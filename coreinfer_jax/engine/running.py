@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from coreinfer_jax.checks import check_finite
 from coreinfer_jax.engine.loop import Begun
@@ -79,6 +80,7 @@ def start(
         done=jnp.ones(rows, bool),
         finite=jnp.ones(rows, bool),
         sampling=with_keys(make_sampling(config, rows, GREEDY, 0)),
+        history=jnp.zeros((rows, capacity), jnp.int32),
     )
     return Running(params, weights, widths, linear, free)
 
@@ -114,9 +116,14 @@ def insert_request(running: Running, row: int, begun: Begun) -> Running:
             f"the request has linear neurons in layers {_where(core.linear)}, the state in {_where(running.linear)}: "
             "start another"
         )
-    one = replace(begun.rows, sampling=with_keys(begun.rows.sampling))
+    one = replace(begun.rows, sampling=with_keys(begun.rows.sampling), history=_history(begun.rows))
     weights = running.weights if core is None else _with_set(running, row, core)
     return replace(running, weights=weights, rows=insert(running.rows, np.int32(row), one))
+
+
+def _history(rows: Rows) -> Array:
+    """The history of a request's only row, zeros where it looks at none."""
+    return jnp.zeros((1, rows.cache.capacity), jnp.int32) if rows.history is None else rows.history
 
 
 def _where(linear: tuple[bool, ...]) -> list[int]:

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or drawn with temperature, top-k and top-p, as each row has it set."""
+"""From logits to the next token: greedy, or drawn with temperature, top-k, top-p and min-p, as each row has it set."""
 
 from dataclasses import replace
 
@@ -21,6 +21,9 @@ class Sampling:
         temperature: float32 [B]; a row with 0 takes its most probable token.
         top_k: int32 [B]; V keeps every token.
         top_p: float32 [B]; 1 keeps every token.
+        min_p: float32 [B]; 0 keeps every token.
+        repetition_penalty: float32 [B]; 1 lowers no logit.
+        no_repeat_ngram_size: int32 [B]; 0 lets every n-gram repeat.
         is_eos: bool [B, V], the tokens after which the row is complete.
         fill: int32 [B], the id that follows a completed row.
         budget: int32 [B], new tokens after which the row is complete.
@@ -30,6 +33,9 @@ class Sampling:
     temperature: Array
     top_k: Array
     top_p: Array
+    min_p: Array
+    repetition_penalty: Array
+    no_repeat_ngram_size: Array
     is_eos: Array
     fill: Array
     budget: Array
@@ -39,14 +45,21 @@ def make_sampling(config: ModelConfig, rows: int, drawing: Drawing, max_new_toke
     """The same settings for `rows` (B) rows, the keys of all rows apart."""
     is_eos = np.zeros((rows, config.vocab_size), bool)
     is_eos[:, list(drawing.eos_ids)] = True
+
+    def of_every_row(value: float, dtype: type[np.generic]) -> Array:
+        return jnp.asarray(np.full(rows, value, dtype))
+
     return Sampling(
         key=None if drawing.key is None else _row_keys(drawing.key, np.arange(rows)),
-        temperature=jnp.asarray(np.full(rows, drawing.temperature, np.float32)),
-        top_k=jnp.asarray(np.full(rows, min(drawing.top_k, config.vocab_size), np.int32)),
-        top_p=jnp.asarray(np.full(rows, drawing.top_p, np.float32)),
+        temperature=of_every_row(drawing.temperature, np.float32),
+        top_k=of_every_row(min(drawing.top_k, config.vocab_size), np.int32),
+        top_p=of_every_row(drawing.top_p, np.float32),
+        min_p=of_every_row(drawing.min_p, np.float32),
+        repetition_penalty=of_every_row(drawing.repetition_penalty, np.float32),
+        no_repeat_ngram_size=of_every_row(drawing.no_repeat_ngram_size, np.int32),
         is_eos=jnp.asarray(is_eos),
-        fill=jnp.asarray(np.full(rows, fill_id(config), np.int32)),
-        budget=jnp.asarray(np.full(rows, max_new_tokens, np.int32)),
+        fill=of_every_row(fill_id(config), np.int32),
+        budget=of_every_row(max_new_tokens, np.int32),
     )
 
 
@@ -73,8 +86,8 @@ def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
     """The next token int32 [B] of logits float32 [B, V]; row i draws its t-th token with fold_in(its key, t).
 
     Greedy rows take the largest logit, ties to the lower id. Others divide logits by the temperature, drop tokens
-    outside the top_k most probable and then outside the top_p nucleus, and draw one of the rest. Tokens that tie at a
-    cut are kept together, so a cut never depends on their order.
+    outside the top_k most probable, then outside the top_p nucleus and those less than min_p times as probable as the
+    best, and draw one of the rest. Tokens that tie at a cut are kept together, so a cut never depends on their order.
 
     Args:
         logits: of the rows.
@@ -86,7 +99,7 @@ def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
         return best
     greedy = sampling.temperature == 0
     scaled = logits / jnp.where(greedy, 1, sampling.temperature)[:, None]
-    cuts = (sampling.top_k < logits.shape[-1]) | (sampling.top_p < 1)
+    cuts = (sampling.top_k < logits.shape[-1]) | (sampling.top_p < 1) | (sampling.min_p > 0)
     kept = lax.cond(cuts.any(), _keep_likely, lambda scaled, *_: scaled, scaled, sampling, cuts)
     keys = jax.vmap(jax.random.fold_in)(sampling.key, step)
     drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
@@ -94,14 +107,18 @@ def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
 
 
 def _keep_likely(scaled: Array, sampling: Sampling, cuts: Array) -> Array:
-    """`scaled` [B, V] with -inf outside the top-k and then the top-p set, in rows that `cuts` [B] names."""
+    """`scaled` [B, V] with -inf outside the top-k, top-p and min-p sets, in rows that `cuts` [B] names."""
     descending = -jnp.sort(-scaled, axis=-1)
     kth = jnp.take_along_axis(descending, sampling.top_k[:, None] - 1, axis=-1)
     in_top_k = jnp.where(descending >= kth, descending, -jnp.inf)
     probability = jax.nn.softmax(in_top_k, axis=-1)
-    # A token belongs to the nucleus while those before it hold less than top_p; the first one always does.
+    # A token belongs to the nucleus while those before it hold less than top_p. The first one always does, also where
+    # top_p is so small that float32 holds 0 in its place.
     before = jnp.cumsum(probability, axis=-1) - probability
-    nucleus_end = jnp.min(jnp.where(before < sampling.top_p[:, None], in_top_k, jnp.inf), axis=-1, keepdims=True)
+    in_nucleus = (before < sampling.top_p[:, None]).at[:, 0].set(True)
+    nucleus_end = jnp.min(jnp.where(in_nucleus, in_top_k, jnp.inf), axis=-1, keepdims=True)
+    least_likely = descending[:, :1] + jnp.log(sampling.min_p)[:, None]
     # Where nothing is cut, rounding in the sums must not cut either.
-    least = jnp.where(cuts[:, None], jnp.maximum(kth, nucleus_end), -jnp.inf)
+    ends = jnp.maximum(jnp.maximum(kth, nucleus_end), least_likely)
+    least = jnp.where(cuts[:, None], ends, -jnp.inf)
     return jnp.where(scaled >= least, scaled, -jnp.inf)

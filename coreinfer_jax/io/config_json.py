@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of a Hugging Face checkpoint, read and written for every family."""
+"""config.json of a Hugging Face checkpoint, read and written for every family."""
 
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,6 @@ def read_model_config(directory: Path) -> ModelConfig:
             f"{where}: eos_token_id {outside[0]} is outside the vocabulary 0 .. {config.vocab_size - 1}; correct it"
         )
     return config
-
-
-def read_sampling(directory: Path) -> dict[str, Any]:
-    """The `temperature`, `top_k` and `top_p` that generation_config.json recommends, as far as it does.
-
-    As transformers reads it: without `do_sample` the most probable token is taken, whatever else stands there.
-    """
-    file = directory / "generation_config.json"
-    fields = read_json(file) if file.is_file() else {}
-    if fields.get("do_sample") is not True:
-        return {}
-    told = {name: fields[name] for name in ("temperature", "top_k", "top_p") if fields.get(name) is not None}
-    return {"temperature": 1.0} | told
 
 
 def model_config(fields: Fields, where: str = "config.json") -> ModelConfig:

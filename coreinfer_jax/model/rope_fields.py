@@ -9,6 +9,9 @@ from coreinfer_jax.model.config import Rope
 from coreinfer_jax.model.config_fields import Fields, is_count, is_number
 
 ROPE_FIELDS = ("rope_parameters", "rope_scaling")
+_ORIGINAL = "original_max_position_embeddings"
+# What `rope_problems` checks. Settings may state the original length, or config.json beside them.
+ROPE_CHECKED = (*ROPE_FIELDS, _ORIGINAL)
 KINDS = ("default", "linear", "llama3")
 # The numbers that each kind of scaling must state.
 _NUMBERS: dict[str, tuple[str, ...]] = {
@@ -18,7 +21,6 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "longrope": (),
 }
 _LISTS = ("short_factor", "long_factor")
-_ORIGINAL = "original_max_position_embeddings"
 _KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL, *_NUMBERS["llama3"]}
 _OF_LONGROPE = (*_LISTS, "factor", "attention_factor")
 
@@ -42,6 +44,7 @@ def rope_problems(fields: Fields, kinds: tuple[str, ...] = KINDS, is_partial: bo
         found.append("rope_parameters and rope_scaling together, which disagree (keep one)")
     if any(base != bases[0] for base in bases):
         found.append(f"rope_theta={' and '.join(map(shown, bases))} together (keep one)")
+    found += [problem for name in given for problem in _original_problems(fields, name)]
     return found or [problem for name in given for problem in _longrope_problems(fields, name)]
 
 
@@ -53,14 +56,27 @@ def _part_problems(fields: Fields) -> list[str]:
     return [f"partial_rotary_factor={' and '.join(map(shown, parts))}"]
 
 
+def _original_problems(fields: Fields, spelling: str) -> list[str]:
+    """What is wrong with the length that the unscaled model was trained with, for those kinds that need it."""
+    settings = _stated(fields[spelling])
+    if _kind(settings) not in ("llama3", "longrope"):
+        return []
+    places = [fields, *(fields[name] for name in ROPE_FIELDS if fields.get(name))]
+    lengths = [one[_ORIGINAL] for one in places if one.get(_ORIGINAL) is not None]
+    if not all(map(is_count, lengths)):
+        return [f"{spelling} with {_ORIGINAL}={' and '.join(map(shown, lengths))} (give a whole number above 0)"]
+    if _kind(settings) == "llama3" and _ORIGINAL in fields and _ORIGINAL not in settings:
+        return [f"{_ORIGINAL}={lengths[0]} beside {spelling} of type 'llama3' (state it within)"]
+    return [f"{_ORIGINAL}={' and '.join(map(shown, lengths))} together (keep one)"] if len(set(lengths)) > 1 else []
+
+
 def _longrope_problems(fields: Fields, spelling: str) -> list[str]:
     """What is wrong with the settings that only LongRoPE has."""
     settings = _stated(fields[spelling])
     if _kind(settings) != "longrope":
         return []
-    lengths = [one[_ORIGINAL] for one in (fields, settings) if one.get(_ORIGINAL) is not None]
-    found = [f"{_ORIGINAL} together, which disagree" for length in lengths[1:] if length != lengths[0]]
-    if not lengths or not all(map(is_count, lengths)):
+    found = []
+    if all(one.get(_ORIGINAL) is None for one in (fields, settings)):
         found.append(f"{spelling} of type 'longrope' without a whole number {_ORIGINAL!r}")
     for name in _LISTS:
         factors = settings.get(name)
@@ -95,6 +111,8 @@ def _problems(spelling: str, settings: object, kinds: tuple[str, ...], is_partia
     settings = _stated(settings)
     kind = _kind(settings)
     found = []
+    if len({str(_usual(settings[name])) for name in ("rope_type", "type") if name in settings}) > 1:
+        found.append(f"{spelling} with rope_type={shown(kind)} and type={shown(settings['type'])} (keep one)")
     if kind == "default" and settings.get("factor", 1.0) != 1.0:
         found.append(f"{spelling} with a factor but without a type")
     if kind not in kinds:
@@ -123,7 +141,10 @@ def _stated(settings: Fields) -> Fields:
 
 
 def _kind(settings: Fields) -> Any:
-    kind = settings.get("rope_type", settings.get("type", "default"))
+    return _usual(settings.get("rope_type", settings.get("type", "default")))
+
+
+def _usual(kind: Any) -> Any:
     return "longrope" if kind == "su" else kind  # its name in the first releases of Phi-3
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from coreinfer_jax.errors import shown
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields, is_count, read_special_ids
-from coreinfer_jax.model.rope_fields import ROPE_FIELDS, read_rope, rope_problems, write_rope
+from coreinfer_jax.model.rope_fields import ROPE_CHECKED, read_rope, rope_problems, write_rope
 
 # The names of activation functions in config.json, and ours.
 ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -35,7 +35,7 @@ UNROTATED = ConfigFields(
     problems=activation_problems,
 )
 WHOLE_HEADS = ConfigFields(fixed={"partial_rotary_factor": 1.0})
-SHARED = UNROTATED.joined(WHOLE_HEADS).joined(ConfigFields(checked=ROPE_FIELDS, problems=rope_problems))
+SHARED = UNROTATED.joined(WHOLE_HEADS).joined(ConfigFields(checked=ROPE_CHECKED, problems=rope_problems))
 
 
 def read_shared(fields: Fields, family: str, theta: float = 10_000.0, **own: Any) -> ModelConfig:

@@ -34,6 +34,11 @@ class Tokenizer(Protocol):
         """The special token that `text` is; None for anything that decoded text may hold."""
         ...
 
+    @property
+    def eos_id(self) -> int | None:
+        """The token that the tokenizer's files call eos_token; None where they name none."""
+        ...
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation and the beginning of the answer, as the chat template says, a BOS only if it does.
 

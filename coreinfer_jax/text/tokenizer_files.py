@@ -1,7 +1,7 @@
 """The small files of a tokenizer: added tokens, names of special tokens, chat template."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def read_added_tokens(directory: Path) -> list[AddedToken]:
     Raises:
         CoreInferError: a file that cannot be read or is not formed as transformers writes it.
     """
-    special = _special_texts(directory)
+    special = set(_listed(directory))
     tokens: dict[str, AddedToken] = {}
     for name in _DECLARING:
         content = read_object(directory / name)
@@ -123,13 +123,33 @@ def read_named_tokens(directory: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
-def _special_texts(directory: Path) -> set[str]:
-    """Strings which the directory lists as special, by a name or without one."""
-    texts = set(read_named_tokens(directory).values())
+def read_listed_tokens(directory: Path, id_of: Callable[[str], int | None]) -> list[AddedToken]:
+    """The special tokens which a directory lists without their ids, by a name such as eos_token or without one.
+
+    Args:
+        directory: with the tokenizer's files.
+        id_of: the token that a string is in the vocabulary, None where it is none there.
+
+    Raises:
+        CoreInferError: a file that cannot be read.
+    """
+    listed = [(id_of(text), text, value) for text, value in _listed(directory).items()]
+    return [
+        _token(number, {**(value if isinstance(value, dict) else {}), "content": text, "special": True})
+        for number, text, value in listed
+        if number is not None
+    ]
+
+
+def _listed(directory: Path) -> dict[str, object]:
+    """Strings which the directory lists as special, each with what stands there: the string, or an object with it."""
+    found: dict[str, object] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        listed = read_object(directory / name).get("additional_special_tokens")
-        texts |= {_text_of(value) for value in listed} if isinstance(listed, list) else set()
-    return texts
+        content = read_object(directory / name)
+        others = content.get("additional_special_tokens")
+        values = [*map(content.get, _NAMED_TOKENS), *(others if isinstance(others, list) else [])]
+        found |= {_text_of(value): value for value in values}
+    return {text: value for text, value in found.items() if text}
 
 
 def _text_of(value: object) -> str:

@@ -12,6 +12,7 @@ from coreinfer_jax.text.tokenizer_files import (
     check_text,
     read_added_tokens,
     read_chat_template,
+    read_listed_tokens,
     read_named_tokens,
     read_object,
     reason,
@@ -42,7 +43,8 @@ class SentencePieceTokenizer:
             self._inner = read_model(directory / "tokenizer.model", _NO_DUMMY_PREFIX)
         if config.get("add_prefix_space") is False:
             self._processor = self._inner = read_model(directory / "tokenizer.model", _NO_DUMMY_PREFIX)
-        added = read_added_tokens(directory)
+        listed = read_listed_tokens(directory, self._piece)
+        added = [*listed, *read_added_tokens(directory)]
         # In plain prompts only what the files declare counts as a token; sentencepiece itself takes <s> for text.
         self._prompt_tokens = {token.content: token for token in added}
         # Chat templates write <s> as well.
@@ -73,6 +75,11 @@ class SentencePieceTokenizer:
         token = self._chat_tokens.get(text)
         return token.id if token is not None and token.special else None
 
+    @property
+    def eos_id(self) -> int | None:
+        """See `Tokenizer.eos_id`."""
+        return self._id_of(self._named.get("eos_token", ""))
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """See `Tokenizer.encode_chat`."""
         return self._encode(self.render_chat(messages, begin_answer=True), self._chat_tokens, [])
@@ -96,8 +103,12 @@ class SentencePieceTokenizer:
     def _id_of(self, text: str) -> int | None:
         """The one token that `text` is, if it is."""
         token = self._chat_tokens.get(text)
-        i = int(self._processor.piece_to_id(text)) if token is None else token.id
-        return None if token is None and i == self._processor.unk_id() else i
+        return self._piece(text) if token is None else token.id
+
+    def _piece(self, text: str) -> int | None:
+        """The piece that `text` is, if it is; of those that no text produces as well."""
+        i = int(self._processor.piece_to_id(text.encode(errors="replace")))  # JSON may hold lone surrogates
+        return i if str(self._processor.id_to_piece(i)) == text else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from coreinfer_jax.text.tokenizer_files import check_text, read_object, read_tex
 
 _JSON_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEXT_FILES = ("merges.txt", "chat_template.jinja")
+
+_SPACED = "hello world, how are you?"
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
@@ -26,7 +29,11 @@ class TransformersTokenizer:
         try:
             self._tokenizer: Any = _open(directory)
             self._backend = _byte_fallback_backend(self._tokenizer)
+            declared = self._tokenizer.added_tokens_decoder.items()
+            self._special = {str(token.content): int(i) for i, token in declared if token.special}
             self.decode(self.encode("a"))  # some mistakes show only in use
+            if _loses_spaces(self, directory):
+                raise ValueError(f"transformers {version('transformers')} loses the spaces of texts; install another")
         except (KeyboardInterrupt, SystemExit):
             raise
         # transformers, tokenizers and json each raise their own; a panic of Rust code is not even an Exception.
@@ -53,8 +60,13 @@ class TransformersTokenizer:
 
     def special_id(self, text: str) -> int | None:
         """See `Tokenizer.special_id`."""
-        declared = self._tokenizer.added_tokens_decoder.items()
-        return next((int(i) for i, token in declared if token.special and token.content == text), None)
+        return self._special.get(text)
+
+    @property
+    def eos_id(self) -> int | None:
+        """See `Tokenizer.eos_id`."""
+        number = self._tokenizer.eos_token_id
+        return None if number is None else int(number)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """See `Tokenizer.encode_chat`."""
@@ -142,6 +154,20 @@ def _open(directory: Path) -> Any:
 
         # Unless told not to, transformers asks on the terminal whether to run code that came with a model.
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _loses_spaces(tokenizer: TransformersTokenizer, directory: Path) -> bool:
+    """Whether transformers' reading of tokenizer.json loses spaces that are kept by the library it is written for.
+
+    Some releases build tokenizers of some classes anew, whatever the file says.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file() or " " in tokenizer.decode(tokenizer.encode(_SPACED)).strip():
+        return False
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(file))
+    return " " in backend.decode(backend.encode(_SPACED).ids).strip()
 
 
 def _refuse_broken_files(directory: Path) -> None:

@@ -178,6 +178,7 @@ def attempt(kind: str, folder: Path) -> None:
     import numpy as np
 
     import coreinfer_jax as ci
+    from coreinfer_jax.io.generation_config import read_recommended
     from coreinfer_jax.text import load_tokenizer
 
     if kind == "tokenizer":
@@ -194,6 +195,7 @@ def attempt(kind: str, folder: Path) -> None:
         return
     params, _ = ci.load(folder, "float32")
     hash(params.config)
+    read_recommended(folder, params.config)
     if kind in ("config", "manifest"):  # the weights are whole, so what fits the config must be them
         import safetensors.numpy
 

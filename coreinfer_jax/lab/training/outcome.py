@@ -23,7 +23,7 @@ from coreinfer_jax.text import TOKENIZER_FILES
 
 # What the command line and transformers draw with unless told otherwise: models this small, left to their most probable
 # token, soon go round in circles.
-SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
 
 
 def write_model(

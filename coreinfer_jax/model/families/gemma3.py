@@ -7,7 +7,7 @@ from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields
 from coreinfer_jax.model.families import gemma2
 from coreinfer_jax.model.family import GgufNames
-from coreinfer_jax.model.rope_fields import ROPE_FIELDS, read_rope, rope_problems
+from coreinfer_jax.model.rope_fields import ROPE_CHECKED, read_rope, rope_problems
 from coreinfer_jax.model.rotary_decoder import rotary_family
 from coreinfer_jax.model.rotary_fields import FULL, SLIDING, UNROTATED, WHOLE_HEADS
 from coreinfer_jax.model.rotary_tables import (
@@ -72,7 +72,7 @@ FAMILY = rotary_family(
             numbers=("rope_local_base_freq",),
             # transformers states it beside `layer_types`, and reads nothing of it.
             fixed={"_sliding_window_pattern": 6, "attn_logit_softcapping": None},
-            checked=ROPE_FIELDS,
+            checked=ROPE_CHECKED,
             problems=gemma3_rope_problems,
         )
     ),
