@@ -31,7 +31,8 @@ def write_smollm2() -> dict[str, Any]:
     assert tokenizer is not None, "GGUF files have tokenizers"
     found = calibrate(params, tokenizer)
     with TemporaryDirectory() as folder:
-        write_calibration(Path(folder), stored_fingerprint(*open_model(path)), found.calibration, found.facts)
+        stored = stored_fingerprint(*open_model(path))
+        write_calibration(Path(folder), params.config, stored, found.calibration, found.facts)
         SHIPPED.mkdir(exist_ok=True)
         shutil.copy(Path(folder) / CALIBRATION, SHIPPED / SMOLLM2_FILE)
     return made_on | found.facts | {"settings": found.results}
@@ -62,5 +63,5 @@ def _model(name: str, documents: tuple[str, ...]) -> dict[str, Any]:
     params, tokenizer = load_uncalibrated(path, "float32")
     assert tokenizer is not None, "the embedded models have tokenizers"
     found = calibrate(params, tokenizer, Documents(" and ".join(FILES), "", documents), None, TEXTS)
-    write_calibration(path, stored_fingerprint(*open_model(path)), found.calibration, found.facts)
+    write_calibration(path, params.config, stored_fingerprint(*open_model(path)), found.calibration, found.facts)
     return found.facts

@@ -322,13 +322,13 @@ def test_one_set_for_all_rows_and_16_bit_weights_run() -> None:
 def test_a_calibration_file_holds_them(tmp_path) -> None:
     params = explained(random_model(LLAMA))
     found = replace(params.calibration, gains=np.zeros((3, 64), np.float32), core=CORE)
-    write_calibration(tmp_path, "model", found, {})
+    write_calibration(tmp_path, LLAMA, "model", found, {})
     again = read_calibration(tmp_path, LLAMA, lambda: "model")
     assert again.core == CORE
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
     (tmp_path / CALIBRATION).unlink()
-    write_calibration(tmp_path, "model", replace(found, linear=None), {})
+    write_calibration(tmp_path, LLAMA, "model", replace(found, linear=None), {})
     assert read_calibration(tmp_path, LLAMA, lambda: "model").linear is None
 
 
