@@ -94,6 +94,7 @@ def test_a_device_and_a_directory_are_no_texts(path):
 
 HUGE = {
     "config.json": lambda path: files.read_json(path),
+    "tokenizer.json": lambda path: load_tokenizer(path.parent),
     "tokenizer.model": lambda path: load_tokenizer(path.parent),
     "texts.txt": read_documents,
 }
