@@ -32,8 +32,8 @@ OVERHEAD_BYTES = 16 * 2**20
 def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str], dtype: object = None) -> Path:
     """Convert a checkpoint. `destination` appears whole or not at all.
 
-    Memory stays below twice the largest tensor as written plus 1 GiB, whatever the checkpoint's size: files are mapped,
-    not read. Only `.bin` files of PyTorch before 1.6, which cannot be mapped, are held one file at a time.
+    Memory stays below twice the largest tensor as written plus 1 GiB, whatever the checkpoint's size: tensors are read
+    one by one, large ones by rows. Only `.bin` files of PyTorch before 1.6 are held whole, one file at a time.
 
     Args:
         source: as for `load`, but nothing that is converted already.
