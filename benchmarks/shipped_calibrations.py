@@ -40,7 +40,8 @@ def write_smollm2(texts: Path) -> dict[str, Any]:
     beginnings = tuple(documents[i][:BEGINNING] for i in chosen)
     found = calibrate(params, tokenizer, Documents(" and ".join(FILES), "", beginnings), answers=True, steps=STEPS)
     with TemporaryDirectory() as folder:
-        write_calibration(Path(folder), stored_fingerprint(*open_model(path)), found.calibration, found.facts)
+        stored = stored_fingerprint(*open_model(path))
+        write_calibration(Path(folder), params.config, stored, found.calibration, found.facts)
         SHIPPED.mkdir(exist_ok=True)
         shutil.copy(Path(folder) / CALIBRATION, SHIPPED / SMOLLM2_FILE)
     return made_on | found.facts | {"settings": found.results}
@@ -71,5 +72,5 @@ def _model(name: str, documents: tuple[str, ...]) -> dict[str, Any]:
     params, tokenizer = load_uncalibrated(path, "float32")
     assert tokenizer is not None, "the embedded models have tokenizers"
     found = calibrate(params, tokenizer, Documents(" and ".join(FILES), "", documents), None, TEXTS)
-    write_calibration(path, stored_fingerprint(*open_model(path)), found.calibration, found.facts)
+    write_calibration(path, params.config, stored_fingerprint(*open_model(path)), found.calibration, found.facts)
     return found.facts

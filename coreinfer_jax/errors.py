@@ -1,7 +1,10 @@
 """The exception every user mistake raises, and how its line tells a value."""
 
 import reprlib
+from collections.abc import Sequence
 
+# Names and the like that one error lists, which keeps its line below 10 000 characters.
+MOST_LISTED = 30
 # Long and nested values of files are told shortened.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
@@ -26,6 +29,12 @@ def shown(value: object) -> str:
 def shown_name(name: str) -> str:
     """A name out of a file: as it is, or as `shown` where that would spoil the line."""
     return name if name.isprintable() and len(name) <= 200 else shown(name)
+
+
+def listed(problems: Sequence[str], separator: str = ", ") -> str:
+    """All that there is to say, as far as a line has room for it."""
+    more = len(problems) - MOST_LISTED
+    return separator.join(problems[:MOST_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
 def one_line(message: str) -> str:

@@ -1,10 +1,12 @@
-"""Small file matters: JSON with clear errors, files and directories that appear whole or not at all."""
+"""Small file matters: reading that cannot hang, JSON with clear errors, outputs that appear whole or not at all."""
 
+import errno
 import fcntl
 import glob
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +18,8 @@ from safetensors import SafetensorError
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
 
 SETTINGS = "settings.json"
+# Bytes that files may have: several times what the largest known ones do, and little enough to be held in memory.
+MOST_JSON, MOST_VOCABULARY, MOST_TEXT = 1 << 25, 1 << 28, 1 << 32
 
 
 def to_path(value: object) -> Path:
@@ -49,17 +53,61 @@ def check_directory(path: Path) -> None:
         raise CoreInferError(f"{path}: permission denied; make the directory readable")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+def open_regular(path: Path) -> int:
+    """A descriptor to read `path` by, which is the caller's to close.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file: a pipe could be waited for, and a device read, for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # so that opening a pipe does not wait either
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """What the regular file `path` holds.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, has more than `most` bytes, or is cut short meanwhile.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"{size} bytes, where such a file has {most} at most", str(path))
+        content = file.read(size)
+    if len(content) < size:
+        raise OSError(errno.EIO, "cut short while it was read", str(path))
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """The value that a JSON text stands for.
+
+    Raises:
+        ValueError: the text is no JSON, or nested more deeply than Python reads it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
+    """The JSON object in `path`, of at most `most` bytes.
 
     Raises:
         CoreInferError: the file cannot be read, is no JSON, or holds something other than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_bytes(path, most).decode("utf-8"))
     except OSError as error:
         raise CoreInferError(f"{path}: {error.strerror or error}; make it a readable file") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CoreInferError(f"{path}: not valid JSON ({error}); download or write it again") from error
     if not isinstance(value, dict):
         raise CoreInferError(f"{path}: holds a JSON {type(value).__name__}, not an object")
@@ -104,6 +152,33 @@ def new_file(path: Path) -> Iterator[Path]:
             raise CoreInferError(f"{path}: cannot be written ({reason}); it is left as it was") from error
 
 
+def check_new_file(path: Path) -> None:
+    """Refuse a path that `new_file` could not write, before there is anything to write.
+
+    Raises:
+        CoreInferError: it is a directory, or lies in none that can be written.
+    """
+    if is_directory(path):
+        raise CoreInferError(f"{path}: is a directory; name a file")
+    with _partial(path):
+        pass
+
+
+@contextmanager
+def read_back(path: Path) -> Iterator[None]:
+    """Let nothing take its place at `path` that its own reader, which the block calls, refuses.
+
+    Raises:
+        CoreInferError: the reader refused it.
+    """
+    try:
+        yield
+    except CoreInferError as error:
+        raise CoreInferError(
+            f"{path}: not written, because reading it back failed ({error}); please report this"
+        ) from error
+
+
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
     """A locked directory beside `path`, gone when the block ends; those of processes that were killed go first.
@@ -111,17 +186,30 @@ def _partial(path: Path) -> Iterator[Path]:
     Files are written into one too, because safetensors adds a temporary file of its own beside the one it writes.
     """
     remove_leftovers(path)
-    try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    except OSError as error:
-        raise CoreInferError(
-            f"{path.parent}: {error.strerror or error}; name a directory that can be written"
-        ) from error
-    try:
-        with locked(partial):
-            yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with ExitStack() as stack:
+        partial = _locked_directory(path, stack)
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        yield partial
+
+
+def _locked_directory(path: Path, stack: ExitStack) -> Path:
+    """A new directory beside `path` whose lock `stack` holds.
+
+    Before it is locked it looks like a leftover, and another process may be removing it: then there is a next one.
+    """
+    while True:
+        try:
+            partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        except OSError as error:
+            raise CoreInferError(
+                f"{path.parent}: {error.strerror or error}; name a directory that can be written"
+            ) from error
+        try:
+            stack.enter_context(locked(partial))
+        except (BlockingIOError, FileNotFoundError):
+            continue
+        if partial.is_dir():
+            return partial
 
 
 def copy_existing(source: Path, target: Path, names: Iterable[str]) -> None:
@@ -134,7 +222,7 @@ def copy_existing(source: Path, target: Path, names: Iterable[str]) -> None:
         if not (source / name).is_file():
             continue
         try:
-            content = (source / name).read_bytes()
+            content = read_bytes(source / name, MOST_VOCABULARY)
         except OSError as error:
             raise CoreInferError(f"{source / name}: {error.strerror or error}; make it readable") from error
         (target / name).write_bytes(content)
@@ -197,6 +285,21 @@ def begun(directory: Path, settings: Mapping[str, Any], work: str) -> Iterator[N
         raise CoreInferError(
             f"{directory}: was begun with other settings ({told}); repeat them, or remove it, or name a new directory"
         )
+    with alone(directory, work):
+        yield
+
+
+@contextmanager
+def alone(directory: Path, work: str) -> Iterator[None]:
+    """Keep other processes from the same work in a directory.
+
+    Args:
+        directory: which is there.
+        work: what it is, in a word, for messages.
+
+    Raises:
+        CoreInferError: another process is at it.
+    """
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(directory))

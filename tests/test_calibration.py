@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
-from coreinfer_jax.io.calibration_file import CALIBRATION, SHIPPED, read_calibration, read_facts
+from coreinfer_jax.io.calibration_file import CALIBRATION, SHIPPED, read_calibration, read_facts, write_calibration
 from coreinfer_jax.lab.evaluation import Bound, Texts, calibrate
 from coreinfer_jax.lab.evaluation.material import own_answers
-from coreinfer_jax.model.weights import named_leaves, params_bytes
+from coreinfer_jax.model.weights import named_leaves, params_bytes, with_leaves
 from coreinfer_jax.sparsity.allocate import allocate
 from coreinfer_jax.sparsity.calibration import Calibration
 from coreinfer_jax.sparsity.rules import Contribution
@@ -416,15 +416,55 @@ DAMAGE = {
     "a missing array": (lambda a, m: a.pop("layers.0.total"), "damaged calibration"),
     "no gains": (lambda a, m: a.pop("gains"), "damaged calibration"),
     "gains that rise": (lambda a, m: a.update(gains=a["gains"][:, ::-1].copy()), "gains that rise"),
+    "facts that are none": (lambda a, m: m.update(facts='{"kept_neurons": 5}'), "damaged calibration"),
+    "counts that are none": (
+        lambda a, m: m.update(facts='{"kept_neurons": ["a"]}'),
+        "numbers of neurons",
+    ),
+    "a bound that is none": (lambda a, m: m.update(facts='{"bound": {"max_kl": "a"}}'), "a bound, a time or a name"),
+    "bounds that are a list": (lambda a, m: m.update(facts='{"bound": [1]}'), "damaged calibration"),
+    "a time that is none": (lambda a, m: m.update(facts='{"speed": {"core": 1}}'), "damaged calibration"),
+    "a number of many digits": (lambda a, m: m.update(facts='{"bound": {"max_kl": 1%s}}' % (400 * "0")), "damaged"),
+    "facts nested deeply": (lambda a, m: m.update(facts="[" * 100_000), "nested too deeply"),
+    "a setting nested deeply": (lambda a, m: m.update(core="[" * 100_000), "nested too deeply"),
     "numbers that are none": (lambda a, m: a["layers.0.total"].fill(np.nan), "damaged calibration"),
 }
 
 
 @pytest.mark.parametrize(("change", "said"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_calibration_that_does_not_fit_is_refused(change, said, tmp_path):
+def test_a_calibration_that_does_not_fit_is_refused(change, said, tmp_path, capsys):
     source = Path(ci.__file__).parent / "assets" / "llama"
     with pytest.raises(ci.CoreInferError, match=said):
         ci.load(rewritten(tmp_path, source, change))
+    if "fingerprint" not in said:  # `info` tells of another model's too
+        assert main(["info", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_a_model_with_a_layer_that_writes_nothing_is_calibrated(name, tmp_path):
+    params = random_model(MODELS[name])
+    silent = with_leaves(
+        params, lambda leaf: dict(named_leaves(params))[leaf] * float(not leaf.startswith("layers.1.mlp.down"))
+    )
+    found = calibrated(silent).calibration
+    assert not found.prior[1]["weight"].any()
+    write_calibration(tmp_path, params.config, "model", found, {})
+    again = read_calibration(tmp_path, params.config, lambda: "model")
+    np.testing.assert_array_equal(again.gains, found.gains)
+    given = {"max_new_tokens": 4, "core": ci.CoreConfig(beta=0.5)}
+    ours, theirs = (
+        ci.generate(replace(silent, calibration=one), [PROMPTS[0]], **given).tokens for one in (found, again)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_calibration_that_could_not_be_read_is_not_written(tmp_path):
+    found = calibrated(random_model(OPT)).calibration
+    (tmp_path / CALIBRATION).write_text("what was there")
+    with pytest.raises(ci.CoreInferError, match="not written, because reading it back failed"):
+        write_calibration(tmp_path, OPT, "model", replace(found, gains=found.gains[:, ::-1].copy()), {})
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(CALIBRATION, "what was there")]
 
 
 def test_a_file_of_noise_is_refused(tmp_path, model):
@@ -492,12 +532,12 @@ def test_another_vocabulary_is_refused_and_another_template_is_not(tmp_path):
 
 
 def test_options_replace_what_was_calibrated(model, tmp_path, capsys):
-    from coreinfer_jax.io.calibration_file import write_calibration
     from coreinfer_jax.io.loading import open_model, stored_fingerprint
 
     directory = shutil.copytree(model, tmp_path / "mine")
     found = replace(ci.load(directory)[0].calibration, core=ci.CoreConfig(beta=0.3))
-    write_calibration(directory, stored_fingerprint(*open_model(directory)), found, {})
+    config, tensors = open_model(directory)
+    write_calibration(directory, config, stored_fingerprint(config, tensors), found, {})
     given = {
         (): ci.CoreConfig(beta=0.3),
         ("--prior-tokens", "32"): ci.CoreConfig(beta=0.3),

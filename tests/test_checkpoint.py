@@ -376,7 +376,8 @@ def test_shards_an_index_names_must_be_there(tmp_path):
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["model.safetensors"]}], ids=repr)
-def test_an_index_must_map(hub, index):
+def test_an_index_must_map(tmp_path, index):
+    hub = write_hub(tmp_path / "hub", OPT, hub_tensors(OPT), shards=3)
     (hub / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model.safetensors.index.json: has no weight_map" in refusal(hub)
 
@@ -412,7 +413,8 @@ def test_directories_that_hold_no_checkpoint(hub, spoil, expected):
     ids=["cut", "empty", "no UTF-8", "nested", "a list"],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
-def test_json_that_cannot_be_read(hub, name, content, expected):
+def test_json_that_cannot_be_read(tmp_path, name, content, expected):
+    hub = write_hub(tmp_path / "hub", OPT, hub_tensors(OPT), shards=3, index=True)
     (hub / name).write_bytes(content)
     message = refusal(hub)
     assert message.startswith(f"{hub / name}: ")

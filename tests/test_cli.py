@@ -355,6 +355,8 @@ SHELL = [
         (2,),
         r"coreinfer: error: the output cannot be written: No space left on device[^\n]*\n",
     ),
+    (f"generate {PROMPT!r} --max-new-tokens 2 2>/dev/full", (0,), r""),
+    ("info nowhere 2>/dev/full", (2,), r""),
     ("info nowhere 2>&-", (2,), r""),
     ("info embedded:opt --json 2>&-", (0,), r""),
     ("chat <&-", (0,), r"\[no chat template[^\n]*\n\[/reset[^\n]*\n\n"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -18,6 +19,7 @@ from coreinfer_jax.files import locked
 from coreinfer_jax.io.native import write_native
 from coreinfer_jax.lab.clustering import counting
 from coreinfer_jax.lab.clustering.grouping import deciding_layer, elbow, group_by_kmeans, group_by_labels
+from coreinfer_jax.lab.clustering.published import read_lists
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import named_leaves
@@ -328,6 +330,60 @@ def test_damaged_archives_are_named(tmp_path: Path) -> None:
     with source.open("wb") as file:
         np.save(file, np.arange(5))
     assert str(source) in refusal(lambda: ci.import_published(source, tmp_path / "c", checkpoint))
+
+
+def member(head: str, data: bytes = bytes(1600)) -> bytes:
+    """A `.npy` file with this header."""
+    line = head.encode("latin1") + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(line).to_bytes(2, "little") + line + data
+
+
+SHAPE = "{'descr': '<i8', 'fortran_order': False, 'shape': (%s,), }"
+MEMBERS = {
+    "no array": b"garbage",
+    "nothing": b"",
+    "an unclosed bracket": member("{'descr'"),
+    "an unclosed string": member('"""'),
+    "an indentation": member("if x:\n  y\n z"),
+    "a shape beyond 64 bits": member(SHAPE % 10**30),
+    "a shape of terabytes": member(SHAPE % 10**12),
+    "a negative shape": member(SHAPE % -200),
+    "nested deeply": member("(" * 2000),
+}
+
+
+@pytest.mark.parametrize("content", MEMBERS.values(), ids=MEMBERS)
+def test_what_numpy_raises_for_a_list_becomes_one_line(content: bytes, tmp_path: Path) -> None:
+    source = tmp_path / "lists.npz"
+    with zipfile.ZipFile(source, "w") as archive:
+        for l in range(OPT.num_layers):
+            archive.writestr(f"L{l}_C0.npy", content)
+    assert f"{source}: not a .npz archive (" in refusal(lambda: read_lists(source, OPT))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_decompressing_raises_becomes_one_line(method: int, tmp_path: Path) -> None:
+    source = tmp_path / "lists.npz"
+    with zipfile.ZipFile(source, "w", method) as archive:
+        for l in range(OPT.num_layers):
+            archive.writestr(f"L{l}_C0.npy", member(SHAPE % 4, np.arange(4).tobytes()))
+    read_lists(source, OPT)
+    content = bytearray(source.read_bytes())
+    content[50:80] = b"\xff" * 30
+    source.write_bytes(content)
+    assert f"{source}: not a .npz archive (" in refusal(lambda: read_lists(source, OPT))
+
+
+def test_a_list_longer_than_a_layer_is_not_unpacked(tmp_path: Path) -> None:
+    source, size = tmp_path / "lists.npz", 1 << 30
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+        for l in range(OPT.num_layers):
+            archive.writestr(f"L{l}_C0.npy", member(SHAPE % 4, np.arange(4).tobytes()))
+    content = bytearray(source.read_bytes())
+    place = content.index(b"PK\x01\x02") + 24  # the size unpacked, in the list of members
+    content[place : place + 4] = size.to_bytes(4, "little")
+    source.write_bytes(content)
+    assert f"L0_C0 takes {size} bytes" in refusal(lambda: read_lists(source, OPT))
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut short"])

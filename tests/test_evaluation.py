@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from coreinfer_jax.cli import main
+from coreinfer_jax.cli import eval_texts, main
 from coreinfer_jax.cli.arguments import labels
 from coreinfer_jax.lab.evaluation.comparison import Texts, evaluate, interval, perplexity, summary
 from coreinfer_jax.lab.evaluation.free_running import departure, free_running, generating, repetition
@@ -466,8 +466,38 @@ def test_alphas_and_ranges_of_layers_are_compared_and_drawn(on_texts, shallow, t
     whole = weight_bytes_per_step(params, 1)
     assert settings[0]["bytes_per_token"] == whole - 2 * 2 * (768 - 153) * row
     assert settings[2]["bytes_per_token"] == whole - 2 * (768 - 153) * row
-    assert main([*arguments[:-1], str(tmp_path / "chart.unknown")]) == 2
-    assert "end it in .png or .svg" in capsys.readouterr().err
+
+
+CHARTS = {
+    "no kind of picture": ("chart.unknown", "end it in .png or .svg"),
+    "no ending": ("chart", "end it in .png or .svg"),
+    "a directory that is not there": ("absent/chart.png", "absent: No such file or directory"),
+    "a directory": ("there.png", "is a directory"),
+}
+
+
+@pytest.mark.parametrize(("name", "said"), CHARTS.values(), ids=CHARTS)
+def test_a_chart_that_cannot_be_drawn_is_refused_before_anything_is_measured(
+    name, said, on_texts, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(eval_texts, "compare", None)
+    (tmp_path / "there.png").mkdir()
+    before = sorted(tmp_path.iterdir())
+    assert main(["eval", *on_texts, "--chart", str(tmp_path / name)]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_table_is_printed_where_drawing_fails(on_texts, tmp_path, capsys, monkeypatch):
+    def fail(results, path):
+        raise ci.CoreInferError("the disk is full")
+
+    monkeypatch.setattr(eval_texts, "draw", fail)
+    sizes = ["--prompt-tokens", "8", "--continuation", "8", "--texts", "2", "--beta", "0.4"]
+    assert main(["eval", *on_texts, *sizes, "--chart", str(tmp_path / "chart.png")]) == 2
+    said = capsys.readouterr()
+    assert "agreement" in said.out
+    assert "the disk is full" in said.err
 
 
 def test_tables_tell_settings_apart_by_what_differs(on_texts, capsys):

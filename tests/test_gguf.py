@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
-from coreinfer_jax.io import mapping
+from coreinfer_jax.io import held, mapping
 from coreinfer_jax.io.calibration_file import CALIBRATION
 from coreinfer_jax.io.gguf import open_gguf
 from coreinfer_jax.io.gguf_folder import unpacked
@@ -379,8 +379,8 @@ def test_a_directory_or_a_file_without_permission(tmp_path: Path, monkeypatch: p
     def forbidden(*args: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(np, "memmap", forbidden)  # the tests may run as root, whom nothing is forbidden
-    assert f"{file}: Permission denied; name a GGUF file that can be read" in refusal(lambda: ci.load(file))
+    monkeypatch.setattr(held, "open_regular", forbidden)  # the tests may run as root, whom nothing is forbidden
+    assert f"{file}: Permission denied; make it a file that can be read" in refusal(lambda: ci.load(file))
 
 
 @pytest.mark.parametrize("seed", range(4))

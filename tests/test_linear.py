@@ -323,14 +323,14 @@ def test_a_calibration_file_holds_them(tmp_path) -> None:
     params = explained(random_model(LLAMA))
     tried = replace(params.calibration.linear, up_to=0.8)
     found = replace(params.calibration, gains=np.zeros((3, 64), np.float32), core=CORE, linear=tried)
-    write_calibration(tmp_path, "model", found, {})
+    write_calibration(tmp_path, LLAMA, "model", found, {})
     again = read_calibration(tmp_path, LLAMA, lambda: "model")
     assert again.core == CORE
     assert again.linear.up_to == 0.8
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
     (tmp_path / CALIBRATION).unlink()
-    write_calibration(tmp_path, "model", replace(found, linear=None), {})
+    write_calibration(tmp_path, LLAMA, "model", replace(found, linear=None), {})
     assert read_calibration(tmp_path, LLAMA, lambda: "model").linear is None
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import resource
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +36,26 @@ RECIPES = {
     "llama": Recipe(family="llama", num_layers=1, **SIZES, **SCHEDULE),
 }
 FAMILIES = pytest.mark.parametrize("family", RECIPES)
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file takes more than this many bytes, which the system says by an error, as of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@FAMILIES
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_tokenizer_that_cannot_be_written_is_told_of_in_one_line(family, size, tmp_path):
+    text = write_text(tmp_path / "text.txt", 60, 0)
+    with room_for(size), pytest.raises(ci.CoreInferError, match="File too large; nothing was written"):
+        train(tmp_path / "run", [text], RECIPES[family])
+    assert list(tmp_path.iterdir()) == [text]
 
 
 def write_text(path: Path, documents: int, seed: int) -> Path:

@@ -15,16 +15,17 @@ from coreinfer_jax.cli import arguments
 from coreinfer_jax.cli.eval_texts import table
 from coreinfer_jax.cli.info import setting_in_words
 from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.files import is_directory, to_path
+from coreinfer_jax.files import alone, check_directory, to_path
 from coreinfer_jax.io.calibration_file import CALIBRATION, write_calibration
 from coreinfer_jax.io.embedded import PREFIX
 from coreinfer_jax.io.loading import model_path, open_model, stored_fingerprint
 from coreinfer_jax.lab.evaluation.calibrating import BOUND, TEXTS, Bound, Calibrated, calibrate
+from coreinfer_jax.lab.evaluation.comparison import Texts
 from coreinfer_jax.lab.evaluation.speed import milliseconds_per_token
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choosers import Core, settings_of
 from coreinfer_jax.text import Tokenizer
-from coreinfer_jax.text.documents import read_documents
+from coreinfer_jax.text.documents import Documents, read_documents
 
 HELP = "find how many neurons a model can spare, and set it to that"
 # What is timed: enough steps that starting them does not count, and a prompt of ordinary length.
@@ -74,12 +75,22 @@ def _run(options: argparse.Namespace) -> None:
         )
     if options.distil < 0:
         raise CoreInferError(f"--distil {options.distil}: give a number of steps, or 0 for none")
+    with alone(directory, "calibration"):
+        _calibrate(options, directory, documents, bound, texts)
+
+
+def _calibrate(
+    options: argparse.Namespace, directory: Path, documents: Documents | None, bound: Bound, texts: Texts
+) -> None:
+    config, tensors = open_model(directory)
+    stored = stored_fingerprint(config, tensors)
     params, tokenizer = arguments.load_model(options, calibrated=False)
     found = calibrate(params, tokenizer, documents, bound, texts, answers=options.answers, steps=options.distil)
-    stored = stored_fingerprint(*open_model(directory))
-    write_calibration(directory, stored, found.calibration, found.facts)  # a failure of timing loses nothing
+    if stored_fingerprint(*open_model(directory)) != stored:
+        raise CoreInferError(f"{directory}: its weights were replaced meanwhile; calibrate again")
+    write_calibration(directory, config, stored, found.calibration, found.facts)  # a failure of timing loses nothing
     facts = found.facts | {"speed": _speed(params, tokenizer, found)}
-    write_calibration(directory, stored, found.calibration, facts)
+    write_calibration(directory, config, stored, found.calibration, facts)
     core = None if found.calibration.core is None else settings_of(found.calibration.core)
     if options.json:
         print(json.dumps({"model": options.model, "core": core, "facts": facts, "settings": found.results}))
@@ -97,7 +108,8 @@ def _writable(model: str) -> Path:
             f"{model}: is calibrated, and part of the package; convert it to a directory to calibrate that"
         )
     directory = model_path(model)
-    if is_directory(directory) and not os.access(directory, os.W_OK):
+    check_directory(directory)
+    if not os.access(directory, os.W_OK):
         raise CoreInferError(f"{directory}: cannot be written into; make it writable, the calibration goes there")
     return directory
 

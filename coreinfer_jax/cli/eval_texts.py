@@ -10,7 +10,7 @@ import numpy as np
 from coreinfer_jax.cli import arguments, compared
 from coreinfer_jax.engine.prompts import check_length
 from coreinfer_jax.files import to_path
-from coreinfer_jax.lab.evaluation.chart import draw, require_matplotlib, title
+from coreinfer_jax.lab.evaluation.chart import check_chart, draw, title
 from coreinfer_jax.lab.evaluation.comparison import Texts, check_settings, compare, read_prior
 from coreinfer_jax.lab.evaluation.free_running import free_running, generating
 from coreinfer_jax.lab.evaluation.settings import RANKINGS, Prior, prior_of
@@ -24,8 +24,9 @@ from coreinfer_jax.text.documents import read_documents
 
 def run(options: argparse.Namespace) -> None:
     """Compare the settings asked for with the full model."""
-    if options.chart is not None:
-        require_matplotlib()
+    chart = None if options.chart is None else to_path(options.chart)
+    if chart is not None:
+        check_chart(chart)
     texts = replace(arguments.texts(options), switched=options.switched)
     documents = read_documents(to_path(options.data), options.text_column)
     corpus = None if options.prior is None else read_documents(to_path(options.prior), options.text_column)
@@ -50,10 +51,16 @@ def run(options: argparse.Namespace) -> None:
         params = _with_prior(params, prior)
     results = [result for settings in by_alpha for result in compare(params, selection, settings, texts, prior)]
     written = _written(params, selection.rows, cores, texts, options.generate)
-    if options.chart is not None:
-        draw(results, to_path(options.chart))
+    _print(options, documents.name, results, written)
+    if chart is not None:  # last: whatever prevents it, what was measured is told
+        draw(results, chart)
+
+
+def _print(
+    options: argparse.Namespace, data: str, results: list[dict[str, Any]], written: list[dict[str, Any]]
+) -> None:
     if options.json:
-        found = {"model": options.model, "data": documents.name, "settings": results}
+        found = {"model": options.model, "data": data, "settings": results}
         print(json.dumps(found | ({"generated": written} if written else {})))
         return
     print(table(results))

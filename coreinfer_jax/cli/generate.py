@@ -9,7 +9,7 @@ from coreinfer_jax.cli import arguments, drawing
 from coreinfer_jax.cli.reply import Reply, facts
 from coreinfer_jax.engine.generation import stream
 from coreinfer_jax.errors import CoreInferError, shown_name
-from coreinfer_jax.files import to_path
+from coreinfer_jax.files import read_bytes, to_path
 
 HELP = "continue a prompt"
 NEW_TOKENS = 128
@@ -79,13 +79,8 @@ def _prompt(options: argparse.Namespace) -> str:
 
 
 def _of_file(name: str) -> str:
-    path = to_path(name)
     try:
-        if path.exists() and not path.is_file():
-            raise CoreInferError(f"--file {shown_name(name)}: is no regular file; name a text file")
-        if path.stat().st_size > MOST_CHARACTERS:
-            raise CoreInferError(f"--file {shown_name(name)}: more than {MOST_CHARACTERS} bytes; give a shorter prompt")
-        return path.read_text(encoding="utf-8")
+        return read_bytes(to_path(name), MOST_CHARACTERS).decode("utf-8")
     except OSError as error:
         raise CoreInferError(f"--file {shown_name(name)}: {error.strerror or error}; name a readable file") from error
     except UnicodeDecodeError as error:

@@ -80,8 +80,8 @@ def setting_in_words(core: Mapping[str, Any] | None, facts: Mapping[str, Any], m
     """What a calibration found: how many neurons are kept, and in which layers how many of them."""
     if core is None:
         return "all neurons"
-    shares = ", ".join(f"{kept / mlp_size:.0%}" for kept in facts.get("kept_neurons", ()))
-    linear = facts.get("linear_neurons", ())
+    shares = ", ".join(f"{kept / mlp_size:.0%}" for kept in facts.get("kept_neurons") or ())
+    linear = facts.get("linear_neurons") or ()
     there = sum(map(bool, linear))
     beside = f"; {max(linear)} linear neurons each in {there} of {len(linear)} layers" if there else ""
     return f"keep {core.get('beta', core.get('gamma')):g}" + (f" ({shares}, layer by layer{beside})" if shares else "")

@@ -20,6 +20,33 @@ COMMANDS = {
 }
 
 
+class _Messages(io.TextIOWrapper):
+    """Standard error that a command does not depend on: what cannot be written, as on a full disk, is left out."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            self._leave_out()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Send this and all that follows nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with mistakes reported like all others: one line, status 2."""
 
@@ -37,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    if type(sys.stderr) is io.TextIOWrapper:  # nothing that a caller has put in its place
+        encoding = sys.stderr.encoding
+        sys.stderr = _Messages(sys.stderr.detach(), encoding, "backslashreplace", line_buffering=True)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as for arguments; `check_text` tells the user
     try:

@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
-from coreinfer_jax.files import new_file
+from coreinfer_jax.files import MOST_VOCABULARY, new_file, parse_json, read_back, read_bytes
+from coreinfer_jax.io.held import load_arrays
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.allocate import PARTS
 from coreinfer_jax.sparsity.calibration import LINEAR_UP_TO, Calibration, Explained
@@ -34,17 +35,20 @@ _OF_NEURONS, _OF_TOKENS = ("total", "squares"), ("tokens", "weight")
 _HALF = ("directions", "slopes", "written")
 
 
-def write_calibration(directory: Path, fingerprint: str, calibration: Calibration, facts: Mapping[str, Any]) -> None:
+def write_calibration(
+    directory: Path, config: ModelConfig, fingerprint: str, calibration: Calibration, facts: Mapping[str, Any]
+) -> None:
     """Write what was found for the model in `directory`; the file appears whole, in place of one that was there.
 
     Args:
         directory: of the model.
+        config: of the model.
         fingerprint: of its stored weights.
         calibration: what was found.
         facts: how, in JSON's terms.
 
     Raises:
-        CoreInferError: the disk is full or not writable.
+        CoreInferError: the disk is full or not writable; what was found is nothing that `read_calibration` takes.
     """
     arrays = _sums_as_arrays("layers", calibration.prior)
     if calibration.linear is not None:
@@ -66,6 +70,8 @@ def write_calibration(directory: Path, fingerprint: str, calibration: Calibratio
     }
     with new_file(directory / CALIBRATION) as partial:
         save_file(arrays, partial, metadata=metadata)
+        with read_back(directory / CALIBRATION):
+            _checked_file(partial, config)
 
 
 def _sums_as_arrays(where: str, sums: Sequence[Sums]) -> dict[str, np.ndarray]:
@@ -90,8 +96,8 @@ def read_calibration(directory: Path, config: ModelConfig, fingerprint: Callable
     path = directory / CALIBRATION
     if not path.is_file():
         shipped = _shipped(config, fingerprint)
-        return None if shipped is None else _calibration(*_read(shipped), config)
-    metadata, arrays = _read(path)
+        return None if shipped is None else _checked_file(shipped, config)[1]
+    metadata, calibration, _ = _checked_file(path, config)
     found = fingerprint()
     if metadata["model"] != found:
         raise CoreInferError(
@@ -100,10 +106,7 @@ def read_calibration(directory: Path, config: ModelConfig, fingerprint: Callable
         )
     if metadata["tokenizer"] != _tokenizer_digest(directory):
         raise CoreInferError(f"{path}: was made with another tokenizer than is there now; calibrate again or remove it")
-    try:
-        return _calibration(metadata, arrays, config)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from error
+    return calibration
 
 
 def read_facts(
@@ -117,12 +120,8 @@ def read_facts(
     path = own if own.is_file() else _shipped(config, fingerprint)
     if path is None:
         return None
-    metadata, _ = _read(path)
-    try:
-        core = _core(metadata)
-        return None if core is None else settings_of(core), dict(json.loads(metadata["facts"]))
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from error
+    _, calibration, facts = _checked_file(path, config)
+    return None if calibration.core is None else settings_of(calibration.core), facts
 
 
 def _shipped(config: ModelConfig, fingerprint: Callable[[], str]) -> Path | None:
@@ -135,12 +134,23 @@ def _shipped(config: ModelConfig, fingerprint: Callable[[], str]) -> Path | None
     return None
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+def _checked_file(path: Path, config: ModelConfig) -> tuple[Mapping[str, str], Calibration, dict[str, Any]]:
+    """What a file says of itself, what it holds, and how that was found: whatever is read or written is checked here.
+
+    Raises:
+        CoreInferError: it is damaged, of another version, or of a model of other sizes.
+    """
+    metadata, arrays = _read(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-        arrays = load_file(path)
-    except (OSError, SafetensorError) as error:
+        return metadata, _calibration(metadata, arrays, config), _facts(metadata, config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
+    try:
+        metadata, arrays = load_arrays(path)
+    except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, error) from error
     if metadata.get("format") != "coreinfer_jax calibration" or metadata.get("version") not in READ_VERSIONS:
         found = f"format {shown(metadata.get('format'))}, version {shown(metadata.get('version'))}"
@@ -157,8 +167,15 @@ def _tokenizer_digest(directory: Path) -> str:
     digest = hashlib.sha256()
     for name in VOCABULARY_FILES:
         if (directory / name).is_file():
-            digest.update(name.encode() + (directory / name).read_bytes())
+            digest.update(name.encode() + _vocabulary_bytes(directory / name))
     return digest.hexdigest()
+
+
+def _vocabulary_bytes(path: Path) -> bytes:
+    try:
+        return read_bytes(path, MOST_VOCABULARY)
+    except OSError as error:
+        raise CoreInferError(f"{path}: {error.strerror or error}; make it readable") from error
 
 
 def _damaged(path: Path, error: Exception) -> CoreInferError:
@@ -166,8 +183,23 @@ def _damaged(path: Path, error: Exception) -> CoreInferError:
 
 
 def _core(metadata: Mapping[str, str]) -> Chooser | None:
-    settings = json.loads(metadata["core"])
+    settings = parse_json(metadata["core"])
     return None if settings is None else chooser_of(settings)
+
+
+def _facts(metadata: Mapping[str, str], config: ModelConfig) -> dict[str, Any]:
+    """How a calibration was found; raises ValueError or the like unless that can be told to people."""
+    facts = dict(parse_json(metadata["facts"]))
+    kept, linear = facts.get("kept_neurons") or (), facts.get("linear_neurons") or ()
+    bounds, speed = facts.get("bound", {}), facts.get("speed") or {"core": 0, "all": 0, "dtype": "", "device": ""}
+    numbers = [*(bound for bound in bounds.values() if bound is not None), speed["core"], speed["all"]]
+    texts = [facts.get("data", ""), speed["dtype"], speed["device"]]
+    if not all(type(count) is int and 0 <= count <= config.mlp_size for count in (*kept, *linear)):
+        raise ValueError("its facts hold numbers of neurons that are none")
+    if not all(type(number) in (int, float) for number in numbers) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("its facts hold a bound, a time or a name that is none")
+    np.array(numbers, np.float64)  # raises for integers of hundreds of digits, which cannot be shown
+    return facts
 
 
 def _calibration(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray], config: ModelConfig) -> Calibration:
@@ -184,7 +216,8 @@ def _sums(where: str, arrays: Mapping[str, np.ndarray], config: ModelConfig) -> 
         {name: jnp.asarray(_checked(arrays[f"{where}.{l}.{name}"], shape)) for name, shape in shapes.items()}
         for l in range(config.num_layers)
     )
-    if not all((sums["tokens"] > 0) & (sums["weight"] > 0) & (sums["squares"] >= 0).all() for sums in found):
+    # A layer that writes nothing gives its tokens no weight.
+    if not all((sums["tokens"] > 0) & (sums["weight"] >= 0) & (sums["squares"] >= 0).all() for sums in found):
         raise ValueError("sums over no tokens, or negative ones")
     return found
 

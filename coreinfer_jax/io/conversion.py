@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from coreinfer_jax.files import (
     check_directory,
     copy_existing,
     new_directory,
+    read_back,
     refuse_existing,
     remove_leftovers,
     to_path,
@@ -18,6 +20,7 @@ from coreinfer_jax.io.calibration_file import read_calibration, read_facts, writ
 from coreinfer_jax.io.loading import model_path, open_model, stored_fingerprint
 from coreinfer_jax.io.mapping import DTYPES, count_bytes, leaf_shapes, parse_dtype, read_as
 from coreinfer_jax.io.native import is_native, write_native
+from coreinfer_jax.io.tensors import StoredTensor
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.progress import progress
 from coreinfer_jax.text import TOKENIZER_FILES
@@ -29,8 +32,8 @@ OVERHEAD_BYTES = 16 * 2**20
 def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str], dtype: object = None) -> Path:
     """Convert a checkpoint. `destination` appears whole or not at all.
 
-    Memory stays below twice the largest tensor as written plus 1 GiB, whatever the checkpoint's size: files are mapped,
-    not read. Only `.bin` files of PyTorch before 1.6, which cannot be mapped, are held one file at a time.
+    Memory stays below twice the largest tensor as written plus 1 GiB, whatever the checkpoint's size: tensors are read
+    one by one, large ones by rows. Only `.bin` files of PyTorch before 1.6 are held whole, one file at a time.
 
     Args:
         source: as for `load`, but nothing that is converted already.
@@ -62,20 +65,23 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
         )
         # The original configs too: tokenizers look there for the model's type.
         copy_existing(path, partial, (*TOKENIZER_FILES, "config.json", "generation_config.json"))
-        _copy_calibration(path, partial, config)
+        with read_back(target):
+            converted = open_model(partial)
+        _copy_calibration(path, partial, cache(lambda: stored_fingerprint(config, tensors)), *converted)
     return target
 
 
-def _copy_calibration(source: Path, target: Path, config: ModelConfig) -> None:
+def _copy_calibration(
+    source: Path,
+    target: Path,
+    fingerprint: Callable[[], str],
+    config: ModelConfig,
+    written: Mapping[str, StoredTensor],
+) -> None:
     """Give the model just written in `target` the calibration of the one in `source`, if there is any."""
-
-    @cache
-    def fingerprint() -> str:
-        return stored_fingerprint(*open_model(source))
-
     calibration, known = read_calibration(source, config, fingerprint), read_facts(source, config, fingerprint)
     if calibration is not None and known is not None:
-        write_calibration(target, stored_fingerprint(*open_model(target)), calibration, known[1])
+        write_calibration(target, config, stored_fingerprint(config, written), calibration, known[1])
 
 
 def _check_room(target: Path, needed: int) -> None:

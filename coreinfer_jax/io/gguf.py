@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from coreinfer_jax.errors import CoreInferError, shown_name
 from coreinfer_jax.io.gguf_header import HeaderTensor, read_header
+from coreinfer_jax.io.held import unreadable
 from coreinfer_jax.io.tensors import StoredTensor, StoredTensors
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import family_of
@@ -105,7 +107,7 @@ def _header(file: Path) -> tuple[dict[str, Any], dict[str, HeaderTensor]]:
     try:
         return read_header(file)
     except OSError as error:
-        raise CoreInferError(f"{file}: {error.strerror or error}; name a GGUF file that can be read") from error
+        raise unreadable(file, error) from error
     except ValueError as error:
         raise damaged(file, error) from error
 
@@ -118,23 +120,26 @@ def damaged(file: Path, error: Exception) -> CoreInferError:
 
 
 def _stored(file: Path, name: str, tensor: HeaderTensor) -> StoredTensor:
-    kind, data = tensor.kind, tensor.data
+    kind, shape = tensor.kind, tensor.byte_shape
     plain = _PLAIN.get(kind.name)
     if plain is None and not _is_read(kind):
         told = shown_name(name)
         raise CoreInferError(f"{file}: {told} is {kind.name}, which gguf does not read; take another file")
 
     def read_rows(begin: int, end: int) -> np.ndarray:
-        rows = data[begin:end]
-        return _dequantised(rows, kind) if plain is None else np.array(rows).view(plain)
+        try:
+            rows = tensor.read(begin, end)
+        except OSError as error:
+            raise unreadable(file, error) from error
+        return _dequantised(rows, kind) if plain is None else rows.view(plain)
 
     def read() -> np.ndarray:
-        return _dequantised(data, kind) if plain is None else np.array(data).view(plain)
+        return read_rows(0, shape[0])
 
     # The bytes of a tensor with one axis are not cut: its entries are single values.
     several = len(tensor.shape) > 1
     dtype = np.dtype(np.float32 if plain is None else plain).name
-    return StoredTensor(tensor.shape, dtype, read, (kind.name, data.nbytes), read_rows if several else None)
+    return StoredTensor(tensor.shape, dtype, read, (kind.name, prod(shape)), read_rows if several else None)
 
 
 def _dequantised(data: np.ndarray, kind: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 gguf's own reader makes several arrays of every entry of a list, which takes seconds for a vocabulary, and believes
 whatever lengths a file states: a damaged one can keep it busy for ever. Here lengths are held against the file's first.
+It also maps the file, whose pages kill the process where somebody cuts it short; here they are read.
 """
 
 import struct
@@ -13,12 +14,17 @@ from typing import Any
 import numpy as np
 
 from coreinfer_jax.errors import shown, shown_name
+from coreinfer_jax.io.held import HeldFile
 
 # How struct and NumPy call the plain types of metadata, by their numbers; text and lists are besides.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
 # More than any vocabulary has, and few enough to be held as Python's objects.
 MOST_ENTRIES = 1 << 22
+# Several times the longest chat template.
+MOST_BYTES_OF_A_TEXT = 1 << 22
+# Bytes read at once.
+READ_AHEAD = 1 << 20
 # A name's length, the number of axes, one axis, type and offset.
 _LEAST_BYTES_OF_A_TENSOR = 8 + 4 + 8 + 4 + 8
 _LEAST_BYTES_OF_A_FACT = 8 + 4 + 1
@@ -31,12 +37,25 @@ class HeaderTensor:
     Attributes:
         kind: its `gguf.GGMLQuantizationType`.
         shape: of its values, as NumPy orders axes.
-        data: its bytes, mapped: uint8 [..., bytes of a row].
+        file: where it lies.
+        begin: its first byte there.
+        byte_shape: of its bytes: [..., bytes of a row].
     """
 
     kind: Any
     shape: tuple[int, ...]
-    data: np.ndarray
+    file: HeldFile
+    begin: int
+    byte_shape: tuple[int, ...]
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Its bytes, of the first axis from one number to before another, both within: uint8 [..., bytes of a row].
+
+        Raises:
+            OSError: as `HeldFile.read`.
+        """
+        shape = (end - begin, *self.byte_shape[1:])
+        return self.file.read(self.begin + begin * prod(shape[1:]), prod(shape)).reshape(shape)
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], dict[str, HeaderTensor]]:
@@ -46,10 +65,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, HeaderTensor]]:
         ValueError: the file is no GGUF file, or is damaged; the text says how.
         OSError: it cannot be read.
     """
-    if file.stat().st_size == 0:
-        raise ValueError("it is empty")
-    content = np.memmap(file, np.uint8, mode="r").view(np.ndarray)
-    cursor = _Cursor(content)
+    cursor = _Cursor(HeldFile(file))
     if bytes(cursor.take(4)) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     version = cursor.number("I")
@@ -69,21 +85,29 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, HeaderTensor]]:
 class _Cursor:
     """A place in a file's bytes, from which values are taken one after the other."""
 
-    def __init__(self, content: np.ndarray) -> None:
-        self.content = content
-        self.bytes = content.data
+    def __init__(self, file: HeldFile) -> None:
+        self.file = file
         self.position = 0
+        # What was read ahead, and where in the file it ends.
+        self._ahead, self._end = memoryview(b""), 0
 
     def expect(self, size: int) -> None:
         """Refuse a file that ends before the next `size` bytes."""
-        if size > len(self.bytes) - self.position:
-            raise ValueError(f"it ends {size - len(self.bytes) + self.position} bytes too early")
+        if size > self.file.size - self.position:
+            raise ValueError(f"it ends {size - self.file.size + self.position} bytes too early")
 
     def take(self, size: int) -> memoryview:
         """The next `size` bytes."""
-        self.expect(size)
+        if size > self._end - self.position:
+            self._read_ahead(size)
+        begin = self.position - self._end + len(self._ahead)
         self.position += size
-        return self.bytes[self.position - size : self.position]
+        return self._ahead[begin : begin + size]
+
+    def _read_ahead(self, size: int) -> None:
+        self.expect(size)
+        count = min(max(size, READ_AHEAD), self.file.size - self.position)
+        self._ahead, self._end = self.file.read(self.position, count).data, self.position + count
 
     def number(self, code: str) -> Any:
         """The next number, of a type as struct calls it."""
@@ -91,7 +115,10 @@ class _Cursor:
 
     def text(self) -> str:
         """The next text, which its length comes before."""
-        return str(self.take(self.number("Q")), "utf-8")
+        size = self.number("Q")
+        if size > MOST_BYTES_OF_A_TEXT:
+            raise ValueError(f"a text of {size} bytes, where {MOST_BYTES_OF_A_TEXT} are read at most")
+        return str(self.take(size), "utf-8")
 
     def value(self, kind: int) -> Any:
         """The next value of metadata, of a type by its number."""
@@ -138,7 +165,10 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, HeaderTen
         if offset != end:  # as llama.cpp asks: one after the other, in the order of the list
             raise ValueError(f"tensor {shown_name(name)} lies at {offset} instead of {end}")
         rows = _byte_shape(name, kind, shape)
-        found[name] = HeaderTensor(kind, shape, _slice(cursor.content, begin + end, rows))
+        missing = begin + end + prod(rows) - cursor.file.size
+        if missing > 0:
+            raise ValueError(f"it ends {missing} bytes too early")
+        found[name] = HeaderTensor(kind, shape, cursor.file, begin + end, rows)
         end += prod(rows) + -prod(rows) % alignment
     return found
 
@@ -164,10 +194,3 @@ def _byte_shape(name: str, kind: Any, shape: tuple[int, ...]) -> tuple[int, ...]
     if shape[-1] % values:
         raise ValueError(f"tensor {shown_name(name)}, {kind.name}, has rows of {shape[-1]}, no multiple of {values}")
     return (*shape[:-1], shape[-1] // values * size)
-
-
-def _slice(content: np.ndarray, begin: int, shape: tuple[int, ...]) -> np.ndarray:
-    missing = begin + prod(shape) - len(content)
-    if missing > 0:
-        raise ValueError(f"it ends {missing} bytes too early")
-    return content[begin : begin + prod(shape)].reshape(shape)

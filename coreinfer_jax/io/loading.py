@@ -49,15 +49,22 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
             reached, or refuses.
     """
     path = model_path(DEFAULT if model is None else model)
-    params, tokenizer = load_uncalibrated(path, dtype)
-    calibration = read_calibration(path, params.config, lambda: stored_fingerprint(*open_model(path)))
+    opened = open_model(path)
+    params, tokenizer = _loaded(path, *opened, dtype)
+    # Of the files that the weights were read from, whatever lies there by now.
+    calibration = read_calibration(path, params.config, lambda: stored_fingerprint(*opened))
     return replace(params, calibration=calibration), tokenizer
 
 
 def load_uncalibrated(path: Path, dtype: object) -> tuple[Params, Tokenizer | None]:
     """`load` of a directory, whatever calibration lies in it."""
+    return _loaded(path, *open_model(path), dtype)
+
+
+def _loaded(
+    path: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: object
+) -> tuple[Params, Tokenizer | None]:
     wanted = default_dtype() if dtype is None else parse_dtype(dtype)
-    config, tensors = open_model(path)
     shapes = abstract_params(config, jnp.dtype(wanted))
     check_memory(params_bytes(shapes), f"{path}, as {wanted}", "take a 16-bit dtype or a smaller model")
     names = progress([name for name, _ in named_leaves(shapes)], desc="loading", unit="tensor")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from coreinfer_jax.errors import CoreInferError, shown_name
+from coreinfer_jax.errors import CoreInferError, listed, shown_name
 from coreinfer_jax.io.tensors import StoredTensor, StoredTensors
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import family_of
@@ -120,7 +120,7 @@ def check_fit(
         if tensor.shape != shapes[leaf]
     ]
     if problems:
-        raise CoreInferError(f"{where}: the weights do not fit config.json: {'; '.join(_by_layer(problems))}")
+        raise CoreInferError(f"{where}: the weights do not fit config.json: {listed(_by_layer(problems), '; ')}")
 
 
 def _by_layer(problems: list[str]) -> list[str]:
@@ -130,7 +130,7 @@ def _by_layer(problems: list[str]) -> list[str]:
         number = re.search(r"\blayers\.(\d+)\.", problem)
         template = problem if number is None else problem.replace(number[0], "layers.{l}.", 1)
         layers.setdefault(template, []).append("" if number is None else number[1])
-    return [template.replace("{l}", "|".join(numbers)) for template, numbers in layers.items()]
+    return [template.replace("{l}", listed(numbers, "|")) for template, numbers in layers.items()]
 
 
 def _without_prefix(stored: StoredTensors, where: str) -> dict[str, StoredTensor]:

@@ -9,13 +9,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from coreinfer_jax.errors import CoreInferError, shown_name
+from coreinfer_jax.errors import CoreInferError, listed, shown_name
 from coreinfer_jax.files import read_json
 from coreinfer_jax.io.calibration_file import CALIBRATION
-
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+from coreinfer_jax.io.held import WEIGHTS, HeldFile, HeldTensor, open_safetensors_file, unreadable
 
 
 @dataclass(frozen=True)
@@ -63,21 +62,23 @@ def open_checkpoint(directory: Path) -> StoredTensors:
 
 
 def _shards(directory: Path, whole: str, pattern: str) -> list[Path]:
-    """Files of one format: those an index names, else the single file, else whatever fits the pattern."""
-    index = directory / f"{whole}.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CoreInferError(f"{index}: has no weight_map; download it again")
-        shards = sorted({directory / Path(str(name)).name for name in weight_map.values()})
-        missing = [shown_name(shard.name) for shard in shards if not _is_file(shard)]
-        if missing:
-            raise CoreInferError(f"{directory}: missing {', '.join(missing)}, named in {index.name}; download them")
-        return shards
-    single = directory / whole
-    return (
-        [single] if single.is_file() else sorted(path for path in directory.glob(pattern) if path.name != CALIBRATION)
-    )
+    """Files of one format: the single file, else those an index names, else whatever fits the pattern.
+
+    A whole file comes before an index, whose shards may never have been downloaded, as it does in transformers.
+    """
+    index, single = directory / f"{whole}.index.json", directory / whole
+    if _is_file(single):
+        return [single]
+    if not _is_file(index):
+        return sorted(path for path in directory.glob(pattern) if path.name != CALIBRATION)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CoreInferError(f"{index}: has no weight_map; download it again")
+    shards = sorted({directory / Path(str(name)).name for name in weight_map.values()})
+    missing = [shown_name(shard.name) for shard in shards if not _is_file(shard)]
+    if missing:
+        raise CoreInferError(f"{directory}: missing {listed(missing)}, named in {index.name}; download them")
+    return shards
 
 
 def _is_file(path: Path) -> bool:
@@ -85,73 +86,60 @@ def _is_file(path: Path) -> bool:
 
 
 def open_safetensors(files: list[Path]) -> StoredTensors:
-    """The tensors of safetensors files. Only headers are read here."""
+    """The tensors of safetensors files, which are held open. Only headers are read here."""
     tensors: dict[str, StoredTensor] = {}
     aliases: dict[str, str] = {}
     for file in files:
-        with _opened(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                part = opened.get_slice(name)
-                _check_dtype(file, name, part.get_dtype())
-                shape = tuple(part.get_shape())
-                read, read_rows = _reader(file, name), _rows_reader(file, name) if shape else None
-                tensors[name] = StoredTensor(shape, _DTYPES[part.get_dtype()], read, read_rows=read_rows)
-            # Tensors that share memory are stored once; the metadata maps the other names to the stored one.
-            aliases |= opened.metadata() or {}
+        with _named(file):
+            metadata, found = open_safetensors_file(file, WEIGHTS)
+        tensors |= {name: _stored(tensor) for name, tensor in found.items()}
+        # Tensors that share memory are stored once; the metadata maps the other names to the stored one.
+        aliases |= metadata
     return StoredTensors(tensors, {name: target for name, target in aliases.items() if target in tensors})
 
 
-def _reader(file: Path, name: str) -> Callable[[], np.ndarray]:
+def _stored(tensor: HeldTensor) -> StoredTensor:
+    file = tensor.file.path
+
     def read() -> np.ndarray:
-        with _opened(file) as opened:
-            array: np.ndarray = opened.get_tensor(name)
-            return array
+        with _named(file):
+            return tensor.read()
 
-    return read
-
-
-def _rows_reader(file: Path, name: str) -> Callable[[int, int], np.ndarray]:
     def read_rows(begin: int, end: int) -> np.ndarray:
-        with _opened(file) as opened:
-            rows: np.ndarray = opened.get_slice(name)[begin:end]
-            return rows
+        with _named(file):
+            return tensor.read_rows(begin, end)
 
-    return read_rows
+    return StoredTensor(tensor.shape, tensor.dtype.name, read, read_rows=read_rows if tensor.shape else None)
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """`safe_open` whose failures name the file and the remedy."""
-    if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
-        raise CoreInferError(f"{file}: permission denied; make it readable")
+def _named(file: Path) -> Iterator[None]:
+    """Let failures of reading a safetensors file name it, and the remedy."""
     try:
-        opened = safe_open(file, framework="numpy")
-    except (SafetensorError, OSError, ValueError) as error:
+        yield
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except (SafetensorError, OverflowError) as error:
         reason = shown_name(str(error))  # which may quote whatever the file holds
         raise CoreInferError(
             f"{file}: not a readable safetensors file ({reason}); it may be truncated, download it again"
         ) from error
-    with opened:
-        yield opened
-
-
-def _check_dtype(file: Path, name: str, dtype: str) -> None:
-    if dtype not in _DTYPES:
-        raise CoreInferError(
-            f"{file}: {shown_name(name)} is {dtype}; only {', '.join(_DTYPES)} are read, quantised checkpoints are not"
-        )
 
 
 def _open_bins(files: list[Path]) -> StoredTensors:
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, tensor in _load_bin(file).items():
-            tensors[name] = _stored_torch(file, name, tensor)
+        try:
+            held = HeldFile(file)
+        except OSError as error:
+            raise unreadable(file, error) from error
+        tensors |= {name: _stored_torch(held, name, tensor) for name, tensor in _load_bin(held).items()}
     return StoredTensors(tensors)
 
 
-def _load_bin(file: Path) -> Mapping[str, Any]:
+def _load_bin(held: HeldFile) -> Mapping[str, Any]:
     """The state dict in a `.bin` file. `weights_only` admits tensors and refuses everything pickle could run."""
+    file = held.path
     try:
         import torch
     except ImportError as error:
@@ -160,36 +148,60 @@ def _load_bin(file: Path) -> Mapping[str, Any]:
         ) from error
     try:
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(held.handle, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
             # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(held.handle, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make PyTorch raise all kinds, AssertionError and struct.error too
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoreInferError(
-            f"{file}: not a PyTorch state dict that loads with weights_only ({reason}); download it again, "
-            "or use a safetensors checkpoint"
-        ) from error
+        raise _no_state_dict(file, error) from error
     if not isinstance(state, Mapping):
         raise CoreInferError(f"{file}: holds a {type(state).__name__}, not a state dict")
     return state
 
 
-def _stored_torch(file: Path, name: str, tensor: Any) -> StoredTensor:
+def _no_state_dict(file: Path, error: Exception) -> CoreInferError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CoreInferError(
+        f"{file}: not a PyTorch state dict that loads with weights_only ({shown_name(reason)}); download it again, "
+        "or use a safetensors checkpoint"
+    )
+
+
+def _stored_torch(held: HeldFile, name: str, tensor: Any) -> StoredTensor:
     import torch
 
+    file = held.path
     names = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in names:
         kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise CoreInferError(f"{file}: {shown_name(str(name))} is {kind}; only floating-point tensors are read")
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        kind = f"{tensor.layout} on {tensor.device}"
+        raise CoreInferError(f"{file}: {shown_name(str(name))} is {kind}; only dense tensors with values are read")
 
     def read() -> np.ndarray:
-        if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own, so the bits travel as integers
-            bits: np.ndarray = tensor.contiguous().view(torch.int16).numpy().copy()
-            return bits.view(ml_dtypes.bfloat16)
-        array: np.ndarray = tensor.contiguous().numpy().copy()
+        try:
+            held.check()  # mapped pages of a file that was cut short would kill the process
+            array = _as_numpy(tensor)
+            held.check()
+        except OSError as error:
+            raise unreadable(file, error) from error
+        except RuntimeError as error:
+            raise _no_state_dict(file, error) from error
         return array
 
     return StoredTensor(tuple(tensor.shape), names[tensor.dtype], read)
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+    """The values of a PyTorch tensor, a parameter or a view included, in memory of their own."""
+    import torch
+
+    plain = tensor.detach().resolve_neg().contiguous()
+    if plain.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own, so the bits travel as integers
+        bits: np.ndarray = plain.view(torch.int16).numpy().copy()
+        return bits.view(ml_dtypes.bfloat16)
+    array: np.ndarray = plain.numpy().copy()
+    return array

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
-from coreinfer_jax.files import to_path
+from coreinfer_jax.files import MOST_TEXT, parse_json, read_bytes, to_path
 
 SEPARATOR = "<|endoftext|>"
 Column = str | int
@@ -106,7 +105,7 @@ def read_utf8(path: Path) -> tuple[str, str]:
     """
     try:
         path.name.encode()  # Python smuggles undecodable bytes of a file's name in as surrogates
-        raw = path.read_bytes()
+        raw = read_bytes(path, MOST_TEXT)
         content = raw.decode("utf-8-sig").replace("\r\n", "\n")  # as editors on Windows save text
     except OSError as error:
         raise CoreInferError(f"{path}: {error.strerror or error}; name a text file") from error
@@ -175,8 +174,8 @@ def _json_lines(path: Path, content: str, fields: Sequence[Column]) -> list[tupl
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise CoreInferError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from error
         rows.append(tuple(_json_field(path, number, value, field) for field in fields))
     return rows

@@ -1,12 +1,12 @@
 """The small files of a tokenizer: added tokens, names of special tokens, chat template."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.files import MOST_VOCABULARY, parse_json, read_bytes
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -56,8 +56,8 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     text = read_text(path)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise CoreInferError(f"{path}: not valid JSON ({reason(error)}); download it again") from error
     if not isinstance(value, dict):
         raise CoreInferError(f"{path}: holds a JSON {type(value).__name__}, not an object; download it again")
@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
         CoreInferError: the file cannot be read or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path, MOST_VOCABULARY).decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
         raise CoreInferError(f"{path}: {error.strerror or error}; make it readable") from error
     except UnicodeDecodeError as error:

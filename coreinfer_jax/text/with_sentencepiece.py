@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.files import MOST_VOCABULARY, read_bytes
 from coreinfer_jax.text.tokenizer_files import (
     AddedToken,
     check_text,
@@ -135,7 +136,7 @@ def read_model(file: Path, override: bytes = b"") -> Any:
     import sentencepiece
 
     try:
-        content = file.read_bytes()
+        content = read_bytes(file, MOST_VOCABULARY)
     except OSError as error:
         raise CoreInferError(f"{file}: {error.strerror or error}; make it readable") from error
     try:

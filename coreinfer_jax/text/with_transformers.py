@@ -1,7 +1,11 @@
 """Tokenizers as transformers reads them, and its chat templates."""
 
+import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -10,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.files import MOST_VOCABULARY
+from coreinfer_jax.text import template_process
+from coreinfer_jax.text.template_cost import is_plain
 from coreinfer_jax.text.tokenizer_files import check_text, read_object, read_text, reason
 
 _JSON_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEXT_FILES = ("merges.txt", "chat_template.jinja")
 
 _SPACED = "hello world, how are you?"
+# That a template has in a process of its own, whose start counts.
+SECONDS_TO_RENDER = 60
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
@@ -26,7 +35,8 @@ class TransformersTokenizer:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._main = next(name for name in _JSON_FILES if (directory / name).is_file())
-        try:
+        _refuse_large_files(directory)
+        with self._told():
             self._tokenizer: Any = _open(directory)
             self._backend = _byte_fallback_backend(self._tokenizer)
             declared = self._tokenizer.added_tokens_decoder.items()
@@ -34,13 +44,20 @@ class TransformersTokenizer:
             self.decode(self.encode("a"))  # some mistakes show only in use
             if _loses_spaces(self, directory):
                 raise ValueError(f"transformers {version('transformers')} loses the spaces of texts; install another")
-        except (KeyboardInterrupt, SystemExit):
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Let whatever fails on the files become one line."""
+        try:
+            yield
+        except (CoreInferError, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         # transformers, tokenizers and json each raise their own; a panic of Rust code is not even an Exception.
         except BaseException as error:
-            _refuse_broken_files(directory)
+            _refuse_broken_files(self._directory)
             raise CoreInferError(
-                f"{directory / self._main}: transformers cannot read the tokenizer ({reason(error)}); download it again"
+                f"{self._directory / self._main}: transformers cannot read the tokenizer, or not use it "
+                f"({reason(error)}); download it again"
             ) from error
 
     @property
@@ -56,7 +73,8 @@ class TransformersTokenizer:
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
         check_text(text)
-        return [int(i) for i in self._tokenizer(text, verbose=False)["input_ids"]]
+        with self._told():
+            return [int(i) for i in self._tokenizer(text, verbose=False)["input_ids"]]
 
     def special_id(self, text: str) -> int | None:
         """See `Tokenizer.special_id`."""
@@ -81,6 +99,10 @@ class TransformersTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
         ids = [i for i in ids if 0 <= i < 2**32]  # others overflow; ids that are no token decode to nothing
+        with self._told():
+            return self._decoded(ids)
+
+    def _decoded(self, ids: Sequence[int]) -> str:
         if self._backend is None:
             text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             return str(text)
@@ -108,15 +130,17 @@ def apply_template(
         raise CoreInferError(
             f"{directory}: has no chat template; give plain text, without --chat, or take a chat-tuned model"
         )
+    given = [dict(message) for message in messages]
+    options = {"add_generation_prompt": begin_answer, "continue_final_message": not begin_answer}
     try:
+        template = tokenizer.get_chat_template()
+        if not is_plain(template):
+            named = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+            text = render_within_limits(template, named, given, options)
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if tokenize else text
         with _quiet():
             return tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=tokenize,
-                add_generation_prompt=begin_answer,
-                continue_final_message=not begin_answer,
-                return_dict=False,
-                tokenizer_kwargs={"verbose": False},
+                given, tokenize=tokenize, return_dict=False, tokenizer_kwargs={"verbose": False}, **options
             )
     except Exception as error:  # templates are programs, and fail in as many ways
         raise CoreInferError(
@@ -148,6 +172,38 @@ def render_chat(
     return str(apply_template(tokenizer, messages, directory, tokenize=False, begin_answer=begin_answer))
 
 
+def render_within_limits(
+    template: str, named: Mapping[str, str], messages: Sequence[Mapping[str, str]], options: Mapping[str, bool]
+) -> str:
+    """What a template that may have no end makes of a conversation, in a process of its own.
+
+    Starting it takes a second or two.
+
+    Raises:
+        ValueError: the template fails, or takes more time or memory than `template_process` allows.
+    """
+    asked = {"template": template, "named": named, "messages": messages, "options": options}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", template_process.__file__],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_TO_RENDER,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # whose stacks count as memory
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"it takes more than {SECONDS_TO_RENDER} s") from error
+    if done.returncode:
+        allowed = f"{template_process.SECONDS} s or {template_process.BYTES >> 20} MiB"
+        raise ValueError(f"it takes more than {allowed}")
+    told = json.loads(done.stdout)
+    if "error" in told:
+        raise ValueError(told["error"])
+    return str(told["text"])
+
+
 def _open(directory: Path) -> Any:
     with _quiet():
         from transformers import AutoTokenizer
@@ -168,6 +224,15 @@ def _loses_spaces(tokenizer: TransformersTokenizer, directory: Path) -> bool:
 
     backend = Backend.from_file(str(file))
     return " " in backend.decode(backend.encode(_SPACED).ids).strip()
+
+
+def _refuse_large_files(directory: Path) -> None:
+    for path in (directory / name for name in (*_JSON_FILES, *_TEXT_FILES)):
+        size = path.stat().st_size if path.is_file() else 0
+        if size > MOST_VOCABULARY:
+            raise CoreInferError(
+                f"{path}: {size} bytes, where such a file has {MOST_VOCABULARY} at most; download it again"
+            )
 
 
 def _refuse_broken_files(directory: Path) -> None:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from coreinfer_jax.checks import check_finite
 from coreinfer_jax.errors import CoreInferError, shown_name
-from coreinfer_jax.files import new_file
+from coreinfer_jax.files import new_file, read_back
+from coreinfer_jax.io.held import load_arrays
 from coreinfer_jax.lab.reading import read_whole
 from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.cache import bucket
@@ -114,6 +115,8 @@ def count_corpus(
             counted = _count(params, batch, vectors, layer)
             with new_file(path) as partial_file:
                 save_file(counted, partial_file)
+                with read_back(path):
+                    read_counted(partial_file, batch, params.config.mlp_size)
         yield read_counted(path, batch, params.config.mlp_size)
 
 
@@ -124,7 +127,7 @@ def read_counted(path: Path, batch: Batch, mlp_size: int) -> CountedBatch:
         CoreInferError: a file that is damaged or of another batch.
     """
     try:
-        kept = load_file(path)
+        _, kept = load_arrays(path)
         counted = CountedBatch(
             numbers=kept["numbers"],
             votes=kept["votes"],

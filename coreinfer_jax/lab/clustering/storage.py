@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
-from coreinfer_jax.files import is_directory, read_json, to_path
+from coreinfer_jax.files import is_directory, read_back, read_json, to_path
+from coreinfer_jax.io.held import load_arrays
 from coreinfer_jax.sparsity.groups import Clusters, TextVectors
 from coreinfer_jax.sparsity.rules import Votes
 
@@ -47,7 +48,11 @@ def _text_vectors(voting: Mapping[str, Any]) -> TextVectors:
 
 
 def write_clusters(directory: Path, clusters: Clusters, facts: Mapping[str, Any], assigned: np.ndarray) -> None:
-    """Write clusters into an empty directory."""
+    """Write clusters into an empty directory.
+
+    Raises:
+        CoreInferError: `read_clusters` does not take them.
+    """
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -63,6 +68,8 @@ def write_clusters(directory: Path, clusters: Clusters, facts: Mapping[str, Any]
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, directory / ARRAYS)
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    with read_back(directory):
+        read_clusters(directory)
 
 
 def load_clusters(directory: str | os.PathLike[str]) -> Clusters:
@@ -86,7 +93,7 @@ def read_clusters(directory: Path) -> Stored:
         found = f"format {shown(manifest.get('format'))}, version {shown(manifest.get('version'))}"
         raise CoreInferError(f"{directory / MANIFEST}: {found}; this release reads version {VERSION}, build them again")
     try:
-        return _stored(manifest, load_file(directory / ARRAYS))
+        return _stored(manifest, load_arrays(directory / ARRAYS)[1])
     except (OSError, SafetensorError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = shown_name(str(error))
         raise CoreInferError(f"{directory}: damaged clusters ({reason}); build them again") from error

@@ -5,16 +5,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coreinfer_jax.errors import CoreInferError
-from coreinfer_jax.files import new_file
+from coreinfer_jax.errors import CoreInferError, shown
+from coreinfer_jax.files import check_new_file, new_file
 
 MARKERS = "osD^vPX*<>"
 
 
-def require_matplotlib() -> None:
-    """Refuse early what could not be drawn at the end."""
+def check_chart(path: Path) -> None:
+    """Refuse early what could not be drawn at the end.
+
+    Raises:
+        CoreInferError: matplotlib is missing, an ending of no picture, a path that cannot be written.
+    """
     if find_spec("matplotlib") is None:
         raise CoreInferError("--chart draws: pip install 'coreinfer_jax[analyze]'")
+    from matplotlib.figure import Figure
+
+    if path.suffix.removeprefix(".").lower() not in Figure().canvas.get_supported_filetypes():
+        raise CoreInferError(f"--chart {path}: {shown(path.suffix)} is no kind of picture; end it in .png or .svg")
+    check_new_file(path)
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -22,10 +31,10 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     Args:
         results: of `evaluate`.
-        path: of a new picture, in a format that its ending names.
+        path: of a new picture, in a format that its ending names; see `check_chart`.
 
     Raises:
-        CoreInferError: a path that cannot be written, an ending of no picture.
+        CoreInferError: a path that cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -47,11 +56,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("KL(all neurons || kept), nats per token")
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=2)
-    try:
-        with new_file(path) as partial:
-            figure.savefig(partial, dpi=120)
-    except ValueError as error:  # matplotlib's word for an ending it does not know
-        raise CoreInferError(f"--chart {path}: {error}; end it in .png or .svg") from error
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120)
 
 
 def title(result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """A training run's checkpoint: one safetensors file, replaced whole."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from coreinfer_jax.errors import CoreInferError, shown_name
-from coreinfer_jax.files import new_file
+from coreinfer_jax.files import new_file, parse_json, read_back
+from coreinfer_jax.io.held import HeldTensor, open_safetensors_file
 from coreinfer_jax.lab.training.recipe import TrainState
 
 HISTORY = "history"
@@ -39,6 +41,8 @@ def save_state(path: Path, state: TrainState, history: History) -> None:
     arrays = {jax.tree_util.keystr(place): np.asarray(leaf) for place, leaf in leaves}
     with new_file(path) as partial:
         save_file(arrays, partial, metadata={HISTORY: json.dumps(asdict(history))})
+        with read_back(path):
+            load_state(partial, state)
 
 
 def load_state(path: Path, like: TrainState) -> tuple[TrainState, History]:
@@ -49,12 +53,12 @@ def load_state(path: Path, like: TrainState) -> tuple[TrainState, History]:
     """
     leaves, structure = jax.tree.flatten_with_path(like)
     try:
-        with safe_open(path, framework="numpy") as file:
-            arrays = [_read(file, jax.tree_util.keystr(place), leaf) for place, leaf in leaves]
-            history = History(**json.loads(file.metadata()[HISTORY]))
+        metadata, tensors = open_safetensors_file(path)
+        arrays = [_read(tensors, jax.tree_util.keystr(place), leaf) for place, leaf in leaves]
+        history = History(**parse_json(metadata[HISTORY]))
         state: TrainState = jax.tree.unflatten(structure, arrays)
         _check_history(history, int(state.step))
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = shown_name(str(error))
         raise CoreInferError(f"{path}: not a checkpoint of this run ({reason}); remove it to start over") from error
     return state, history
@@ -68,8 +72,10 @@ def _check_history(history: History, step: int) -> None:
         raise ValueError("its history holds something that is no number")
 
 
-def _read(file: Any, name: str, like: Any) -> jax.Array:
-    array = file.get_tensor(name)
-    if array.shape != like.shape or array.dtype != like.dtype:
-        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
-    return jnp.asarray(array)
+def _read(tensors: Mapping[str, HeldTensor], name: str, like: Any) -> jax.Array:
+    stored = tensors.get(name)
+    if stored is None:
+        raise ValueError(f"{name} is missing")
+    if stored.shape != like.shape or stored.dtype != like.dtype:
+        raise ValueError(f"{name} is {stored.dtype} {list(stored.shape)}")
+    return jnp.asarray(stored.read())

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from coreinfer_jax.device import hardware
-from coreinfer_jax.files import SETTINGS, copy_existing, new_directory, read_json
+from coreinfer_jax.files import SETTINGS, copy_existing, new_directory, read_back, read_json
 from coreinfer_jax.io.export import write_hugging_face
+from coreinfer_jax.io.loading import open_model
 from coreinfer_jax.io.mapping import parse_dtype
 from coreinfer_jax.lab.training.checkpoints import History
 from coreinfer_jax.lab.training.curve import LOSS_JSON, LOSS_PNG
@@ -19,7 +20,7 @@ from coreinfer_jax.lab.training.preparation import EARLIER, FACTS, TOKENS
 from coreinfer_jax.lab.training.recipe import Recipe
 from coreinfer_jax.lab.training.windows import Text, load_tokens
 from coreinfer_jax.model.weights import Params, named_leaves
-from coreinfer_jax.text import TOKENIZER_FILES
+from coreinfer_jax.text import TOKENIZER_FILES, load_tokenizer
 
 # What the command line and transformers draw with unless told otherwise: models this small, left to their most probable
 # token, soon go round in circles.
@@ -37,6 +38,9 @@ def write_model(
         generation.write_text(json.dumps(read_json(generation) | SAMPLING, indent=2) + "\n", encoding="utf-8")
         copy_existing(run, partial, (*TOKENIZER_FILES, LOSS_JSON, LOSS_PNG))
         (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with read_back(path):
+            open_model(partial)
+            load_tokenizer(partial)
 
 
 def _facts(run: Path, params: Params, history: History, recipe: Recipe, sources: Sequence[Text]) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from coreinfer_jax.errors import CoreInferError, shown, shown_name
-from coreinfer_jax.files import SETTINGS, copy_existing, is_directory, new_directory, read_json, to_path
+from coreinfer_jax.files import SETTINGS, copy_existing, is_directory, new_directory, read_back, read_json, to_path
 from coreinfer_jax.io.loading import load, model_path, open_model
 from coreinfer_jax.lab.training.recipe import Recipe, model_config
 from coreinfer_jax.lab.training.trainable import TRAINABLE
-from coreinfer_jax.lab.training.windows import Text, read_text, tokenise, vocabulary_texts
+from coreinfer_jax.lab.training.windows import Text, load_tokens, read_text, tokenise, vocabulary_texts
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.progress import progress
@@ -131,3 +131,5 @@ def _write_tokens(run: Path, sources: Sequence[Text], recipe: Recipe) -> None:
                 "smaller --sequence"
             )
     save_file(tokens, run / TOKENS)
+    with read_back(run / TOKENS):
+        load_tokens(run / TOKENS, list(tokens), recipe)

@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -12,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.files import locked, to_path
+from coreinfer_jax.files import alone, to_path
 from coreinfer_jax.lab.training.checkpoints import History, load_state, save_state
 from coreinfer_jax.lab.training.curve import require_matplotlib, show_curve
 from coreinfer_jax.lab.training.outcome import write_model
@@ -73,24 +72,11 @@ def train(
     sources = read_texts(texts)
     first = prepare(run, sources, recipe, init_from)
     model = run / MODEL
-    with _alone(run):
+    with alone(run, "training"):
         if not model.exists():
             state, history = _continue(run, recipe, [source.name for source in sources], first)
             write_model(model, run, state.params, history, recipe, sources)
     return model
-
-
-@contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Keep a second process from training in the same directory."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(run))
-        except BlockingIOError as error:
-            raise CoreInferError(
-                f"{run}: another process is training here; wait for it, or name a new directory"
-            ) from error
-        yield
 
 
 def _continue(run: Path, recipe: Recipe, names: Sequence[str], first: Params | None) -> tuple[TrainState, History]:

@@ -40,7 +40,8 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, directory: Path)
     pipeline.post_processor = processors.TemplateProcessing(
         single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", OPT_SPECIALS.index("</s>"))]
     )
-    pipeline.save(str(directory / "tokenizer.json"))
+    # By Python, whose errors say that a disk is full; tokenizers' own do not.
+    (directory / "tokenizer.json").write_text(pipeline.to_str(pretty=True), encoding="utf-8")
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "</s>",

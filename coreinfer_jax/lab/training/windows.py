@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from coreinfer_jax.errors import CoreInferError, shown_name
+from coreinfer_jax.io.held import load_arrays
 from coreinfer_jax.lab.training.recipe import Recipe
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import SEPARATOR, read_utf8, split_at_separators
@@ -90,7 +90,7 @@ def load_tokens(path: Path, names: Sequence[str], recipe: Recipe) -> dict[str, n
         CoreInferError: a file that is missing or damaged.
     """
     try:
-        stored = load_file(path)
+        _, stored = load_arrays(path)
         tokens = {name: stored[name] for name in names}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         reason = shown_name(str(error))
