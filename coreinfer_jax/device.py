@@ -43,7 +43,7 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
     """Refuse what cannot fit.
 
     Args:
-        needed: bytes, of arrays that will certainly be made; what programs need besides is not foreseen.
+        needed: bytes, of arrays and of programs' temporaries as far as they are foreseen: at least so many.
         what: needs them.
         remedy: to be read after "free: ".
 

@@ -50,7 +50,7 @@ def test_an_accelerator_says_what_is_left_of_its_limit(monkeypatch):
 
 def test_a_generation_without_room_is_refused_before_it_begins(monkeypatch):
     params = random_model(OPT)
-    needed = request(params, None).added_bytes
+    needed = request(params, None).needed_bytes
     monkeypatch.setattr(device, "free_bytes", lambda: needed)
     ci.generate(params, PROMPT, None, max_new_tokens=8)
     monkeypatch.setattr(device, "free_bytes", lambda: needed - 1)

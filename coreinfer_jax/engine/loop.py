@@ -18,7 +18,7 @@ from coreinfer_jax.engine.request import Past, Request
 from coreinfer_jax.engine.results import Chunk, Stats
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.sampling import make_sampling
-from coreinfer_jax.model.cache import KVCache, bucket, init_cache, with_capacity
+from coreinfer_jax.model.cache import KVCache, init_cache, with_capacity
 from coreinfer_jax.model.weights import Params, leaf_bytes, weight_bytes_per_step
 from coreinfer_jax.sparsity.choice import Chosen
 
@@ -110,7 +110,7 @@ def begin(request: Request) -> Begun:
 def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
     """The prefill of a request, on what its past has left or from the start."""
     params, prompts, observed = request.params.weights, request.prompts, request.observed
-    observer = request.chooser.observer(request.counted, request.params)
+    observer = request.observer
     if request.past is None:
         cache = init_cache(params.config, request.rows, request.capacity, params.dtype)
         nothing = observer is None
@@ -129,7 +129,7 @@ def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
         observer,
         request.history(cache.capacity) if request.drawing.penalises else None,
         observed=observed,
-        filled=min(cache.capacity, bucket(request.cached + prompts.tokens.shape[1])),
+        filled=request.filled,
     )
 
 

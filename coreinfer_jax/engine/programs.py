@@ -1,7 +1,8 @@
 """The compiled programs of generating: prefill, insert a request into a row, decode steps, read given tokens."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from math import gcd, prod
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ from coreinfer_jax.engine.penalties import penalised
 from coreinfer_jax.engine.rows import Rows, first_drawn, is_over, put_row, with_token
 from coreinfer_jax.engine.sampling import Sampling, draw
 from coreinfer_jax.model import MlpPass, extend, observe_nothing, unembed
-from coreinfer_jax.model.backends import ANY_ORDER, DECODE_OPTIONS
-from coreinfer_jax.model.cache import KVCache
+from coreinfer_jax.model.backends import ANY_ORDER, DECODE_OPTIONS, PIECES_OPTIONS
+from coreinfer_jax.model.cache import KVCache, bucket
+from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.layers import KEYS_PER_BLOCK
 from coreinfer_jax.model.weights import Layer, Mlp, Params
 from coreinfer_jax.sparsity.rules import Observer
 
@@ -23,6 +26,8 @@ from coreinfer_jax.sparsity.rules import Observer
 DISPATCH = 64
 # Positions whose logits, float32 [B, V] each, are alive at a time while given tokens are scored.
 BLOCK = 64
+# Tokens of all rows that a long prefill reads at a time, and the fewest of a row.
+PIECE, LEAST_PIECE = 512, 64
 
 
 @partial(jax.jit, static_argnames="layers")
@@ -38,7 +43,12 @@ def no_sums(observer: Observer, layer: Layer, tokens: Array, *, layers: int) -> 
 
 
 # Cache and sums of earlier tokens are donated: the prompt's are added to them in place.
-@partial(jax.jit, static_argnames=("observed", "filled"), donate_argnames=("cache", "sums"), compiler_options=ANY_ORDER)
+@partial(
+    jax.jit,
+    static_argnames=("observed", "filled"),
+    donate_argnames=("cache", "sums"),
+    compiler_options=PIECES_OPTIONS,
+)
 def prefill(
     params: Params,
     tokens: Array,
@@ -57,7 +67,7 @@ def prefill(
 
     Args:
         params: dense weights.
-        tokens: int32 [B, T], padded.
+        tokens: int32 [B, T], padded to a bucket.
         lengths: int32 [B], tokens per row before padding.
         start: int32 [B], tokens per row that were read before.
         cache: what those left, with room for the prompts.
@@ -68,15 +78,90 @@ def prefill(
         observed: layers.
         filled: at least start + T of every row, the positions to attend to.
     """
+    reading = Reading(params, tokens, start, observer, observed)
+    if reads_at_once(tokens.shape, filled, observer):
+        hidden, cache, sums = _add_piece(reading, cache, sums, filled=filled)
+        last = hidden[jnp.arange(tokens.shape[0]), lengths - 1]
+    else:
+        last, cache, sums = _add_pieces(reading, lengths, cache, sums)
+    logits = unembed(params, last[:, None])[:, 0]
+    first = draw(penalised(logits, sampling, history, start + lengths), sampling, jnp.zeros_like(lengths))
+    return first_drawn(cache, logits, first, start + lengths, sampling, history), sums, logits
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tokens to be read by a pass within a compiled program; arguments of `prefill`."""
+
+    params: Params
+    tokens: Array
+    start: Array
+    observer: Observer | None
+    observed: tuple[int, ...]
+
+    def piece(self, first: Array, size: int) -> "Reading":
+        """The `size` tokens of each row from its token `first`, int32 [], on."""
+        return replace(
+            self,
+            tokens=lax.dynamic_slice_in_dim(self.tokens, first, size, axis=1),
+            start=self.start + first,
+            observer=None if self.observer is None else self.observer.piece(first, size),
+        )
+
+
+def reads_at_once(shape: tuple[int, ...], filled: int, observer: Observer | None) -> bool:
+    """Whether tokens of `shape` [B, T] that see `filled` slots are read in one pass: few, or not to be told apart."""
+    return (observer is not None and not observer.adds_up) or prod(shape) * filled <= PIECE * PIECE
+
+
+def piece_size(rows: int, tokens: int) -> int:
+    """How many of each row's `tokens` (T) are read at a time: some `PIECE` of all rows, a divisor of T."""
+    return gcd(tokens, max(LEAST_PIECE, PIECE // bucket(rows, 1)))
+
+
+def prefill_bytes(config: ModelConfig, shape: tuple[int, ...], filled: int, observer: Observer | None) -> int:
+    """Bytes of temporaries that a `prefill` of tokens of `shape` [B, T] needs at least; arguments of `reads_at_once`.
+
+    The larger of scores and their softmax, and of two arrays of an MLP's activations, all float32.
+    """
+    B, T = shape
+    at_once = reads_at_once(shape, filled, observer)
+    tokens, keys = (B * T, filled) if at_once else (B * piece_size(B, T), min(filled, KEYS_PER_BLOCK))
+    return 2 * 4 * tokens * max(config.num_heads * keys, config.mlp_size)
+
+
+def _add_pieces(reading: Reading, lengths: Array, cache: KVCache, sums: list[Any]) -> tuple[Array, KVCache, list[Any]]:
+    """Hidden states [B, E] of each row's last token, the extended cache, the sums with those of all tokens.
+
+    Pieces that are nothing but padding are not read.
+    """
+    B, T = reading.tokens.shape
+    size = piece_size(B, T)
+
+    def add(i: Array, read: tuple[Array, KVCache, list[Any]]) -> tuple[Array, KVCache, list[Any]]:
+        last, cache, sums = read
+        hidden, cache, sums = _add_piece(reading.piece(i * size, size), cache, sums, in_blocks=True)
+        index = lengths - 1 - i * size
+        is_here = (index >= 0) & (index < size)
+        return jnp.where(is_here[:, None], hidden[jnp.arange(B), index % size], last), cache, sums
+
+    none_yet = jnp.zeros((B, reading.params.config.embed_size), reading.params.dtype)
+    return lax.fori_loop(0, -(-lengths.max() // size), add, (none_yet, cache, sums))
+
+
+def _add_piece(
+    reading: Reading, cache: KVCache, sums: list[Any], filled: int | None = None, in_blocks: bool = False
+) -> tuple[Array, KVCache, list[Any]]:
+    """Hidden states [B, T, E], the extended cache, the sums with those of these tokens."""
+    observer, observed = reading.observer, reading.observed
 
     def observe(l: int, layer: Layer, own: MlpPass) -> Any:
         return None if observer is None or l not in observed else observer(l, layer, own)
 
-    hidden, cache, seen = extend(params, tokens, cache, start, observe, filled=filled)
-    logits = unembed(params, hidden[jnp.arange(tokens.shape[0]), lengths - 1][:, None])[:, 0]
-    first = draw(penalised(logits, sampling, history, start + lengths), sampling, jnp.zeros_like(lengths))
-    rows = first_drawn(cache, logits, first, start + lengths, sampling, history)
-    return rows, jax.tree.map(jnp.add, sums, [seen[l] for l in observed]), logits
+    hidden, cache, seen = extend(
+        reading.params, reading.tokens, cache, reading.start, observe, filled=filled, in_blocks=in_blocks
+    )
+    return hidden, cache, jax.tree.map(jnp.add, sums, [seen[l] for l in observed])
 
 
 # The state is donated: the other rows stay where they are.

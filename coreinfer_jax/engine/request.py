@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from coreinfer_jax.device import check_memory
 from coreinfer_jax.engine.options import Drawing
+from coreinfer_jax.engine.programs import prefill_bytes
 from coreinfer_jax.engine.prompts import Prompts, without_first
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes
@@ -16,6 +18,7 @@ from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choice import Choosing, Seen
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.narrow import multiple_of, narrowed_bytes, padded_width
+from coreinfer_jax.sparsity.rules import Observer
 
 
 @dataclass(frozen=True)
@@ -100,16 +103,38 @@ class Request:
         by_layer = dict(zip(self.observed, sums, strict=True))
         return Seen(self.params, self.groups, by_layer, self.counted.sum(axis=1))
 
+    @cached_property
+    def observer(self) -> Observer | None:
+        """What the chooser observes of the prompts; None for nothing."""
+        return self.chooser.observer(self.counted, self.params)
+
+    @property
+    def filled(self) -> int:
+        """Positions that its prefill attends to, at least all that are filled then."""
+        had = 0 if self.past is None else self.past.cache.capacity
+        return min(max(self.capacity, had), bucket(self.cached + self.prompts.tokens.shape[1]))
+
+    @property
+    def _new_cache_bytes(self) -> int:
+        if self.past is not None and self.past.cache.capacity >= self.capacity:
+            return 0
+        return cache_bytes(self.params.config, self.rows, self.capacity, self.params.dtype)
+
     @property
     def added_bytes(self) -> int:
         """Bytes of the cache and of narrowed weights that the call makes: at least so many."""
         config = self.params.config
-        cache = cache_bytes(config, self.rows, self.capacity, self.params.dtype)
-        had = 0 if self.past is None or self.past.cache.capacity < self.capacity else cache
         kept, sets = self.chooser.gathered(self.params, self.groups, self.rows)
         multiple = multiple_of(self.params)
         widths = [padded_width(neurons, config.mlp_size, multiple) for neurons in kept]
-        return cache - had + sum(narrowed_bytes(self.params, (l,), width, sets) for l, width in enumerate(widths))
+        narrowed = (narrowed_bytes(self.params, (l,), width, sets) for l, width in enumerate(widths))
+        return self._new_cache_bytes + sum(narrowed)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes that the call needs at a time: first the prefill's temporaries stand beside the cache, then weights."""
+        reading = prefill_bytes(self.params.config, self.prompts.tokens.shape, self.filled, self.observer)
+        return max(self.added_bytes, self._new_cache_bytes + reading)
 
 
 def checked_request(
@@ -134,8 +159,8 @@ def checked_request(
     request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted)
     narrows = any(chooser.gathered(params, groups, request.rows)[0])
     check_memory(
-        request.added_bytes,
-        f"a cache of {request.capacity} positions and narrowed weights for {request.rows} rows",
+        request.needed_bytes,
+        f"a cache of {request.capacity} positions, its prefill and narrowed weights for {request.rows} rows",
         f"ask for fewer rows or tokens{', or fewer core neurons' if narrows else ''}",
     )
     return request

@@ -38,6 +38,7 @@ def extend(
     observe: Observe[Observed],
     edit: Edit = as_they_are,
     filled: int | None = None,
+    in_blocks: bool = False,
 ) -> tuple[Array, KVCache, tuple[Observed, ...]]:
     """Run T more tokens of every row through the model.
 
@@ -58,6 +59,8 @@ def extend(
             studies of the model. `observe` sees the activations as they were.
         filled: static, at least start + T of every row: so many slots of the cache are attended to. None for all. A
             prefill with little in a large cache costs less with it.
+        in_blocks: static, whether scores are made for a block of the cache at a time, and only as far as it is filled:
+            for many tokens, or few with a long past. Such a pass has no derivative in reverse.
 
     Returns:
         Hidden states [B, T, E] ready for `unembed`, the extended cache, and one `observe` result per layer.
@@ -68,7 +71,7 @@ def extend(
     written, observed = [], []
     pasts = zip(cache.keys, cache.values, strict=True)
     for l, (layer, past, context) in enumerate(zip(params.layers, pasts, contexts, strict=True)):
-        own_edit, context = partial(edit, l, layer), replace(context, filled=filled)
+        own_edit, context = partial(edit, l, layer), replace(context, filled=filled, in_blocks=in_blocks)
         x, extended, seen = family.block(x, layer, past, positions, context, own_edit, params.config)
         written.append(extended)
         x, kept = before_the_next((x, observe(l, layer, seen)))

@@ -8,7 +8,7 @@ prompt. Its `score` turns sums into scores [B, F]; the K highest are kept, ties 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import jax
@@ -21,7 +21,16 @@ from coreinfer_jax.checks import check_fraction, check_name, check_number
 from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.weights import Layer
 from coreinfer_jax.sparsity.linear import LinearFit
-from coreinfer_jax.sparsity.votes import BUDGETS, Budget, Tally, Voting, best_first, count_votes, make_voting
+from coreinfer_jax.sparsity.votes import (
+    BUDGETS,
+    Budget,
+    Tally,
+    Voting,
+    best_first,
+    count_votes,
+    make_voting,
+    some_tokens,
+)
 
 # Always there: `tokens` [B], how many were counted; `weight` [B], the sum of their weights; `total` [B, F], the
 # weighted sum of activations. A rule adds its own, [B, F].
@@ -32,6 +41,13 @@ MOST_TOKENS = 1e9
 
 class Observer(Protocol):
     """What is summed up of a layer's activations: a pytree, so that masks and shares are data of compiled programs."""
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the sums over pieces of the tokens add up to those over all of them."""
+
+    def piece(self, start: Array, size: int) -> "Observer":
+        """The observer of the tokens start .. start + size - 1 alone, of each row of the T that it is for."""
 
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Any:
         """The sums of layer `l` over the counted tokens of what its MLP made of B T tokens."""
@@ -52,6 +68,15 @@ class Moments:
     counted: Array
     scale: Callable[[Array, Array], Array] = struct.field(pytree_node=False)
     fits: tuple[LinearFit | None, ...] | None = None
+
+    @property
+    def adds_up(self) -> bool:
+        """Always: tokens are weighed one by one."""
+        return True
+
+    def piece(self, start: Array, size: int) -> "Moments":
+        """The observer of some tokens alone."""
+        return replace(self, counted=some_tokens(self.counted, start, size))
 
     def weights(self, layer: Layer, seen: MlpPass) -> Array:
         """The weight of each token, float32 [B, T]; 0 where it does not count."""
@@ -83,6 +108,15 @@ class Totals:
 
     counted: Array
 
+    @property
+    def adds_up(self) -> bool:
+        """Always: tokens are weighed one by one."""
+        return True
+
+    def piece(self, start: Array, size: int) -> "Totals":
+        """The observer of some tokens alone."""
+        return replace(self, counted=some_tokens(self.counted, start, size))
+
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Sums:
         """The sums of one layer."""
         tokens = jnp.sum(self.counted, axis=1, dtype=jnp.float32)
@@ -101,6 +135,15 @@ class VoteCount:
 
     voting: Voting
     magnitudes: bool = struct.field(pytree_node=False)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether tokens vote one by one."""
+        return self.voting.adds_up
+
+    def piece(self, start: Array, size: int) -> "VoteCount":
+        """The observer of some tokens alone."""
+        return replace(self, voting=self.voting.piece(start, size))
 
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Sums:
         """The sums of one layer."""

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ from coreinfer_jax.sparsity.groups import Clusters, Groups
 from coreinfer_jax.sparsity.measures import fused, nearest_group, stability_figure
 from coreinfer_jax.sparsity.narrow import check_dense, compact
 from coreinfer_jax.sparsity.rules import MOST_TOKENS, Observer, Sums, Votes
-from coreinfer_jax.sparsity.votes import Tally, Voting, count_each, kept_neurons, most_voted
+from coreinfer_jax.sparsity.votes import Tally, Voting, count_each, kept_neurons, most_voted, some_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +202,15 @@ class _WholeAndEarly:
 
     voting: Voting
     early: Array
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether tokens vote one by one: which are early is known before."""
+        return self.voting.adds_up
+
+    def piece(self, start: Array, size: int) -> "_WholeAndEarly":
+        """The votes of some tokens alone."""
+        return replace(self, voting=self.voting.piece(start, size), early=some_tokens(self.early, start, size))
 
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> dict[str, Tally]:
         """The votes of one layer."""

@@ -4,6 +4,7 @@ Everything streams: votes are counted layer by layer inside the prefill, from on
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import floor
 from typing import Literal, get_args
@@ -47,6 +48,20 @@ class Voting:
     remainders: Array
     alpha: Array
     budget: Budget = struct.field(pytree_node=False)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the votes of pieces add up to those of all tokens: a mean budget asks for all tokens at once."""
+        return self.budget == "per_token"
+
+    def piece(self, start: Array, size: int) -> "Voting":
+        """The votes of the tokens start .. start + size - 1 alone."""
+        return replace(self, counted=some_tokens(self.counted, start, size))
+
+
+def some_tokens(mask: Array, start: Array, size: int) -> Array:
+    """Tokens start .. start + size - 1 of `mask` [B, T]: [B, `size`]."""
+    return lax.dynamic_slice_in_dim(mask, start, size, axis=1)
 
 
 @struct.dataclass
