@@ -20,8 +20,8 @@ from benchmarks.first_answer import MODEL
 from benchmarks.tables import made_on, markdown
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.evaluation import Texts
-from coreinfer_jax.lab.evaluation.comparison import Excerpts, compare_on, excerpts_of, prior_texts
-from coreinfer_jax.lab.evaluation.material import PROMPTS, own_answers
+from coreinfer_jax.lab.evaluation.comparison import Excerpts, compare_on, excerpts_of
+from coreinfer_jax.lab.evaluation.material import PROMPTS, judged_answers
 from coreinfer_jax.lab.evaluation.measure import collect
 from coreinfer_jax.lab.evaluation.settings import PerToken, Setting, prior_of, without_prior
 from coreinfer_jax.model.weights import Params
@@ -63,6 +63,8 @@ DRAWN: dict[str, tuple[str, str, str]] = {
 PROMPT, OTHER_PROMPTS, OF_KIND = 128, (32, 512), "encyclopedia"
 TEXTS = Texts(continuation=64, texts=10)
 OWN = "own answers"
+# What GRIFFIN's prior is summed up over: tokens of a text, and of all.
+PRIOR_LENGTH, PRIOR_TOKENS = 384, 8192
 # What it is asked, and how many of its answers' tokens are shown.
 QUESTIONS, ANSWERED, ANSWER_KEEPS = 20, 60, (0.9, 0.8, 0.6)
 PICTURE = REPOSITORY / "docs" / "quality" / "chat-model.png"
@@ -86,7 +88,7 @@ def measure(data: Path) -> Iterator[_Result]:
     assert tokenizer is not None, "GGUF files have tokenizers"
     assert calibration is not None, "the package calibrates it"
     kinds = _kinds(data)
-    known = prior_texts(Corpus(kinds[OF_KIND], tokenizer, TEXTS.seed), params.config, half=0)
+    known = Corpus(kinds[OF_KIND], tokenizer, TEXTS.seed).beginnings(PRIOR_LENGTH, PRIOR_TOKENS, half=0)
     prior = {**collect(params, known, [without_prior(Griffin())]), **prior_of(calibration)}
     settings = {(name, keep): rule(keep) for name, rule in RULES.items() for keep in KEEPS}
     settings |= {(OURS, keep): RULES[OURS](keep) for keep in OTHER_KEEPS}
@@ -117,7 +119,7 @@ def _excerpts(params: Params, tokenizer: Tokenizer, kinds: Mapping[str, Document
             [excerpts] = excerpts_of(chosen, how)
             yield kind, excerpts
     # The same half of the package's prompts that a calibration only judges by.
-    yield OWN, own_answers(params, tokenizer, TEXTS).held_out[0]
+    yield OWN, judged_answers(params, tokenizer, TEXTS)
 
 
 def _figures(result: _Result) -> _Result:

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import (
     charts,
+    chat_model,
     compiled,
     core_neurons,
     first_answer,
@@ -20,7 +21,6 @@ from benchmarks import (
     model_card,
     performance,
     quality_page,
-    shipped_calibrations,
 )
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.tables import made_on, shown_range
@@ -36,6 +36,7 @@ def update() -> None:
     documents = current()
     charts.draw()
     quality_page.draw()
+    chat_model.draw()
     for path, text in documents.items():
         path.write_text(text, encoding="utf-8")
 
@@ -48,6 +49,7 @@ def current() -> dict[Path, str]:
         DOCS / "guides" / "convert.md": _of_newest({"gguf": gguf_evidence.table}),
         DOCS / "guides" / "groups.md": _of_newest({"group-switch": _group_switch, "prediction": _prediction}),
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
+        DOCS / "chat-model.md": {"chat model rules": chat_model.rules, "chat model answers": chat_model.answers},
         core_neurons.PAGE: core_neurons.tables(),
         model_card.CARD: {"figures": model_card.figures, "held-out": model_card.held_out},
         performance.PAGE: {
@@ -58,7 +60,7 @@ def current() -> dict[Path, str]:
         },
         quality_page.PAGE: {
             **quality_page.sections(),
-            "smollm2": shipped_calibrations.smollm2_table,
+            "chat model": chat_model.summary,
             "linear neurons": linear_neurons.table,
             **_of_newest({"keep-ratio": _keep_ratio}),
         },

