@@ -76,7 +76,7 @@ def _alike(keep: float, **settings: Any) -> CoreConfig:
 
 
 def measure(data: Path) -> Iterator[_Result]:
-    """One result per kind of text and length of prompt, then one of answers.
+    """One result of answers, then one per kind of text and length of prompt, the usual length first.
 
     Raises:
         CoreInferError: texts that are not there, or SmolLM2 is not installed.
@@ -92,12 +92,12 @@ def measure(data: Path) -> Iterator[_Result]:
     prior = {**collect(params, known, [without_prior(Griffin())]), **prior_of(calibration)}
     settings = {(name, keep): rule(keep) for name, rule in RULES.items() for keep in KEEPS}
     settings |= {(OURS, keep): RULES[OURS](keep) for keep in OTHER_KEEPS}
+    yield environment() | {"kind": "answers", "answers": _answers(params, tokenizer)}
     for kind, excerpts in _excerpts(params, tokenizer, kinds):
         made = environment()
         found = compare_on(params, excerpts, list(settings.values()), TEXTS.seed, prior)
         figures = [{"name": name} | _figures(one) for (name, _), one in zip(settings, found, strict=True)]
         yield made | {"kind": kind, "prompt_tokens": excerpts.length, "texts": len(excerpts.rows), "settings": figures}
-    yield environment() | {"kind": "answers", "answers": _answers(params, tokenizer)}
 
 
 def _kinds(data: Path) -> dict[str, Documents]:
@@ -111,15 +111,16 @@ def _kinds(data: Path) -> dict[str, Documents]:
 
 
 def _excerpts(params: Params, tokenizer: Tokenizer, kinds: Mapping[str, Documents]) -> Iterator[tuple[str, Excerpts]]:
-    for kind, documents in kinds.items():
-        lengths = (PROMPT, *OTHER_PROMPTS) if kind == OF_KIND else (PROMPT,)
-        for length in lengths:
-            how = replace(TEXTS, prompt_tokens=(length,))
-            chosen = Corpus(documents, tokenizer, how.seed).select(how.tokens, how.texts, half=1)
-            [excerpts] = excerpts_of(chosen, how)
-            yield kind, excerpts
+    def of(kind: str, length: int) -> tuple[str, Excerpts]:
+        how = replace(TEXTS, prompt_tokens=(length,))
+        chosen = Corpus(kinds[kind], tokenizer, how.seed).select(how.tokens, how.texts, half=1)
+        [excerpts] = excerpts_of(chosen, how)
+        return kind, excerpts
+
     # The same half of the package's prompts that a calibration only judges by.
     yield OWN, judged_answers(params, tokenizer, TEXTS)
+    yield from (of(kind, PROMPT) for kind in kinds)
+    yield from (of(OF_KIND, length) for length in OTHER_PROMPTS)
 
 
 def _figures(result: _Result) -> _Result:
