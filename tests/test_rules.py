@@ -172,7 +172,8 @@ def test_layers_are_ranked_at_once_as_each_alone(rule: type[Rule]) -> None:
         | {name: drawn(2, 96) for name in ("total", "squares", "votes", "magnitudes")}
         for _ in kept
     ]
-    arguments = sums, [drawn(96) for _ in kept], jnp.float32(0.5)
+    # The last layer as beside linear neurons, where no share of a mean stands.
+    arguments = sums, [drawn(96) for _ in kept], [jnp.float32(share) for share in (0.5, 0.5, 0.0)]
     alone = _each_alone(*arguments, rule=rule, kept=kept)
     at_once = _all_at_once(*arguments, rule=rule, kept=kept)
     assert [best.shape for best in alone[0]] == [(2, K) for K in kept]

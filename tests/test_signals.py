@@ -105,7 +105,8 @@ sys.exit(main(["info", "embedded:opt"]))
 
 
 def test_nothing_is_installed_in_a_process_that_only_imports():
-    kept = "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    script = f"import signal; {ENTRY}; import coreinfer_jax.cli; {kept}"
+    # A shell may have started the tests with Ctrl-C ignored: what was there before must be there after.
+    before, after = "before = signal.getsignal(signal.SIGINT)", "print(signal.getsignal(signal.SIGINT) is before)"
+    script = f"import signal; {before}; {ENTRY}; import coreinfer_jax.cli; {after}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "True\n"

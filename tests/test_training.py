@@ -239,7 +239,7 @@ def test_training_further_without_its_checkpoint_begins_from_the_model_again(tex
 
 
 def test_two_processes_do_not_train_in_one_directory(texts, trained):
-    with locked(trained["opt"]), pytest.raises(ci.CoreInferError, match="another process is training here"):
+    with locked(trained["opt"]), pytest.raises(ci.CoreInferError, match="another training is at work here"):
         train(trained["opt"], texts, RECIPES["opt"])
 
 
