@@ -253,9 +253,12 @@ def test_every_calibration_of_the_package_can_be_read():
     for path in SHIPPED.glob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:
             L, (F,) = file.get_slice("gains").get_shape()[0], file.get_slice("layers.0.total").get_shape()
+            D = file.get_slice("linear.0.directions").get_shape()[1]
             model = file.metadata()["model"]
-        config = replace(OPT, num_layers=L, mlp_size=F)
-        assert read_calibration(Path("nowhere"), config, lambda model=model: model) is not None
+        config = replace(OPT, num_layers=L, mlp_size=F, hidden_size=D)
+        known = read_calibration(Path("nowhere"), config, lambda model=model: model)
+        assert known is not None
+        assert known.linear is not None
         assert read_facts(Path("nowhere"), config, lambda model=model: model) is not None
         assert read_calibration(Path("nowhere"), config, lambda: "another") is None
     assert path.name == "smollm2-135m-instruct-q4_1.safetensors"
