@@ -51,11 +51,12 @@ RULES: dict[str, Callable[[float], Setting]] = {
     "each token its own (WINA)": lambda keep: PerToken(rule="token-norm", beta=keep),
     "each token its own (CATS)": lambda keep: PerToken(rule="token-gate", beta=keep),
 }
-BEFORE = "constants, measured layers"
+BEFORE, ALIKE = "constants", "linear neurons, layers alike"
 DRAWN: dict[str, tuple[str, str, str]] = {
     "votes (the paper)": ("k", "-", "o"),
     "GRIFFIN": ("tab:orange", "--", "v"),
     BEFORE: ("tab:blue", "--", "s"),
+    ALIKE: ("tab:purple", "-", "X"),
     OURS: ("tab:blue", "-", "D"),
     "each token its own (CATS)": ("tab:green", ":", "^"),
 }
@@ -150,8 +151,8 @@ def newest() -> dict[tuple[str, int], _Result]:
 
 
 def summary() -> str:
-    """What the page begins with: the paper, what constants lose, and what linear neurons do."""
-    columns = ("votes (the paper)", "GRIFFIN", BEFORE, OURS)
+    """What docs/quality.md begins with: the paper, what constants lose, and what linear neurons do."""
+    columns = ("votes (the paper)", "GRIFFIN", BEFORE, ALIKE, OURS)
     rows = [["texts, neurons kept", *columns]]
     results = _of_kinds()
     for result in results:
