@@ -122,6 +122,9 @@ def distil(params: Params, explained: Explained, texts: Beginnings, of: Lesson, 
         steps: how long; each reads `TEXTS` texts at `READINGS` keep ratios each.
         seed: of the order of texts, and of keep ratios.
 
+    Returns:
+        As many as before, their directions and slopes rounded to 16 bits again.
+
     Raises:
         CoreInferError: losses that are NaN or infinite, or results too large for 16 bits.
     """

@@ -68,7 +68,13 @@ def linear_up_to(params: Params, explained: Explained, excerpts: Excerpts, prior
         params: dense weights.
         explained: linear neurons of theirs.
         excerpts: texts to try it on, all layers keeping the same share.
-        prior: sums over a corpus by the default rule; the linear neurons' own.
+        prior: sums over a corpus by the default rule, of the texts that the linear neurons were fitted to.
+
+    Returns:
+        The same with `up_to`, one of `LINEAR_TRIED`, or 0 where they never pay.
+
+    Raises:
+        CoreInferError: logits that are NaN or infinite.
     """
     [sums] = prior.values()
     known = replace(params, calibration=Calibration(sums, None, None, replace(explained, up_to=1.0)))
