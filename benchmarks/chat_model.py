@@ -60,10 +60,12 @@ DRAWN: dict[str, tuple[str, str, str]] = {
     OURS: ("tab:blue", "-", "D"),
     "each token its own (CATS)": ("tab:green", ":", "^"),
 }
-# Prompts of the first length are read of every kind; of the others, of one.
+# Prompts of the first length are read of every kind; of the others, of one. Continuations of another text follow the
+# prompts of one kind.
 PROMPT, OTHER_PROMPTS, OF_KIND = 128, (32, 512), "encyclopedia"
+NEWS, SWITCHED = "news and dialogue", "news and dialogue, topic switched"
 TEXTS = Texts(continuation=64, texts=10)
-OWN = "own answers"
+OWN, OWN_TEXTS = "own answers", 40
 # What GRIFFIN's prior is summed up over: tokens of a text, and of all.
 PRIOR_LENGTH, PRIOR_TOKENS = 384, 8192
 # What it is asked, and how many of its answers' tokens are shown.
@@ -102,25 +104,28 @@ def measure(data: Path) -> Iterator[_Result]:
 
 
 def _kinds(data: Path) -> dict[str, Documents]:
-    problems = gzip.decompress((data / "tasks" / "HumanEval.jsonl.gz").read_bytes()).decode().splitlines()
-    solved = (json.loads(problem) for problem in problems)
+    programs = gzip.decompress((data / "tasks" / "HumanEval.jsonl.gz").read_bytes()).decode().splitlines()
+    solved = (json.loads(problem) for problem in programs)
+    sums = (json.loads(line) for line in (data / "tasks" / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines())
     return {
-        "news and dialogue": read_documents(data / "text" / "other.txt"),
+        NEWS: read_documents(data / "text" / "other.txt"),
         OF_KIND: read_documents(data / "text" / "wiki.txt"),
         "code": Documents("HumanEval", "", tuple(own["prompt"] + own["canonical_solution"] for own in solved)),
+        "sums": Documents("GSM8K", "", tuple(f"{own['question']}\n{own['answer']}" for own in sums)),
     }
 
 
 def _excerpts(params: Params, tokenizer: Tokenizer, kinds: Mapping[str, Documents]) -> Iterator[tuple[str, Excerpts]]:
-    def of(kind: str, length: int) -> tuple[str, Excerpts]:
-        how = replace(TEXTS, prompt_tokens=(length,))
+    def of(kind: str, length: int, switched: bool = False) -> tuple[str, Excerpts]:
+        how = replace(TEXTS, prompt_tokens=(length,), switched=switched)
         chosen = Corpus(kinds[kind], tokenizer, how.seed).select(how.tokens, how.texts, half=1)
         [excerpts] = excerpts_of(chosen, how)
-        return kind, excerpts
+        return SWITCHED if switched else kind, excerpts
 
     # The same half of the package's prompts that a calibration only judges by.
-    yield OWN, judged_answers(params, tokenizer, TEXTS)
+    yield OWN, judged_answers(params, tokenizer, replace(TEXTS, texts=OWN_TEXTS))
     yield from (of(kind, PROMPT) for kind in kinds)
+    yield of(NEWS, PROMPT, switched=True)
     yield from (of(OF_KIND, length) for length in OTHER_PROMPTS)
 
 
@@ -204,7 +209,7 @@ def _cell(figures: _Result) -> str:
 
 def _of_kinds() -> list[_Result]:
     """The newest result of each kind: with prompts of the usual length, or of those that it has."""
-    return [own for (kind, length), own in newest().items() if length == PROMPT or kind == OWN]
+    return [own for (kind, length), own in newest().items() if kind != SWITCHED and (length == PROMPT or kind == OWN)]
 
 
 def _by_name(result: _Result) -> dict[tuple[str, float], _Result]:
@@ -213,9 +218,8 @@ def _by_name(result: _Result) -> dict[tuple[str, float], _Result]:
 
 def _conditions(results: list[_Result]) -> str:
     lengths = ", ".join(f"{own['kind']} {own['prompt_tokens']}" for own in results)
-    what = (
-        f"{results[0]['texts']} texts of each kind, {TEXTS.continuation} tokens scored; tokens of a prompt: {lengths}"
-    )
+    texts = ", ".join(f"{own['kind']} {own['texts']}" for own in results)
+    what = f"Texts: {texts}; {TEXTS.continuation} tokens scored of each; tokens of a prompt: {lengths}"
     return f"{what}; {made_on(*results)}"
 
 

@@ -26,10 +26,10 @@ def falling(rng, layers):
     return -np.sort(-rng.random((layers, PARTS)) * 10.0 ** rng.uniform(-3, 1, (layers, 1)), axis=1)
 
 
-def handed_out(gains, parts):
-    """One part to each layer, then each further one to the layer whose next part is worth most."""
-    own = np.ones(len(gains), int)
-    for _ in range(parts - len(gains)):
+def handed_out(gains, parts, first=1):
+    """So many parts to each layer, then each further one to the layer whose next part is worth most."""
+    own = np.full(len(gains), first)
+    for _ in range(parts - own.sum()):
         own[np.argmax([layer[n] if n < PARTS else -np.inf for layer, n in zip(gains, own, strict=True)])] += 1
     return own
 
@@ -44,6 +44,16 @@ def test_each_part_goes_where_it_is_worth_most(beta, F):
     found = allocate(ci.CoreConfig(beta=beta), config, gains)
     assert found == (tuple(expected) if 7 * kept * PARTS // F >= 7 else (kept,) * 7)
     assert 7 * kept - F / PARTS - 7 < sum(found) <= 7 * kept
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.4, 0.7, 1.0])
+def test_each_layer_gets_the_least_share_first(beta):
+    config = replace(OPT, num_layers=7, mlp_size=640)
+    gains = falling(np.random.default_rng(1), 7)
+    kept = int(beta * 640 + 1e-9)
+    first = max(1, int(0.7 * kept / 10))
+    found = allocate(ci.CoreConfig(beta=beta), config, gains, least=0.7)
+    assert found == tuple(handed_out(gains, 7 * kept * PARTS // 640, first) * 10)
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -16,7 +16,7 @@ import coreinfer_jax as ci
 from coreinfer_jax.cli import main
 from coreinfer_jax.io.calibration_file import CALIBRATION, SHIPPED, read_calibration, read_facts, write_calibration
 from coreinfer_jax.lab.evaluation import Bound, Texts, calibrate
-from coreinfer_jax.lab.evaluation.material import own_answers
+from coreinfer_jax.lab.evaluation.material import from_documents, own_answers
 from coreinfer_jax.model.weights import named_leaves, params_bytes, with_leaves
 from coreinfer_jax.sparsity.allocate import allocate
 from coreinfer_jax.sparsity.calibration import Calibration
@@ -233,6 +233,17 @@ def test_a_model_answers_the_prompts_of_the_package_where_there_are_no_texts(cha
         np.testing.assert_array_equal(row[context : context + 5], answer)
     judged = {tuple(row[:context]) for row, context in zip(held_out.rows, held_out.context, strict=True)}
     assert judged.isdisjoint(text[:-5] for text in known)
+
+
+def test_documents_beyond_what_a_prior_reads_are_for_training(monkeypatch):
+    monkeypatch.setattr("coreinfer_jax.lab.evaluation.comparison.PRIOR_TOKENS", 60)
+    few, more = (from_documents(documents(), Numbers(), SMALL, OPT, taught) for taught in (0, 10**6))
+    assert few.beside == ()
+    assert len(few.known.rows) + len(more.beside) == len(documents().texts) // 2
+    judged = {tuple(row) for excerpts in more.held_out for row in excerpts.rows}
+    long = {len(row) for row in judged}.pop()
+    assert judged.isdisjoint(tuple(text[:long]) for text in more.beside)
+    np.testing.assert_array_equal(few.known.rows, more.known.rows)
 
 
 def test_answers_that_are_too_short_are_refused():

@@ -56,7 +56,7 @@ def lost(params: Params, known: Calibration, of: Lesson, keeps: tuple[float, ...
 def test_training_brings_a_narrowed_model_nearer_to_the_full_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distilling, "RATE", 2e-2)
     params, known = fitted(name)
-    of = lesson(corpus(), np.zeros(32, np.int32), 0)
+    of = lesson(corpus().texts(), [0] * 32, 0)
     # Fits of such small models are nearly the best there is: training is given spoiled ones.
     spoiled = tuple(replace(own, slopes=own.slopes / 2, constants=own.constants + 0.1) for own in known.linear.fits)
     fits, before = known.linear, replace(known.linear, fits=spoiled)
@@ -72,7 +72,7 @@ def test_training_brings_a_narrowed_model_nearer_to_the_full_one(name: str, monk
 
 def test_no_steps_change_nothing_that_is_written() -> None:
     params, known = fitted("llama")
-    of = lesson(corpus(), np.zeros(32, np.int32), 0)
+    of = lesson(corpus().texts(), [0] * 32, 0)
     after = distil(replace(params, calibration=known), known.linear, corpus(), of, 0, 0)
     for own, other in zip(after.fits, known.linear.fits, strict=True):
         # To the precision of 16 bits: directions are scaled anew.
@@ -88,8 +88,8 @@ def test_no_steps_change_nothing_that_is_written() -> None:
 
 
 def test_texts_are_cut_to_prompts_and_continuations() -> None:
-    texts = Beginnings.of([list(range(100, 140)), list(range(200, 207)), list(range(300, 304))])
-    of = lesson(texts, np.array([0, 5, 3]), 0)
+    texts = [list(range(100, 140)), list(range(200, 207)), list(range(300, 304))]
+    of = lesson(texts, [0, 5, 3], 0)
     assert of.rows.shape[1] == of.prompts.max() + CONTINUATION
     first = of.prompts[:-2]
     assert ((first >= 4) & (first <= CONTINUATION)).all()
@@ -102,12 +102,12 @@ def test_texts_are_cut_to_prompts_and_continuations() -> None:
     assert of.rows[-1, :4].tolist() == list(range(300, 304))
     assert [*of.prompts[-2:], *of.lengths[-2:]] == [5, 3, 7, 4]
     with pytest.raises(ci.CoreInferError, match="give longer"):
-        lesson(Beginnings.of([[1, 2, 3]]), np.array([0]), 0)
+        lesson([[1, 2, 3]], [0], 0)
 
 
 def test_linear_neurons_are_used_as_long_as_they_pay() -> None:
     params, known = fitted("opt")
-    of = lesson(corpus(), np.zeros(32, np.int32), 0)
+    of = lesson(corpus().texts(), [0] * 32, 0)
     excerpts = Excerpts(np.pad(of.rows, ((0, 0), (0, 1))), of.prompts, 0)
     prior = {without_prior(ci.CoreConfig().ranking): known.prior}
     found = linear_up_to(params, known.linear, excerpts, prior)

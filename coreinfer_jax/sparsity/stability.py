@@ -9,8 +9,8 @@ from coreinfer_jax.checks import check_flag, check_fraction, check_name, check_s
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.allocate import ALLOCATIONS, Allocation, allocate
-from coreinfer_jax.sparsity.calibration import PRIOR_RULE, calibration_of, explained_by, gains_of
+from coreinfer_jax.sparsity.allocate import ALLOCATIONS, LEAST_BESIDE_LINEAR, Allocation, allocate
+from coreinfer_jax.sparsity.calibration import PRIOR_RULE, Explained, calibration_of, explained_by, gains_of
 from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, by_set, to_gather
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.linear import LinearFit
@@ -95,13 +95,22 @@ class CoreConfig(Chooser):
         """Whether what a calibration read counts beside the prompt."""
         return isinstance(self.ranking, Contribution) and self.ranking.prior_tokens > 0
 
+    def _explained(self, params: Params) -> Explained | None:
+        """What is known of linear neurons, if they are wanted and stand beside what else is known."""
+        return explained_by(params) if self.linear and self._knows_texts else None
+
+    def _shares(self, params: Params) -> tuple[int, ...]:
+        """How many neurons each layer may keep, linear ones counted in by what they cost."""
+        least = 0.0 if self._explained(params) is None else LEAST_BESIDE_LINEAR
+        return allocate(self, params.config, gains_of(params), least)
+
     def linear_layers(self, params: Params) -> tuple[bool, ...]:
         """In which layers linear neurons stand beside those that are kept."""
-        known = explained_by(params)
-        if not self.linear or not self._knows_texts or known is None:
+        known = self._explained(params)
+        if known is None:
             return (False,) * params.config.num_layers
         worth, most = linear_worth(params), known.up_to * params.config.mlp_size
-        return tuple(worth < share <= most for share in allocate(self, params.config, gains_of(params)))
+        return tuple(worth < share <= most for share in self._shares(params))
 
     def fits(self, params: Params) -> tuple[LinearFit | None, ...]:
         """The fits of these layers, None of all others."""
@@ -126,15 +135,14 @@ class CoreConfig(Chooser):
 
     def widths(self, params: Params) -> tuple[int, ...]:
         """Neurons kept per layer besides linear ones, F where a layer stays dense."""
-        shares, worth = allocate(self, params.config, gains_of(params)), linear_worth(params)
+        shares, worth = self._shares(params), linear_worth(params)
         beside = zip(shares, self.linear_layers(params), strict=True)
         return tuple(share - worth if linear else share for share, linear in beside)
 
     def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
         """What is kept in layers that do not keep all, linear neurons as so many others."""
         F = params.config.mlp_size
-        shares = allocate(self, params.config, gains_of(params))
-        return tuple(0 if share == F else share for share in shares), self.sets(rows)
+        return tuple(0 if share == F else share for share in self._shares(params)), self.sets(rows)
 
     def choose(self, seen: Seen) -> Chosen:
         """The neurons that the prompt itself ranks highest, the others at a share of their mean."""

@@ -47,6 +47,10 @@ class Beginnings:
         rows[np.arange(rows.shape[1])[None, :] < lengths[:, None]] = np.concatenate(texts)
         return cls(rows, lengths)
 
+    def texts(self) -> list[list[int]]:
+        """The tokens of each."""
+        return [row[:length].tolist() for row, length in zip(self.rows, self.lengths, strict=True)]
+
 
 class Corpus:
     """Documents in an order drawn by a seed, each tokenised when it is first wanted."""

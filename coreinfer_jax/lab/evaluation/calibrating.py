@@ -7,7 +7,7 @@ from typing import Any
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.lab.evaluation.comparison import Texts, check_settings, compare_on
-from coreinfer_jax.lab.evaluation.distilling import distil, lesson
+from coreinfer_jax.lab.evaluation.distilling import CONTINUATION, distil, lesson, wanted
 from coreinfer_jax.lab.evaluation.fitting import learn
 from coreinfer_jax.lab.evaluation.material import Material, from_documents, own_answers, together
 from coreinfer_jax.lab.evaluation.sensitivity import layer_gains, linear_up_to
@@ -114,11 +114,12 @@ def calibrate(
     check_dense(params)
     default = CoreConfig()
     settings = [replace(default, beta=keep) for keep in KEEPS]
-    material = _material(params, tokenizer, documents, settings, texts, answers)
+    material = _material(params, tokenizer, documents, settings, texts, answers, wanted(steps))
     sums, explained = learn(params, material.known)
     prior = {without_prior(default.ranking): sums}
     if explained is not None and steps:
-        taught = lesson(material.known, material.prompts, texts.seed)
+        begun = [*material.prompts.tolist(), *[0] * len(material.beside)]
+        taught = lesson([*material.known.texts(), *material.beside], begun, texts.seed)
         explained = distil(params, explained, material.known, taught, steps, texts.seed)
     if explained is not None:
         explained = linear_up_to(params, explained, material.tried, prior)
@@ -136,6 +137,7 @@ def calibrate(
         "data": material.name,
         "prior_texts": len(material.known.rows),
         "prior_tokens": int(material.known.lengths.sum()),
+        "texts_beside": len(material.beside),
         "layer_texts": len(material.tried.rows),
         "texts": asdict(texts)
         | {"texts": len(material.held_out[0].rows), "prompt_tokens": [own.length for own in material.held_out]},
@@ -164,13 +166,14 @@ def _material(
     settings: Sequence[CoreConfig],
     texts: Texts,
     answers: bool,
+    taught: int,
 ) -> Material:
-    """The texts to read, if these sizes fit the model."""
+    """The texts to read, if these sizes fit the model, and of documents about `taught` beside them to train by."""
     if documents is None:
         check_settings(params, settings, replace(texts, prompt_tokens=(1,)))  # prompts have lengths of their own
         return own_answers(params, tokenizer, texts)
     check_settings(params, settings, texts)
-    given = from_documents(documents, tokenizer, texts, params.config)
+    given = from_documents(documents, tokenizer, texts, params.config, 2 * CONTINUATION * taught)
     return together(given, own_answers(params, tokenizer, texts)) if answers else given
 
 

@@ -205,9 +205,9 @@ def read_prior(
     return collect(params, prior_texts(Corpus(documents, tokenizer, seed), params.config), rules)
 
 
-def prior_texts(corpus: Corpus, config: ModelConfig, half: int | None = None) -> Beginnings:
-    """What a prior is read from: of all documents, or of one half of them."""
-    return corpus.beginnings(min(PRIOR_LENGTH, config.max_positions), PRIOR_TOKENS, half)
+def prior_texts(corpus: Corpus, config: ModelConfig, half: int | None = None, least: int = 0) -> Beginnings:
+    """What a prior is read from, of all documents or of one half of them, and more until there are `least` tokens."""
+    return corpus.beginnings(min(PRIOR_LENGTH, config.max_positions), max(PRIOR_TOKENS, least), half)
 
 
 def check_settings(params: Params, settings: Sequence[Setting], texts: Texts) -> None:

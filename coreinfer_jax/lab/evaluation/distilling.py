@@ -5,7 +5,7 @@ the directions, slopes and constants of all layers are trained together on the K
 continuations of texts at many keep ratios. No other weight changes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,6 +32,8 @@ from coreinfer_jax.text.corpus import Beginnings
 CONTINUATION, LEAST_PROMPT = 128, 32
 # Texts of a step, and how often each is read in it, every time at another keep ratio: the full model reads it once.
 TEXTS, READINGS = 4, 2
+# In how many steps a text of documents comes, where these are as long as is wanted.
+REUSED = 5
 # Keep ratios are drawn between these, linear neurons counted in, and each layer's apart by up to this factor, so that
 # what is learnt holds however a keep ratio is shared out.
 KEEPS, APART = (0.15, 0.85), 1.3
@@ -79,12 +81,17 @@ class Student:
         return tuple(LinearFit(*own, written=jnp.zeros((0, 0))) for own in layers)
 
 
-def lesson(texts: Beginnings, prompts: np.ndarray, seed: int) -> Lesson:
+def wanted(steps: int) -> int:
+    """How many texts so many steps should have to learn from, of a prompt and a continuation each."""
+    return steps * TEXTS // REUSED
+
+
+def lesson(texts: Sequence[list[int]], prompts: Sequence[int], seed: int) -> Lesson:
     """Texts cut to prompts and continuations.
 
     Args:
-        texts: of any length.
-        prompts: int32 [n], how long a prompt each begins with, 0 where any beginning may be one.
+        texts: tokens of each, of any length.
+        prompts: how long a prompt each begins with, 0 where any beginning may be one.
         seed: of the lengths of prompts, where they are drawn.
 
     Raises:
@@ -92,12 +99,11 @@ def lesson(texts: Beginnings, prompts: np.ndarray, seed: int) -> Lesson:
     """
     rng = np.random.default_rng(seed)
     cut: list[tuple[list[int], int]] = []
-    for i, (row, length) in enumerate(zip(texts.rows, texts.lengths, strict=True)):
-        tokens = row[:length].tolist()
-        if prompts[i]:
-            cut.append((tokens[: prompts[i] + CONTINUATION], int(prompts[i])))
+    for tokens, begun in zip(texts, prompts, strict=True):
+        if begun:
+            cut.append((tokens[: begun + CONTINUATION], begun))
             continue
-        for first in range(0, length, 2 * CONTINUATION):
+        for first in range(0, len(tokens), 2 * CONTINUATION):
             prompt = int(rng.integers(LEAST_PROMPT, CONTINUATION + 1))
             cut.append((tokens[first : first + prompt + CONTINUATION], prompt))
     cut = [(tokens, prompt) for tokens, prompt in cut if len(tokens) > prompt]
@@ -106,9 +112,9 @@ def lesson(texts: Beginnings, prompts: np.ndarray, seed: int) -> Lesson:
             f"texts of more than {LEAST_PROMPT} tokens are needed to train linear neurons; give longer"
         )
     known = Beginnings.of([tokens for tokens, _ in cut])
-    begun = np.array([prompt for _, prompt in cut], np.int32)
-    width = int(begun.max()) + CONTINUATION
-    return Lesson(np.pad(known.rows, ((0, 0), (0, width - known.rows.shape[1]))), begun, known.lengths)
+    cut_to = np.array([prompt for _, prompt in cut], np.int32)
+    width = int(cut_to.max()) + CONTINUATION
+    return Lesson(np.pad(known.rows, ((0, 0), (0, width - known.rows.shape[1]))), cut_to, known.lengths)
 
 
 def distil(params: Params, explained: Explained, texts: Beginnings, of: Lesson, steps: int, seed: int) -> Explained:

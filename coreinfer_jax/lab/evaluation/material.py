@@ -41,6 +41,7 @@ class Material:
         name: where they come from, for people.
         known: what the prior is summed up over, and linear neurons are fitted to.
         prompts: int32 [n], how long a prompt each of these begins with, 0 where any beginning may be one.
+        beside: more texts, any beginning of which may be a prompt, for training alone: it needs many more.
         tried: on which each layer is narrowed alone.
         held_out: on which keep ratios are judged, for each length of prompt.
     """
@@ -48,12 +49,15 @@ class Material:
     name: str
     known: Beginnings
     prompts: np.ndarray
+    beside: tuple[list[int], ...]
     tried: Excerpts
     held_out: tuple[Excerpts, ...]
 
 
-def from_documents(documents: Documents, tokenizer: Tokenizer, texts: Texts, config: ModelConfig) -> Material:
-    """Half of the documents to learn from, the other half to judge by.
+def from_documents(
+    documents: Documents, tokenizer: Tokenizer, texts: Texts, config: ModelConfig, taught: int = 0
+) -> Material:
+    """Half of the documents to learn from, until `taught` tokens to train by are found; the other half to judge by.
 
     Raises:
         CoreInferError: texts that are too few or too short.
@@ -63,16 +67,18 @@ def from_documents(documents: Documents, tokenizer: Tokenizer, texts: Texts, con
     longest = Excerpts(tried.rows, max(texts.prompt_tokens), tried.too_short)
     known = prior_texts(corpus, config, half=0)
     prompts = np.zeros(len(known.rows), np.int32)
-    return Material(documents.name, known, prompts, longest, tuple(excerpts_of(held_out, texts)))
+    more = prior_texts(corpus, config, half=0, least=taught)
+    beside = tuple(more.texts()[len(known.rows) :])
+    return Material(documents.name, known, prompts, beside, longest, tuple(excerpts_of(held_out, texts)))
 
 
 def together(one: Material, other: Material) -> Material:
     """Both: learnt from as one, and judged by each."""
-    known = [row[:n].tolist() for own in (one, other) for row, n in zip(own.known.rows, own.known.lengths, strict=True)]
     return Material(
         f"{one.name} and {other.name}",
-        Beginnings.of(known),
+        Beginnings.of([*one.known.texts(), *other.known.texts()]),
         np.concatenate([one.prompts, other.prompts]),
+        one.beside + other.beside,
         _joined(one.tried, other.tried),
         (*one.held_out, *other.held_out),
     )
@@ -108,6 +114,7 @@ def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
         OWN,
         Beginnings.of([[*prompt, *answer] for prompt, answer in known]),
         np.array([len(prompt) for prompt, _ in known], np.int32),
+        (),
         _excerpts(drawn[0], LAYER_TEXTS, texts.continuation),
         (judged_answers(params, tokenizer, texts),),
     )
