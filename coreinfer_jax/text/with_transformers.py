@@ -191,7 +191,7 @@ def render_within_limits(
             text=True,
             timeout=SECONDS_TO_RENDER,
             check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # whose stacks count as memory
+            env=os.environ | template_process.ONE_THREAD,
         )
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"it takes more than {SECONDS_TO_RENDER} s") from error
@@ -223,6 +223,7 @@ def _loses_spaces(tokenizer: TransformersTokenizer, directory: Path) -> bool:
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_file(str(file))
+    backend.no_padding()  # which a file may ask for without end
     return " " in backend.decode(backend.encode(_SPACED).ids).strip()
 
 
