@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -138,7 +139,8 @@ def apply_template(
             named = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
             text = render_within_limits(template, named, given, options)
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if tokenize else text
-        with _quiet():
+        # Python warns of code that jinja has made of odd templates.
+        with _quiet(), warnings.catch_warnings(action="ignore", category=SyntaxWarning):
             return tokenizer.apply_chat_template(
                 given, tokenize=tokenize, return_dict=False, tokenizer_kwargs={"verbose": False}, **options
             )

@@ -15,6 +15,8 @@ from unittest import mock
 from tests.robustness.bases import WEIGHTS
 
 TEXTS = ("Once upon a time, there was a little girl.", "  two  spaces\n\n\tand 123 \N{GRINNING FACE} caf\xe9\0", "")
+# What patterns repeat, of which tries in vain at every character show.
+RUNS = (5000 * "a", 5000 * " ", 2500 * "ab")
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
 CONVERSATION = [{"role": "user", "content": "One two"}, {"role": "assistant", "content": "three."}]
 # One of so many tokenizers and templates that may have no end is run in its process, whose start takes seconds; the
@@ -55,7 +57,7 @@ def use_tokenizer(folder: Path, random: Random) -> None:
     if (folder / "tokenizer.json").is_file() and not is_plain(folder) and random.randrange(APART_ONCE_IN):
         raise MayHaveNoEndError
     tokenizer = load_tokenizer(folder)
-    for text in TEXTS if tokenizer is not None else ():
+    for text in (*TEXTS, *RUNS) if tokenizer is not None else ():
         assert isinstance(tokenizer.decode(tokenizer.encode(text)), str)
 
 

@@ -12,6 +12,7 @@ the resident set (VmHWM), which bounds anonymous memory (RssAnon) from above.
 import argparse
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -21,10 +22,11 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, BinaryIO
 
 from benchmarks.environment import environment
 from tests.robustness import attempts
@@ -36,6 +38,7 @@ from tests.robustness.mutate import (
     damage_json,
     damage_json_lines,
     damage_metadata,
+    damage_pipeline,
     damage_safetensors,
     damage_template,
     damage_text,
@@ -44,6 +47,8 @@ from tests.robustness.mutate import (
 SECONDS_PER_CASE = 30
 SECONDS_TO_START = 300
 KIB_AT_MOST = 2**20
+# What no library may print while a file is read.
+COMPLAINT = re.compile(rb"Traceback|panicked|Exception ignored|Warning")
 
 Damage = Callable[[Random, bytes], bytes]
 JSON_DAMAGE: tuple[Damage, ...] = (damage_bytes, damage_json, damage_json)
@@ -57,7 +62,7 @@ DAMAGES: dict[str, dict[str, tuple[Damage, ...]]] = {
     },
     "manifest": {"coreinfer.json": JSON_DAMAGE},
     "tokenizer": {
-        "tokenizer.json": JSON_DAMAGE,
+        "tokenizer.json": (*JSON_DAMAGE, damage_pipeline, damage_pipeline),
         "tokenizer_config.json": JSON_DAMAGE,
         "special_tokens_map.json": (damage_json,),
         "tokenizer.model": 4 * (damage_bytes,),
@@ -163,7 +168,7 @@ def work(kind: str, seed: int, first: int, last: int, bases: Path) -> None:
     AutoConfig.for_model("llama")
     for base in sorted((bases / kind).iterdir()) if DAMAGES[kind] else ():
         ATTEMPTS[kind](base, Random(0))  # what is whole must load
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, captured_stderr(Path(scratch) / "told") as told:
         report({"ready": True})
         for case in range(first, last):
             folder = Path(scratch) / "case"
@@ -171,6 +176,8 @@ def work(kind: str, seed: int, first: int, last: int, bases: Path) -> None:
             Path("/proc/self/clear_refs").write_text("5")  # the peak of this case alone
             began = time.perf_counter()
             result, detail = outcome(kind, folder, random)
+            if complaint := next((line for line in told.read().splitlines() if COMPLAINT.search(line)), None):
+                result, detail = "failed", f"on standard error: {complaint.decode(errors='replace')[:300]}"
             report(
                 {
                     "case": case,
@@ -180,6 +187,14 @@ def work(kind: str, seed: int, first: int, last: int, bases: Path) -> None:
                     "kib": peak_kib(),
                 }
             )
+
+
+@contextmanager
+def captured_stderr(path: Path) -> Iterator[BinaryIO]:
+    """A file to read, from where it was read last, what anything in this process has written to standard error."""
+    with path.open("wb") as written, path.open("rb") as told:
+        os.dup2(written.fileno(), sys.stderr.fileno())
+        yield told
 
 
 def peak_kib() -> int:

@@ -345,3 +345,51 @@ def damage_template(random: Random, content: bytes) -> bytes:
     words = re.findall(r"\w+", text)
     old, new = random.choice(words), random.choice(words)
     return re.sub(rf"\b{old}\b", new, text, count=random.choice((0, 1))).encode()
+
+
+_ATOMS = (
+    "a",
+    "b",
+    " ",
+    r"\s",
+    r"\p{L}",
+    "[^a]",
+    "[ab]",
+    "(?:a|b)",
+    "(a|a)",
+    "(?:a*b)",
+    "(?=a)",
+    "(?!a)",
+    ".",
+    "$",
+    r"[^\s]",
+)
+_QUANTIFIERS = ("", "", "?", "*", "+", "*", "+", "{1,3}", "{2,}", "++", "*?")
+
+
+def pattern(random: Random) -> str:
+    """A regular expression, which may try without end."""
+
+    def sequence() -> str:
+        return "".join(random.choice(_ATOMS) + random.choice(_QUANTIFIERS) for _ in range(random.randint(1, 3)))
+
+    return "|".join(sequence() for _ in range(random.randint(1, 3)))
+
+
+def damage_pipeline(random: Random, content: bytes) -> bytes:
+    """A tokenizer.json with a step that cuts or replaces by some pattern, or makes texts larger, once or many times."""
+    fields = json.loads(content)
+    by = {random.choice(("Regex", "Regex", "String")): pattern(random)}
+    replace = {"type": "Replace", "pattern": by, "content": random.choice(("", "a", "aa", "a" * 100))}
+    cut = {"type": "Split", "pattern": by, "behavior": random.choice(("Isolated", "Removed")), "invert": False}
+    times = random.choice((1, 1, 2, 40))
+    kind = random.choice(("normalizer", "pre_tokenizer", "pre_tokenizer", "decoder", "pad"))
+    if kind == "pad":
+        fields["padding"] = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
+        fields["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+        return json.dumps(fields).encode()
+    name = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[kind]
+    step = cut if kind == "pre_tokenizer" else replace
+    rest = [] if fields.get(kind) is None else [fields[kind]]
+    fields[kind] = {"type": "Sequence", name: times * [step] + rest}
+    return json.dumps(fields).encode()
