@@ -84,7 +84,7 @@ def test_a_process_of_its_own_renders_the_same(begin_answer, monkeypatch):
 
 def test_python_does_not_warn_of_what_a_template_is_compiled_to():
     """Warnings are errors in tests, and lines on the terminal for users."""
-    odd = "{% if (true)['a'] %}a{% endif %}b"
+    odd = "{% if messages %}b{% else %}{{ false[messages:] }}{% endif %}"
     assert is_plain(odd)
     assert render_chat(odd, NAMED, MESSAGES, Path("model"), True) == "b"
 
