@@ -4,7 +4,7 @@
 
 None may end in a traceback, hang, end the process or take more than 1 GiB. Without `--cases`, each kind has as many as
 `CASES` says. A failure is printed with its seed, kind and number; add `--kind KIND --case NUMBER` to replay it alone,
-with the traceback. `--results` writes a line of JSON with the counts of each kind. Data is looked for in
+with the traceback. `--results` adds a line of JSON with the counts of each kind. Data is looked for in
 COREINFER_DATA, by default ../shared/data beside the repository. Exit status 1 tells of failures. Memory is the peak of
 the resident set (VmHWM), which bounds anonymous memory (RssAnon) from above.
 """
@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,23 +100,23 @@ ATTEMPTS: dict[str, Callable[[Path, Random], object]] = {
     "swap": attempts.swap,
     "race": attempts.race,
 }
-# As many of each kind as make a run of half an hour, which are more of those that take less.
+# As many of each kind as make a run of half an hour on a busy computer: more of those that take less.
 CASES = {
-    "config": 2500,
-    "safetensors": 2500,
-    "manifest": 1000,
-    "tokenizer": 1500,
-    "gguf": 1000,
-    "bin": 1000,
-    "calibration": 3000,
-    "lists": 3000,
-    "clusters": 1500,
-    "documents": 3000,
-    "template": 1000,
-    "swap": 300,
-    "race": 200,
+    "documents": 5500,
+    "clusters": 5500,
+    "lists": 4000,
+    "config": 1000,
+    "safetensors": 1000,
+    "manifest": 600,
+    "gguf": 600,
+    "calibration": 1000,
+    "tokenizer": 600,
+    "bin": 300,
+    "template": 200,
+    "swap": 80,
+    "race": 80,
 }
-KINDS = tuple(DAMAGES)
+KINDS = tuple(CASES)
 
 
 # ---------------------------------------------------------------------------- one case, in a worker process
@@ -160,33 +160,31 @@ def place(error: BaseException) -> str:
     return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[:-6:-1])
 
 
-def work(kind: str, seed: int, first: int, last: int, bases: Path) -> None:
-    """Report each of the cases first .. last - 1 in a line of JSON."""
+def work(seed: int, counts: Mapping[str, int], first: int, bases: Path) -> None:
+    """Report each of so many cases of each kind in a line of JSON, from the `first` of the first kind on."""
     from transformers import AutoConfig
 
     # Imports should not count as a case's time: this one is that of a field of config.json that nobody knows.
     AutoConfig.for_model("llama")
-    for base in sorted((bases / kind).iterdir()) if DAMAGES[kind] else ():
-        ATTEMPTS[kind](base, Random(0))  # what is whole must load
     with tempfile.TemporaryDirectory() as scratch, captured_stderr(Path(scratch) / "told") as told:
-        report({"ready": True})
-        for case in range(first, last):
-            folder = Path(scratch) / "case"
-            random = damaged_copy(kind, seed, case, bases, folder)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of this case alone
-            began = time.perf_counter()
-            result, detail = outcome(kind, folder, random)
-            if complaint := next((line for line in told.read().splitlines() if COMPLAINT.search(line)), None):
-                result, detail = "failed", f"on standard error: {complaint.decode(errors='replace')[:300]}"
-            report(
-                {
-                    "case": case,
-                    "outcome": result,
-                    "detail": detail,
-                    "seconds": time.perf_counter() - began,
-                    "kib": peak_kib(),
-                }
-            )
+        for kind, count in counts.items():
+            for base in sorted((bases / kind).iterdir()) if DAMAGES[kind] else ():
+                ATTEMPTS[kind](base, Random(0))  # what is whole must load
+            report({"ready": kind})
+            for case in range(first, count):
+                report({"kind": kind, "case": case, **measured(kind, seed, case, bases, Path(scratch) / "case", told)})
+            first = 0
+
+
+def measured(kind: str, seed: int, case: int, bases: Path, folder: Path, told: BinaryIO) -> dict[str, object]:
+    """What became of a case, its seconds and its peak of memory; `told` is what goes to standard error."""
+    random = damaged_copy(kind, seed, case, bases, folder)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of this case alone
+    began = time.perf_counter()
+    result, detail = outcome(kind, folder, random)
+    if complaint := next((line for line in told.read().splitlines() if COMPLAINT.search(line)), None):
+        result, detail = "failed", f"on standard error: {complaint.decode(errors='replace')[:300]}"
+    return {"outcome": result, "detail": detail, "seconds": time.perf_counter() - began, "kib": peak_kib()}
 
 
 @contextmanager
@@ -217,6 +215,7 @@ class Tally:
     failures: list[tuple[int, str]] = field(default_factory=list)
     slowest: tuple[float, int] = (0.0, -1)
     kib: int = 0
+    seconds: float = 0.0
 
     def add(self, line: dict[str, object]) -> None:
         self.outcomes[line["outcome"]] += 1
@@ -232,28 +231,32 @@ class Tally:
         print(f"  case {case}: {detail}", flush=True)
 
 
-def run_kind(kind: str, seed: int, cases: int, bases: Path) -> Tally:
-    """All cases of one kind, in a worker that is started again where one dies or hangs."""
-    tally, case = Tally(), 0
-    while case < cases:
-        for line in lines_of_worker(kind, seed, case, cases, bases):
-            if "ended" in line:
-                if case < cases:
-                    tally.outcomes["failed"] += 1
-                    tally.fail(case, str(line["ended"]))
-                    case += 1
-            elif "case" in line:
-                tally.add(line)
+def run(seed: int, counts: Mapping[str, int], bases: Path) -> Iterator[tuple[str, Tally]]:
+    """What became of so many cases of each kind; the worker is started again where one has died or hangs."""
+    tallies = {kind: Tally() for kind in counts}
+    left, case = dict(counts), 0
+    while left:
+        kind, began = next(iter(left)), time.perf_counter()
+        for line in lines_of_worker(seed, left, case, bases):
+            if "case" in line:
+                tallies[kind].add(line)
                 case = line["case"] + 1
-    return tally
+            elif "ended" in line and left:
+                tallies[kind].fail(case, str(line["ended"]))
+                case += 1
+            if left and case >= left[kind]:
+                del left[kind]
+                tallies[kind].seconds += time.perf_counter() - began
+                yield kind, tallies[kind]
+                kind, case, began = next(iter(left), kind), 0, time.perf_counter()
 
 
-def lines_of_worker(kind: str, seed: int, first: int, last: int, bases: Path) -> Iterator[dict[str, object]]:
+def lines_of_worker(seed: int, counts: Mapping[str, int], first: int, bases: Path) -> Iterator[dict[str, Any]]:
     """What a worker reports, closed by how it `ended`: by itself, by a signal, or because a case took too long."""
     read, write = os.pipe()
-    command = [sys.executable, "-m", "tests.robustness.fuzz", "--worker", str(first), str(last), str(bases)]
+    command = [sys.executable, "-m", "tests.robustness.fuzz", "--worker", json.dumps(counts), str(first), str(bases)]
     process = subprocess.Popen(
-        ["sh", "-c", 'exec "$@" 3>&' + str(write), "sh", *command, "--kind", kind, "--seed", str(seed)],
+        ["sh", "-c", 'exec "$@" 3>&' + str(write), "sh", *command, "--seed", str(seed)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -298,12 +301,12 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="of each kind; default: as many as CASES says")
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--case", type=int, help="replay this one, of --kind")
-    parser.add_argument("--results", type=Path, help="file to write the counts to, a line of JSON for each kind")
+    parser.add_argument("--results", type=Path, help="file to add the counts to, a line of JSON for each kind")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        first, last, bases = options.worker
-        work(options.kind, options.seed, int(first), int(last), Path(bases))
+        counts, first, bases = options.worker
+        work(options.seed, json.loads(counts), int(first), Path(bases))
         return 0
     made = environment()
     with tempfile.TemporaryDirectory() as folder:
@@ -311,18 +314,22 @@ def main() -> int:
         if options.case is not None:
             return replay(options.kind, options.seed, options.case, Path(folder))
         kinds = KINDS if options.kind is None else (options.kind,)
-        lines = [summarise(kind, options.seed, options.cases or CASES[kind], Path(folder)) for kind in kinds]
-    if options.results is not None:
-        options.results.write_text("".join(json.dumps(made | line) + "\n" for line in lines))
-    return int(any(line["failed"] for line in lines))
+        counts = {kind: options.cases or CASES[kind] for kind in kinds}
+        failed = 0
+        for kind, tally in run(options.seed, counts, Path(folder)):
+            line = summary(kind, options.seed, counts[kind], tally)
+            print(json.dumps(line), flush=True)
+            failed += line["failed"]
+            if options.results is not None:
+                with options.results.open("a") as results:
+                    results.write(json.dumps(made | line) + "\n")
+    return int(failed > 0)
 
 
-def summarise(kind: str, seed: int, cases: int, bases: Path) -> dict[str, Any]:
-    """Run the cases of one kind, and say what became of them."""
-    began = time.perf_counter()
-    tally = run_kind(kind, seed, cases, bases)
+def summary(kind: str, seed: int, cases: int, tally: Tally) -> dict[str, Any]:
+    """What became of the cases of one kind, as a line of the results has it."""
     seconds, slowest = tally.slowest
-    line = {
+    return {
         "kind": kind,
         "seed": seed,
         "cases": cases,
@@ -331,10 +338,8 @@ def summarise(kind: str, seed: int, cases: int, bases: Path) -> dict[str, Any]:
         "slowest_seconds": round(seconds, 2),
         "slowest_case": slowest,
         "most_mebibytes": tally.kib // 1024,
-        "seconds": round(time.perf_counter() - began),
+        "seconds": round(tally.seconds),
     }
-    print(json.dumps(line), flush=True)
-    return line
 
 
 if __name__ == "__main__":
