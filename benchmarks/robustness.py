@@ -23,8 +23,9 @@ _KINDS = {
 
 
 def table() -> str:
-    """The counts of the last run, kind by kind, and how it was made."""
-    lines = read_results("robustness")
+    """The counts of the last run of each kind, and how they were made."""
+    newest = {line["kind"]: line for line in read_results("robustness")}
+    lines = list(newest.values())
     rows = [["input", "tried", "loaded", "refused", "failed", "slowest, s", "most memory, MiB"]]
     rows += [_row(_KINDS[line["kind"]], line) for line in lines]
     total = {name: sum(map(int, (line[name] for line in lines))) for name in ("cases", "loaded", "refused", "not_run")}
@@ -32,10 +33,11 @@ def table() -> str:
     rows.append(_row("all", total | most | {"failed": sum(line["failed"] for line in lines)}))
     minutes = sum(line["seconds"] for line in lines) / 60
     told = (
-        f"Seed {lines[0]['seed']}, {minutes:.0f} minutes. Besides, {total['not_run']} tokenizers and templates were "
-        "known for such as may have no end. One in forty of these was run, in a process with limits, and is counted. "
+        f"Seed {lines[0]['seed']}, {minutes:.0f} minutes. {total['not_run']} more tokenizers and templates were known for "
+        "such as may have no end, and not run; one in forty such is run, in a process with limits, and counts above. "
     )
-    return "\n".join([markdown(rows), "", told + made_on(lines[0])])
+    revisions = ", ".join(dict.fromkeys(line["git_revision"] for line in lines))
+    return "\n".join([markdown(rows), "", told + made_on(lines[0] | {"git_revision": revisions})])
 
 
 def _row(what: str, line: dict[str, Any]) -> list[str]:
