@@ -34,7 +34,8 @@ def table() -> str:
     minutes = sum(line["seconds"] for line in lines) / 60
     told = (
         f"Seed {lines[0]['seed']}, {minutes:.0f} minutes. {total['not_run']} more tokenizers and templates were known "
-        "for such as may have no end, and not run; one in forty such is run, in a process with limits, and counts above. "
+        "for such as may have no end, and not run; one in forty such is run, in a process with limits, and counts "
+        "above. "
     )
     revisions = ", ".join(dict.fromkeys(line["git_revision"] for line in lines))
     return "\n".join([markdown(rows), "", told + made_on(lines[0] | {"git_revision": revisions})])
