@@ -21,6 +21,7 @@ from benchmarks import (
     model_card,
     performance,
     quality_page,
+    robustness,
 )
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.tables import made_on, shown_range
@@ -48,6 +49,7 @@ def current() -> dict[Path, str]:
         DOCS / "embedded-models.md": _of_newest({"first-run": _first_run}),
         DOCS / "guides" / "convert.md": _of_newest({"gguf": gguf_evidence.table}),
         DOCS / "guides" / "groups.md": _of_newest({"group-switch": _group_switch, "prediction": _prediction}),
+        DOCS / "robustness.md": {"robustness": robustness.table},
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
         DOCS / "chat-model.md": {"chat model rules": chat_model.rules, "chat model answers": chat_model.answers},
         core_neurons.PAGE: core_neurons.tables(),

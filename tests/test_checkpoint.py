@@ -494,6 +494,23 @@ def test_manifests_that_cannot_be_used(converted, change, expected):
     assert str(caught.value).startswith(str(manifest))
 
 
+@pytest.mark.parametrize(
+    "odd", ["", "relu6", -1, 0, 2**63, 10**400, 0.5, [], {}, [[]], None], ids=lambda odd: str(odd)[:9]
+)
+def test_a_manifest_with_an_odd_value_loads_or_is_refused_in_one_line(tmp_path, odd):
+    native.write_native(tmp_path, LLAMA, FLOAT32, iter(named_leaves(random_model(LLAMA))))
+    manifest, refused = json.loads((tmp_path / "coreinfer.json").read_text()), {}
+    for name in manifest["config"]:
+        changed = manifest | {"config": manifest["config"] | {name: odd}}
+        (tmp_path / "coreinfer.json").write_text(json.dumps(changed))
+        try:
+            ci.load(tmp_path)
+        except ci.CoreInferError as error:
+            refused[name] = str(error)
+    assert {"family", "vocab_size", "activation"} <= set(refused)
+    assert not any("\n" in message for message in refused.values())
+
+
 def test_the_manifest_is_that_of_every_release(tmp_path):
     """Field for field what the first release wrote, so that either reads what the other converted."""
     rope = replace(LLAMA.rope, theta=5e5, scaling="llama3", factor=8.0, original_max_positions=64)

@@ -12,6 +12,7 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io.config_json import hugging_face_fields, model_config, read_model_config
 from coreinfer_jax.io.mapping import leaf_shapes
 from coreinfer_jax.model.config import Rope
+from coreinfer_jax.model.families import FAMILIES as FAMILY_MODULES
 
 OPT = {
     "model_type": "opt",
@@ -630,6 +631,99 @@ def test_an_original_length_that_transformers_would_not_see_is_refused():
     short = {name: value for name, value in LLAMA3_ROPE.items() if name != "original_max_position_embeddings"}
     fields = {"rope_scaling": short, "original_max_position_embeddings": 8192}
     assert "original_max_position_embeddings=8192" in refusal(LLAMA | fields)
+
+
+# ---------------------------------------------------------------------------- fields that stand in another place
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+TYPES = {"layer_types": 31 * [FULL] + [SLIDING]}
+# Two spellings or places of one thing: those of a family, what the second may say, and what it may not.
+STATED_TWICE = {
+    "gemma2 activation": ("gemma2", {"hidden_activation": "gelu"}, {"hidden_act": "gelu"}, {"hidden_act": "silu"}),
+    "gemma2 window": ("gemma2", {"sliding_window": 64}, {"sliding_window_size": 64}, {"sliding_window_size": 32}),
+    "gemma2 usual window": ("gemma2", {}, {"sliding_window_size": 4096}, {"sliding_window_size": 32}),
+    "gemma3 activation": ("gemma3_text", {}, {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "gelu"}),
+    "gemma3 windows": (
+        *("gemma3_text", {"layer_types": 8 * (3 * [SLIDING] + [FULL])}),
+        *({"sliding_window_pattern": 4}, {"sliding_window_pattern": 6}),
+    ),
+    **{
+        f"{family} windows": (
+            *(family, TYPES | {"use_sliding_window": True, "sliding_window": 64}),
+            *({"max_window_layers": 31}, {"max_window_layers": 28}),
+        )
+        for family in ("qwen2", "qwen3")
+    },
+    "smollm3 rotation": (
+        *("smollm3", {"no_rope_layers": 16 * [1, 0]}),
+        *({"no_rope_layer_interval": 2}, {"no_rope_layer_interval": 3}),
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "stated", "same", "other"), STATED_TWICE.values(), ids=STATED_TWICE)
+def test_fields_with_two_spellings_agree_or_are_refused(family, stated, same, other):
+    once = FAMILIES[family] | stated
+    assert model_config(once | same) == model_config(once)
+    assert str(next(iter(other))) in refusal(once | other)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bamboo"])
+def test_where_two_fields_say_the_same_transformers_reads_the_one_that_is_read_here(family):
+    for of, stated, same, _ in STATED_TWICE.values():
+        if of == family:
+            theirs = transformers.AutoConfig.for_model(**FAMILIES[family] | stated | same)
+            windows = model_config(FAMILIES[family] | stated).windows or (None,) * 32
+            types = getattr(theirs, "layer_types", None) or [FULL] * 32
+            assert [kind == SLIDING for kind in types] == [window is not None for window in windows]
+
+
+# What other families, and files for other programs, call the fields that are read here.
+OTHER_NAMES = {
+    "hidden_size": ("n_embd", "d_model", "dim"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_key_value_heads": ("n_kv_heads", "multi_query_group_num"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "ffn_dim": ("intermediate_size", "d_ff"),
+    "max_position_embeddings": ("n_positions", "seq_length"),
+    "rms_norm_eps": ("layer_norm_epsilon", "norm_eps", "layer_norm_eps"),
+    "hidden_act": ("activation_function", "hidden_activation"),
+    "rope_theta": ("rotary_emb_base", "rope_base"),
+    "tie_word_embeddings": ("tie_embeddings",),
+    "head_dim": ("kv_channels", "attention_head_size"),
+    "attention_bias": ("qkv_bias", "use_bias"),
+    "sliding_window": ("window_size", "attention_window"),
+}
+# A value of each kind of field, and one that no family has where it states none.
+VALUES = {"counts": 16, "switches": True, "numbers": 0.125}
+
+
+def values_of(family: str) -> dict[str, object]:
+    """A value for every field that the family reads."""
+    known = FAMILY_MODULES[family].fields
+    kinds = {name: value for kind, value in VALUES.items() for name in getattr(known, kind)}
+    return kinds | dict(known.fixed) | {name: FAMILIES[family][name] for name in known.required}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_field_counts_in_another_place(family):
+    """Below `text_config`, where models of several kinds of input have them, each is refused, also when doubled."""
+    for name, value in values_of(family).items():
+        below = {"text_config": {name: value}}
+        assert "text_config" in refusal(FAMILIES[family] | below)
+        assert "text_config" in refusal({**FAMILIES[family], name: value} | below)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_field_counts_under_another_name(family):
+    """Nor is it ignored: a field that the family does not know is named."""
+    known = FAMILY_MODULES[family].fields.known
+    for name, value in values_of(family).items():
+        for other in (other for other in OTHER_NAMES.get(name, ()) if other not in known):
+            assert other in refusal({**FAMILIES[family], other: value})
+            moved = {key: stated for key, stated in FAMILIES[family].items() if key != name}
+            assert other in refusal({**moved, other: value})
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral", None, 3, ["opt"]])

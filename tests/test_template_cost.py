@@ -82,6 +82,13 @@ def test_a_process_of_its_own_renders_the_same(begin_answer, monkeypatch):
     assert render_chat(CHATML, NAMED, MESSAGES, Path("model"), begin_answer) == here
 
 
+def test_python_does_not_warn_of_what_a_template_is_compiled_to():
+    """Warnings are errors in tests, and lines on the terminal for users."""
+    odd = "{% if messages %}b{% else %}{{ false[messages:] }}{% endif %}"
+    assert is_plain(odd)
+    assert render_chat(odd, NAMED, MESSAGES, Path("model"), True) == "b"
+
+
 class Panic(BaseException):
     """As those of Rust code reach Python."""
 

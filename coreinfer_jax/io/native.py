@@ -108,7 +108,7 @@ def _read_manifest(path: Path) -> ModelConfig:
         # What no config.json could have said was not written by a conversion.
         if model_config(hugging_face_fields(config) | write_special_ids(config), "config") != config:
             raise ValueError("its fields contradict each other")
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CoreInferError(
             f"{path}: its config is not a model's ({shown_name(str(error))}); convert the checkpoint again"
         ) from error

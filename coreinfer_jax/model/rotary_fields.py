@@ -81,8 +81,11 @@ def write_shared(config: ModelConfig) -> dict[str, Any]:
 
 
 def activation_name(config: ModelConfig) -> str:
-    """How config.json calls the activation function."""
-    return next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
+    """How config.json calls the activation function; ValueError where it has no name for it."""
+    names = [name for name, ours in ACTIVATIONS.items() if ours == config.activation]
+    if not names:
+        raise ValueError(f"activation={shown(config.activation)}")
+    return names[0]
 
 
 def layer_problems(fields: Fields) -> list[str]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from coreinfer_jax.text.limited_tokenizer import LimitedTokenizer
+from coreinfer_jax.text.tokenizer_cost import is_plain
 from coreinfer_jax.text.tokenizer_files import TOKENIZER_FILES
 from coreinfer_jax.text.with_sentencepiece import SentencePieceTokenizer, is_conversion
 from coreinfer_jax.text.with_transformers import TransformersTokenizer
@@ -73,6 +75,8 @@ class Tokenizer(Protocol):
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory, or None when it has none.
 
+    One whose files may ask for time or memory without end runs in a process of its own, which has limits.
+
     Raises:
         CoreInferError: tokenizer files that cannot be read.
     """
@@ -83,7 +87,7 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     if "tokenizer.json" in names and "tokenizer.model" in names and is_conversion(directory):
         return SentencePieceTokenizer(directory)
     if "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names:
-        return TransformersTokenizer(directory)
+        return TransformersTokenizer(directory) if is_plain(directory) else LimitedTokenizer(directory)
     if "tokenizer.model" in names:
         return SentencePieceTokenizer(directory)
     return None

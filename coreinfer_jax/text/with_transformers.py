@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -138,7 +139,8 @@ def apply_template(
             named = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
             text = render_within_limits(template, named, given, options)
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if tokenize else text
-        with _quiet():
+        # Python warns of code that jinja has made of odd templates.
+        with _quiet(), warnings.catch_warnings(action="ignore", category=SyntaxWarning):
             return tokenizer.apply_chat_template(
                 given, tokenize=tokenize, return_dict=False, tokenizer_kwargs={"verbose": False}, **options
             )
@@ -191,7 +193,7 @@ def render_within_limits(
             text=True,
             timeout=SECONDS_TO_RENDER,
             check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # whose stacks count as memory
+            env=os.environ | template_process.ONE_THREAD,
         )
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"it takes more than {SECONDS_TO_RENDER} s") from error
@@ -223,6 +225,7 @@ def _loses_spaces(tokenizer: TransformersTokenizer, directory: Path) -> bool:
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_file(str(file))
+    backend.no_padding()  # which a file may ask for without end
     return " " in backend.decode(backend.encode(_SPACED).ids).strip()
 
 

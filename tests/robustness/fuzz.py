@@ -1,15 +1,18 @@
-"""Damaged checkpoints by the thousand: each one loads, or is refused in one line; none hangs, crashes or eats memory.
+"""Damaged files by the thousand, files that change while they are read, races: all load, or are refused in one line.
 
-    python -m tests.robustness.fuzz [--seed 0] [--cases 10000] [--kind config|safetensors|manifest|tokenizer|gguf]
+    python -m tests.robustness.fuzz [--seed 0] [--cases N] [--kind KIND] [--results FILE]
 
-A failure is printed with its seed, kind and number; add `--kind KIND --case NUMBER` to replay it alone, with the
-traceback. Data is looked for in COREINFER_DATA, by default ../shared/data beside the repository. Exit status 1 tells of
-failures. Memory is the peak of the resident set (VmHWM), which bounds anonymous memory (RssAnon) from above.
+None may end in a traceback, hang, end the process or take more than 1 GiB. Without `--cases`, each kind has as many as
+`CASES` says. A failure is printed with its seed, kind and number; add `--kind KIND --case NUMBER` to replay it alone,
+with the traceback. `--results` adds a line of JSON with the counts of each kind. Data is looked for in
+COREINFER_DATA, by default ../shared/data beside the repository. Exit status 1 tells of failures. Memory is the peak of
+the resident set (VmHWM), which bounds anonymous memory (RssAnon) from above.
 """
 
 import argparse
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -18,22 +21,38 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any, BinaryIO
 
-from tests.conftest import DATA
-from tests.robustness.mutate import damage_bytes, damage_gguf, damage_json, damage_safetensors, damage_text
+from benchmarks.environment import environment
+from tests.robustness import attempts
+from tests.robustness.bases import write_bases
+from tests.robustness.mutate import (
+    damage_archive,
+    damage_bytes,
+    damage_gguf,
+    damage_json,
+    damage_json_lines,
+    damage_metadata,
+    damage_pipeline,
+    damage_safetensors,
+    damage_template,
+    damage_text,
+)
 
-SECONDS_PER_CASE = 10
-SECONDS_TO_START = 120
+SECONDS_PER_CASE = 30
+SECONDS_TO_START = 300
 KIB_AT_MOST = 2**20
-
-TEXTS = ("Once upon a time, there was a little girl.", "  two  spaces\n\n\tand 123 \N{GRINNING FACE} caf\xe9\0", "")
+# What no library may print while a file is read.
+COMPLAINT = re.compile(rb"Traceback|panicked|Exception ignored|Warning")
 
 Damage = Callable[[Random, bytes], bytes]
 JSON_DAMAGE: tuple[Damage, ...] = (damage_bytes, damage_json, damage_json)
+TEXT_DAMAGE: tuple[Damage, ...] = (damage_bytes, damage_text)
 # File -> ways to damage it, for each kind; a file is chosen as often as it has ways.
 DAMAGES: dict[str, dict[str, tuple[Damage, ...]]] = {
     "config": {"config.json": 3 * JSON_DAMAGE, "generation_config.json": JSON_DAMAGE},
@@ -43,177 +62,94 @@ DAMAGES: dict[str, dict[str, tuple[Damage, ...]]] = {
     },
     "manifest": {"coreinfer.json": JSON_DAMAGE},
     "tokenizer": {
-        "tokenizer.json": JSON_DAMAGE,
+        "tokenizer.json": (*JSON_DAMAGE, damage_pipeline, damage_pipeline),
         "tokenizer_config.json": JSON_DAMAGE,
         "special_tokens_map.json": (damage_json,),
         "tokenizer.model": 4 * (damage_bytes,),
         "vocab.json": JSON_DAMAGE,
-        "merges.txt": (damage_bytes, damage_text),
+        "merges.txt": TEXT_DAMAGE,
     },
     "gguf": {"model.gguf": (damage_gguf,)},
+    "bin": {"pytorch_model.bin": (damage_bytes,)},
+    "calibration": {"coreinfer-calibration.safetensors": (damage_safetensors, damage_metadata)},
+    "lists": {"lists.npz": (damage_bytes, damage_archive, damage_archive)},
+    "clusters": {"clusters.json": JSON_DAMAGE, "clusters.safetensors": 2 * (damage_safetensors,)},
+    "documents": {
+        "lines.txt": TEXT_DAMAGE,
+        "separated.txt": TEXT_DAMAGE,
+        "table.csv": TEXT_DAMAGE,
+        "table.tsv": TEXT_DAMAGE,
+        "lines.jsonl": (*TEXT_DAMAGE, damage_json_lines, damage_json_lines),
+    },
+    "template": {"chat_template.jinja": (damage_template,)},
+    "swap": {},
+    "race": {},
 }
-KINDS = tuple(DAMAGES)
-
-
-# ---------------------------------------------------------------------------- what is damaged
-
-
-def write_bases(folder: Path) -> None:
-    """Whole checkpoints and tokenizers, folder/KIND/NAME: real ones, and small ones of the configs in tests.support."""
-    from coreinfer_jax import convert
-
-    write_models(folder / "config")
-    shutil.copytree(folder / "config", folder / "safetensors")
-    for directory in (folder / "safetensors").iterdir():
-        header = (directory / "model.safetensors").read_bytes()
-        names = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
-        index = {"weight_map": {name: "model.safetensors" for name in names if name != "__metadata__"}}
-        if directory.name != "llama":  # one without an index
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "manifest").mkdir()
-    for directory in (folder / "config").iterdir():
-        convert(directory, folder / "manifest" / directory.name)
-    write_tokenizers(folder / "tokenizer")
-    write_ggufs(folder / "gguf")
-
-
-def write_ggufs(folder: Path) -> None:
-    from tests.test_gguf import byte_pairs, pieces, quantised_tensors, write
-
-    for name in ("plain", "pairs", "pieces", "quantised"):
-        (folder / name).mkdir(parents=True)
-    write(folder / "plain" / "model.gguf")
-    write(folder / "pairs" / "model.gguf", lambda writer: byte_pairs(writer, "gpt-2"))
-    write(folder / "pieces" / "model.gguf", pieces)
-    write(folder / "quantised" / "model.gguf", weights=quantised_tensors, theta=500_000.0)
-
-
-def write_models(folder: Path) -> None:
-    import numpy as np
-
-    from coreinfer_jax.io.export import write_hugging_face
-    from coreinfer_jax.model.config import Rope
-    from coreinfer_jax.model.structure import abstract_params
-    from coreinfer_jax.model.weights import named_leaves, with_leaves
-    from tests.support import LLAMA, MODELS
-
-    scaled = {"llama3": Rope(5e5, "llama3", 8.0, 1.0, 4.0, 64), "linear": Rope(1e4, "linear", 2.0)}
-    for name, config in (MODELS | {name: replace(LLAMA, rope=rope) for name, rope in scaled.items()}).items():
-        (folder / name).mkdir(parents=True)
-        params = abstract_params(replace(config, num_layers=2), np.dtype(np.float32))
-        shapes = {leaf: shape.shape for leaf, shape in named_leaves(params)}
-        draw = np.random.default_rng(0).standard_normal
-        weights = with_leaves(params, lambda leaf, shapes=shapes, draw=draw: draw(shapes[leaf], np.float32))
-        write_hugging_face(folder / name, weights, np.dtype(np.float32))
-    real = DATA / "models" / "tinystories-656k"
-    (folder / real.name).mkdir()
-    for file in ("config.json", "generation_config.json", "model.safetensors"):
-        shutil.copyfile(real / file, folder / real.name / file)
-
-
-def write_tokenizers(folder: Path) -> None:
-    real = DATA / "models" / "tinystories-656k"
-    bases = {name: folder / name for name in ("fast", "sentencepiece", "both", "bytes")}
-    for base in bases.values():
-        base.mkdir(parents=True)
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        for name in ("fast", "both"):
-            shutil.copyfile(real / file, bases[name] / file)
-    pieces = first_pieces((DATA / "tokenizers" / "llama2.model").read_bytes(), 1200)
-    for name in ("sentencepiece", "both"):
-        (bases[name] / "tokenizer.model").write_bytes(pieces)
-    write_first_merges(DATA / "tokenizers" / "opt", bases["bytes"], 800)
-
-
-def first_pieces(model: bytes, count: int) -> bytes:
-    """A sentencepiece model with the first `count` pieces of another: fields number 1 of its protocol buffer."""
-    kept, position, pieces = b"", 0, 0
-    while position < len(model):
-        tag = model[position]
-        assert tag & 7 == 2, "every field of the model has a length"
-        size, shift, end = 0, 0, position + 1
-        while True:
-            size |= (model[end] & 127) << shift
-            shift += 7
-            end += 1
-            if model[end - 1] < 128:
-                break
-        if tag != 10 or pieces < count:
-            kept += model[position : end + size]
-        pieces += tag == 10
-        position = end + size
-    return kept
-
-
-def write_first_merges(source: Path, target: Path, count: int) -> None:
-    """A byte-level BPE tokenizer with the first `count` merges of another."""
-    lines = (source / "merges.txt").read_text().splitlines()[: count + 1]
-    merged = {line.replace(" ", "") for line in lines[1:]}
-    vocabulary = json.loads((source / "vocab.json").read_text())
-    kept = [token for token in vocabulary if len(token) == 1 or token in merged or token.startswith("<")]
-    (target / "merges.txt").write_text("\n".join(lines) + "\n")
-    (target / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(kept)}))
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copyfile(source / file, target / file)
+ATTEMPTS: dict[str, Callable[[Path, Random], object]] = {
+    "config": attempts.load_whole_weights,
+    "safetensors": attempts.load_model,
+    "manifest": attempts.load_whole_weights,
+    "tokenizer": attempts.use_tokenizer,
+    "gguf": attempts.load_gguf,
+    "bin": attempts.load_model,
+    "calibration": attempts.read_calibration,
+    "lists": attempts.read_lists,
+    "clusters": attempts.load_clusters,
+    "documents": attempts.read_documents,
+    "template": attempts.render_template,
+    "swap": attempts.swap,
+    "race": attempts.race,
+}
+# As many of each kind as make a run of half an hour on a busy computer: more of those that take less.
+CASES = {
+    "documents": 5500,
+    "clusters": 5500,
+    "lists": 4000,
+    "config": 1000,
+    "safetensors": 1000,
+    "manifest": 600,
+    "gguf": 600,
+    "calibration": 1000,
+    "tokenizer": 600,
+    "bin": 300,
+    "template": 200,
+    "swap": 80,
+    "race": 80,
+}
+KINDS = tuple(CASES)
 
 
 # ---------------------------------------------------------------------------- one case, in a worker process
 
 
-def damaged_copy(kind: str, seed: int, case: int, bases: Path, folder: Path) -> Path:
-    """Write case number `case`: a base with one file damaged. A function of its arguments only."""
+def damaged_copy(kind: str, seed: int, case: int, bases: Path, folder: Path) -> Random:
+    """Write case number `case`: a base with one file damaged, if it has files to damage. All follows from `Random`."""
     random = Random(f"{seed}/{kind}/{case}")
     base = random.choice(sorted(path for path in (bases / kind).iterdir()))
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(base, folder)
-    ways = [(name, way) for name, found in DAMAGES[kind].items() for way in found if (folder / name).is_file()]
+    ways = [(name, way) for name, found in DAMAGES[kind].items() for way in found if (base / name).is_file()]
+    if not ways:
+        shutil.copytree(base, folder)
+        return random
+    shutil.copytree(base, folder, copy_function=os.link)  # which nothing writes to
     name, way = random.choice(ways)
-    (folder / name).write_bytes(way(random, (folder / name).read_bytes()))
-    return folder
+    (folder / name).unlink()
+    (folder / name).write_bytes(way(random, (base / name).read_bytes()))
+    return random
 
 
-def attempt(kind: str, folder: Path) -> None:
-    """Load what `folder` holds; what loads must work."""
-    import jax
-    import numpy as np
-
-    import coreinfer_jax as ci
-    from coreinfer_jax.io.generation_config import read_recommended
-    from coreinfer_jax.text import load_tokenizer
-
-    if kind == "tokenizer":
-        tokenizer = load_tokenizer(folder)
-        for text in TEXTS if tokenizer is not None else ():
-            assert isinstance(tokenizer.decode(tokenizer.encode(text)), str)
-        return
-    if kind == "gguf":
-        os.environ["XDG_CACHE_HOME"] = str(folder)
-        params, tokenizer = ci.load(folder / "model.gguf", "float32")
-        hash(params.config)
-        for text in TEXTS if tokenizer is not None else ():
-            tokenizer.encode(text)
-        return
-    params, _ = ci.load(folder, "float32")
-    hash(params.config)
-    read_recommended(folder, params.config)
-    if kind in ("config", "manifest"):  # the weights are whole, so what fits the config must be them
-        import safetensors.numpy
-
-        stored = list(safetensors.numpy.load_file(next(folder.glob("*.safetensors"))).values())
-        for leaf in jax.tree.leaves(params):
-            assert any(leaf.shape == array.shape and np.array_equal(leaf, array) for array in stored)
-
-
-def outcome(kind: str, folder: Path) -> tuple[str, str]:
-    """`loaded`, `refused` or `failed`, and what there is to say."""
+def outcome(kind: str, folder: Path, random: Random) -> tuple[str, str]:
+    """`loaded`, `refused`, `not_run` or `failed`, and what there is to say."""
     from coreinfer_jax.errors import CoreInferError
 
     try:
-        attempt(kind, folder)
+        ATTEMPTS[kind](folder, random)
     except CoreInferError as error:
         message = str(error)
         short = "\n" not in message and len(message) < 10_000 + message.count(str(folder)) * len(str(folder))
         return ("refused", "") if short else ("failed", f"a message of several lines or too long: {message[:300]!r}")
+    except attempts.MayHaveNoEndError:
+        return "not_run", ""
     except BaseException as error:  # panics of Rust code are no Exceptions
         return "failed", f"{type(error).__name__}: {str(error)[:300]!r} at {place(error)}"
     return "loaded", ""
@@ -224,30 +160,39 @@ def place(error: BaseException) -> str:
     return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[:-6:-1])
 
 
-def work(kind: str, seed: int, first: int, last: int, bases: Path) -> None:
-    """Report each of the cases first .. last - 1 in a line of JSON."""
+def work(seed: int, counts: Mapping[str, int], first: int, bases: Path) -> None:
+    """Report each of so many cases of each kind in a line of JSON, from the `first` of the first kind on."""
     from transformers import AutoConfig
 
     # Imports should not count as a case's time: this one is that of a field of config.json that nobody knows.
     AutoConfig.for_model("llama")
-    for base in sorted((bases / kind).iterdir()):
-        attempt(kind, base)  # what is whole must load
-    with tempfile.TemporaryDirectory() as scratch:
-        report({"ready": True})
-        for case in range(first, last):
-            folder = damaged_copy(kind, seed, case, bases, Path(scratch) / "case")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of this case alone
-            began = time.perf_counter()
-            result, detail = outcome(kind, folder)
-            report(
-                {
-                    "case": case,
-                    "outcome": result,
-                    "detail": detail,
-                    "seconds": time.perf_counter() - began,
-                    "kib": peak_kib(),
-                }
-            )
+    with tempfile.TemporaryDirectory() as scratch, captured_stderr(Path(scratch) / "told") as told:
+        for kind, count in counts.items():
+            for base in sorted((bases / kind).iterdir()) if DAMAGES[kind] else ():
+                ATTEMPTS[kind](base, Random(0))  # what is whole must load
+            report({"ready": kind})
+            for case in range(first, count):
+                report({"kind": kind, "case": case, **measured(kind, seed, case, bases, Path(scratch) / "case", told)})
+            first = 0
+
+
+def measured(kind: str, seed: int, case: int, bases: Path, folder: Path, told: BinaryIO) -> dict[str, object]:
+    """What became of a case, its seconds and its peak of memory; `told` is what goes to standard error."""
+    random = damaged_copy(kind, seed, case, bases, folder)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of this case alone
+    began = time.perf_counter()
+    result, detail = outcome(kind, folder, random)
+    if complaint := next((line for line in told.read().splitlines() if COMPLAINT.search(line)), None):
+        result, detail = "failed", f"on standard error: {complaint.decode(errors='replace')[:300]}"
+    return {"outcome": result, "detail": detail, "seconds": time.perf_counter() - began, "kib": peak_kib()}
+
+
+@contextmanager
+def captured_stderr(path: Path) -> Iterator[BinaryIO]:
+    """A file to read, from where it was read last, what anything in this process has written to standard error."""
+    with path.open("wb") as written, path.open("rb") as told:
+        os.dup2(written.fileno(), sys.stderr.fileno())
+        yield told
 
 
 def peak_kib() -> int:
@@ -270,6 +215,7 @@ class Tally:
     failures: list[tuple[int, str]] = field(default_factory=list)
     slowest: tuple[float, int] = (0.0, -1)
     kib: int = 0
+    seconds: float = 0.0
 
     def add(self, line: dict[str, object]) -> None:
         self.outcomes[line["outcome"]] += 1
@@ -285,28 +231,32 @@ class Tally:
         print(f"  case {case}: {detail}", flush=True)
 
 
-def run_kind(kind: str, seed: int, cases: int, bases: Path) -> Tally:
-    """All cases of one kind, in a worker that is started again where one dies or hangs."""
-    tally, case = Tally(), 0
-    while case < cases:
-        for line in lines_of_worker(kind, seed, case, cases, bases):
-            if "ended" in line:
-                if case < cases:
-                    tally.outcomes["failed"] += 1
-                    tally.fail(case, str(line["ended"]))
-                    case += 1
-            elif "case" in line:
-                tally.add(line)
+def run(seed: int, counts: Mapping[str, int], bases: Path) -> Iterator[tuple[str, Tally]]:
+    """What became of so many cases of each kind; the worker is started again where one has died or hangs."""
+    tallies = {kind: Tally() for kind in counts}
+    left, case = dict(counts), 0
+    while left:
+        kind, began = next(iter(left)), time.perf_counter()
+        for line in lines_of_worker(seed, left, case, bases):
+            if "case" in line:
+                tallies[kind].add(line)
                 case = line["case"] + 1
-    return tally
+            elif "ended" in line and left:
+                tallies[kind].fail(case, str(line["ended"]))
+                case += 1
+            if left and case >= left[kind]:
+                del left[kind]
+                tallies[kind].seconds += time.perf_counter() - began
+                yield kind, tallies[kind]
+                kind, case, began = next(iter(left), kind), 0, time.perf_counter()
 
 
-def lines_of_worker(kind: str, seed: int, first: int, last: int, bases: Path) -> Iterator[dict[str, object]]:
+def lines_of_worker(seed: int, counts: Mapping[str, int], first: int, bases: Path) -> Iterator[dict[str, Any]]:
     """What a worker reports, closed by how it `ended`: by itself, by a signal, or because a case took too long."""
     read, write = os.pipe()
-    command = [sys.executable, "-m", "tests.robustness.fuzz", "--worker", str(first), str(last), str(bases)]
+    command = [sys.executable, "-m", "tests.robustness.fuzz", "--worker", json.dumps(counts), str(first), str(bases)]
     process = subprocess.Popen(
-        ["sh", "-c", 'exec "$@" 3>&' + str(write), "sh", *command, "--kind", kind, "--seed", str(seed)],
+        ["sh", "-c", 'exec "$@" 3>&' + str(write), "sh", *command, "--seed", str(seed)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -335,11 +285,11 @@ def lines_of_worker(kind: str, seed: int, first: int, last: int, bases: Path) ->
 def replay(kind: str, seed: int, case: int, bases: Path) -> int:
     """One case in this process, with its traceback."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = damaged_copy(kind, seed, case, bases, Path(scratch) / "case")
-        result, detail = outcome(kind, folder)
+        folder = Path(scratch) / "case"
+        result, detail = outcome(kind, folder, damaged_copy(kind, seed, case, bases, folder))
         print(f"{kind} case {case} of seed {seed}: {result} {detail}")
         try:
-            attempt(kind, folder)
+            ATTEMPTS[kind](folder, damaged_copy(kind, seed, case, bases, folder))
         except BaseException:
             traceback.print_exc()
     return result == "failed"
@@ -348,34 +298,48 @@ def replay(kind: str, seed: int, case: int, bases: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=10_000, help="of each kind")
+    parser.add_argument("--cases", type=int, help="of each kind; default: as many as CASES says")
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--case", type=int, help="replay this one, of --kind")
+    parser.add_argument("--results", type=Path, help="file to add the counts to, a line of JSON for each kind")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        first, last, bases = options.worker
-        work(options.kind, options.seed, int(first), int(last), Path(bases))
+        counts, first, bases = options.worker
+        work(options.seed, json.loads(counts), int(first), Path(bases))
         return 0
+    made = environment()
     with tempfile.TemporaryDirectory() as folder:
         write_bases(Path(folder))
         if options.case is not None:
             return replay(options.kind, options.seed, options.case, Path(folder))
         kinds = KINDS if options.kind is None else (options.kind,)
-        return max(summarise(kind, options.seed, options.cases, Path(folder)) for kind in kinds)
+        counts = {kind: options.cases or CASES[kind] for kind in kinds}
+        failed = 0
+        for kind, tally in run(options.seed, counts, Path(folder)):
+            line = summary(kind, options.seed, counts[kind], tally)
+            print(json.dumps(line), flush=True)
+            failed += line["failed"]
+            if options.results is not None:
+                with options.results.open("a") as results:
+                    results.write(json.dumps(made | line) + "\n")
+    return int(failed > 0)
 
 
-def summarise(kind: str, seed: int, cases: int, bases: Path) -> int:
-    began = time.perf_counter()
-    tally = run_kind(kind, seed, cases, bases)
+def summary(kind: str, seed: int, cases: int, tally: Tally) -> dict[str, Any]:
+    """What became of the cases of one kind, as a line of the results has it."""
     seconds, slowest = tally.slowest
-    print(
-        f"{kind}, seed {seed}: {cases} cases in {time.perf_counter() - began:.0f} s: "
-        f"{tally.outcomes['loaded']} loaded, {tally.outcomes['refused']} refused, {tally.outcomes['failed']} failed; "
-        f"slowest {seconds:.2f} s (case {slowest}); peak {tally.kib / 1024:.0f} MiB",
-        flush=True,
-    )
-    return 1 if tally.failures else 0
+    return {
+        "kind": kind,
+        "seed": seed,
+        "cases": cases,
+        **{name: tally.outcomes[name] for name in ("loaded", "refused", "not_run")},
+        "failed": len(tally.failures),
+        "slowest_seconds": round(seconds, 2),
+        "slowest_case": slowest,
+        "most_mebibytes": tally.kib // 1024,
+        "seconds": round(tally.seconds),
+    }
 
 
 if __name__ == "__main__":

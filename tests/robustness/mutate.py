@@ -1,6 +1,10 @@
-"""Ways to damage a file: bytes, JSON, headers of safetensors and GGUF. All of them follow from a `random.Random`."""
+"""Ways to damage a file: bytes, text, JSON, headers, archives. All of them follow from a `random.Random`."""
 
+import io
 import json
+import re
+import warnings
+import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from random import Random
@@ -219,3 +223,173 @@ def _odd_number(random: Random, size: int) -> bytes:
 
 def _overwritten(content: bytes, place: int, new: bytes) -> bytes:
     return content[:place] + new + content[place + len(new) :]
+
+
+def damage_metadata(random: Random, content: bytes) -> bytes:
+    """A safetensors file in whose metadata a text, or the JSON that it is, has been damaged."""
+    size = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + size])
+    metadata = entries["__metadata__"]
+    name = random.choice(sorted(metadata))
+    try:
+        json.loads(metadata[name])
+        damaged = damage_json(random, metadata[name].encode())
+    except ValueError:
+        damaged = damage_bytes(random, metadata[name].encode())
+    metadata[name] = damaged.decode(errors="replace")
+    return _with_header(random, json.dumps(entries).encode(), content[8 + size :])
+
+
+def damage_json_lines(random: Random, content: bytes) -> bytes:
+    """Lines of JSON, one of them damaged."""
+    lines = content.split(b"\n")
+    number = random.randrange(len(lines) - 1)
+    lines[number] = damage_json(random, lines[number])
+    return b"\n".join(lines)
+
+
+def damage_archive(random: Random, content: bytes) -> bytes:
+    """A zip archive of NumPy's lists, or of PyTorch, with one of its members damaged, renamed, doubled or left out."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = [[member.filename, archive.read(member)] for member in archive.infolist()]
+    number = random.randrange(len(members))
+    kind = random.choice(("bytes", "bytes", "header", "header", "header", "name", "double", "drop", "other"))
+    if kind == "bytes":
+        members[number][1] = damage_bytes(random, members[number][1])
+    elif kind == "header":
+        members[number][1] = _damage_list(random, members[number][1])
+    elif kind == "name":
+        name = members[number][0]
+        members[number][0] = random.choice(
+            (name[1:], name * 100, "../" + name, "two\nlines.npy", name.lower(), "L0_C999.npy")
+        )
+    elif kind == "double":
+        members.append([random.choice((members[number][0], "L0_C3.npy", "L9_C0.npy")), members[number][1]])
+    elif kind == "drop":
+        del members[number]
+    else:
+        members[number][1] = random.choice((b"", b"a", b"\0" * 10**6, members[0][1] * 2, members[-1][1]))
+    written = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(written, "w", random.choice((0, 8))) as archive:
+        warnings.simplefilter("ignore")  # that a name comes twice
+        for name, member in members:
+            archive.writestr(name, member)
+    return written.getvalue()
+
+
+def _damage_list(random: Random, member: bytes) -> bytes:
+    """A `.npy` file, or another, that promises something else than it holds."""
+    ways = {
+        b"'shape': (": (
+            b"'shape': (1000000000000,",
+            b"'shape': (-1,",
+            b"'shape': (1,",
+            b"'shape': ((",
+            b"'shape': (0,",
+        ),
+        b"'<i8'": (b"'|O'", b"'<f8'", b"'<U9'", b"'<i4'", b"'>i8'", b"'<M8'", b"[]", b"'" + b"i" * 1000 + b"'"),
+        b"False": (b"True", b"None", b"(" * 50, b"9" * 5000),
+    }
+    found = [old for old in ways if old in member]
+    if not found:
+        return damage_bytes(random, member)
+    old = random.choice(found)
+    return member.replace(old, random.choice(ways[old]), 1)
+
+
+_SNIPPETS = (
+    *(
+        "{{",
+        "}}",
+        "{%",
+        "%}",
+        "{% endfor %}",
+        "{% if x %}",
+        "{# ",
+        "{{ x.y.z }}",
+        "{{ messages | tojson }}",
+        "{{ 1 / 0 }}",
+    ),
+    *(
+        "{% for m in messages %}{{ m }}{% endfor %}",
+        "{% set x = x ~ x %}",
+        "{{ messages[5].content }}",
+        "{{ ''.__class__ }}",
+    ),
+    *(
+        "{% for i in range(99999) %}",
+        "{{ 'a' * 10 ** 9 }}",
+        "{{ '%9999999d' % 1 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    ),
+    *(
+        "{% include 'x' %}",
+        "{% import '/etc/passwd' as p %}",
+        "{{ raise_exception('a\nb' ~ messages) }}",
+        "\ud800",
+        "\0",
+    ),
+)
+
+
+def damage_template(random: Random, content: bytes) -> bytes:
+    """A chat template with a snippet put in, a word exchanged for another, or its bytes damaged."""
+    text = content.decode()
+    kind = random.choice(("snippet", "snippet", "words", "bytes"))
+    if kind == "bytes":
+        return damage_bytes(random, content)
+    if kind == "snippet":
+        places = [match.end() for match in re.finditer(r"[}%]}", text)]
+        place = random.choice(places)
+        return (text[:place] + random.choice(_SNIPPETS) + text[place:]).encode("utf-8", "surrogatepass")
+    words = re.findall(r"\w+", text)
+    old, new = random.choice(words), random.choice(words)
+    return re.sub(rf"\b{old}\b", new, text, count=random.choice((0, 1))).encode()
+
+
+_ATOMS = (
+    "a",
+    "b",
+    " ",
+    r"\s",
+    r"\p{L}",
+    "[^a]",
+    "[ab]",
+    "(?:a|b)",
+    "(a|a)",
+    "(?:a*b)",
+    "(?=a)",
+    "(?!a)",
+    ".",
+    "$",
+    r"[^\s]",
+)
+_QUANTIFIERS = ("", "", "?", "*", "+", "*", "+", "{1,3}", "{2,}", "++", "*?")
+
+
+def pattern(random: Random) -> str:
+    """A regular expression, which may try without end."""
+
+    def sequence() -> str:
+        return "".join(random.choice(_ATOMS) + random.choice(_QUANTIFIERS) for _ in range(random.randint(1, 3)))
+
+    return "|".join(sequence() for _ in range(random.randint(1, 3)))
+
+
+def damage_pipeline(random: Random, content: bytes) -> bytes:
+    """A tokenizer.json with a step that cuts or replaces by some pattern, or makes texts larger, once or many times."""
+    fields = json.loads(content)
+    by = {random.choice(("Regex", "Regex", "String")): pattern(random)}
+    replace = {"type": "Replace", "pattern": by, "content": random.choice(("", "a", "aa", "a" * 100))}
+    cut = {"type": "Split", "pattern": by, "behavior": random.choice(("Isolated", "Removed")), "invert": False}
+    times = random.choice((1, 1, 2, 40))
+    kind = random.choice(("normalizer", "pre_tokenizer", "pre_tokenizer", "decoder", "pad"))
+    if kind == "pad":
+        fields["padding"] = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
+        fields["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+        return json.dumps(fields).encode()
+    name = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[kind]
+    step = cut if kind == "pre_tokenizer" else replace
+    rest = [] if fields.get(kind) is None else [fields[kind]]
+    fields[kind] = {"type": "Sequence", name: times * [step] + rest}
+    return json.dumps(fields).encode()

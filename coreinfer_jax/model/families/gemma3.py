@@ -4,7 +4,7 @@ from typing import Any
 
 from coreinfer_jax.errors import shown
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.config_fields import ConfigFields, Fields
+from coreinfer_jax.model.config_fields import ConfigFields, Fields, is_count
 from coreinfer_jax.model.families import gemma2
 from coreinfer_jax.model.family import GgufNames
 from coreinfer_jax.model.rope_fields import ROPE_CHECKED, read_rope, rope_problems
@@ -42,13 +42,26 @@ def gemma3_rope_problems(fields: Fields) -> list[str]:
     return [*rope_problems(_whole(fields)), *rope_problems(_windowed(fields), kinds=("default",))]
 
 
+def gemma3_problems(fields: Fields) -> list[str]:
+    """What is wrong with rotations, and whether both places that say which layers have a window say the same."""
+    pattern, L = fields.get("sliding_window_pattern"), fields.get("num_hidden_layers")
+    found = gemma3_rope_problems(fields)
+    if is_count(pattern) and is_count(L) and fields.get("layer_types", types := _types(pattern, L)) != types:
+        found.append(f"sliding_window_pattern={pattern} beside layer_types that say otherwise (keep one)")
+    return found
+
+
+def _types(pattern: int, L: int) -> list[str]:
+    """The types of layers of which every one whose number is a multiple of `pattern` sees all."""
+    return [SLIDING if (l + 1) % pattern else FULL for l in range(L)]
+
+
 def read_config(fields: Fields) -> ModelConfig:
     """The model that a checked config.json describes."""
-    L, pattern = fields["num_hidden_layers"], fields.get("sliding_window_pattern", 6)
     return gemma2.read_gemma(
         {"max_position_embeddings": 131_072} | dict(_whole(fields)),
         "gemma3_text",
-        [SLIDING if (l + 1) % pattern else FULL for l in range(L)],
+        _types(fields.get("sliding_window_pattern", 6), fields["num_hidden_layers"]),
         theta=_GLOBAL,
         local_rope=read_rope(_windowed(fields), _LOCAL),
         logit_cap=fields.get("final_logit_softcapping"),
@@ -73,7 +86,7 @@ FAMILY = rotary_family(
             # transformers states it beside `layer_types`, and reads nothing of it.
             fixed={"_sliding_window_pattern": 6, "attn_logit_softcapping": None},
             checked=ROPE_CHECKED,
-            problems=gemma3_rope_problems,
+            problems=gemma3_problems,
         )
     ),
     read_config=read_config,

@@ -34,7 +34,7 @@ def qwen_problems(fields: Fields) -> list[str]:
     found = [*layer_problems(fields), *window_problems(fields, _window(fields))]
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         found.append(f"max_window_layers={shown(first)} (give a whole number)")
-    return found
+    return found or _other_types(fields)
 
 
 # What Qwen2 and Qwen3 know beside the fields that their relatives share.
@@ -46,6 +46,16 @@ WINDOWS = ConfigFields(
     checked=("max_window_layers", "layer_types"),
     problems=qwen_problems,
 )
+
+
+def _other_types(fields: Fields) -> list[str]:
+    """Whether `layer_types` and `max_window_layers`, in which nothing else is wrong, give windows to other layers."""
+    if "layer_types" not in fields or "max_window_layers" not in fields:
+        return []
+    by_number = {name: value for name, value in fields.items() if name != "layer_types"}
+    if read_windows(fields) == read_windows(by_number):
+        return []
+    return [f"max_window_layers={fields['max_window_layers']} beside layer_types that say otherwise (keep one)"]
 
 
 def _window(fields: Fields) -> int | None:
@@ -63,10 +73,11 @@ def read_windows(fields: Fields) -> tuple[int | None, ...]:
 def write_windows(config: ModelConfig) -> dict[str, Any]:
     """The fields that say so; releases of transformers without `layer_types` read `max_window_layers`."""
     types = layer_types(config)
+    first = types.index(SLIDING) if SLIDING in types else config.num_layers
     return {
         "use_sliding_window": SLIDING in types,
         "sliding_window": window_of(config),
-        "max_window_layers": types.index(SLIDING) if SLIDING in types else config.num_layers,
+        **({} if FULL in types[first:] else {"max_window_layers": first}),
         "layer_types": types,
     }
 

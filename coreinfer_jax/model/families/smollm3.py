@@ -5,7 +5,7 @@ from typing import Any
 
 from coreinfer_jax.errors import shown
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.config_fields import ConfigFields, Fields
+from coreinfer_jax.model.config_fields import ConfigFields, Fields, is_count
 from coreinfer_jax.model.families.llama import FROM_PAIRS
 from coreinfer_jax.model.rotary_decoder import rotary_family
 from coreinfer_jax.model.rotary_fields import (
@@ -29,6 +29,8 @@ from coreinfer_jax.model.rotary_tables import (
     rotary_gguf,
 )
 
+_INTERVAL = 4
+
 
 def smollm3_problems(fields: Fields) -> list[str]:
     """What is wrong with the lists of layers."""
@@ -37,7 +39,21 @@ def smollm3_problems(fields: Fields) -> list[str]:
     is_listed = isinstance(given, list) and len(given) == L and all(turned in (0, 1) for turned in given)
     if given is not None and not is_listed:
         found.append(f"no_rope_layers={shown(given)} (give 0 or 1 for each layer)")
-    return found
+    return found or _other_layers(fields)
+
+
+def _other_layers(fields: Fields) -> list[str]:
+    """Whether `no_rope_layer_interval` says otherwise than `no_rope_layers`, in which nothing else is wrong."""
+    interval, turned = fields.get("no_rope_layer_interval"), fields.get("no_rope_layers")
+    # transformers writes its usual interval beside any list.
+    if turned is None or not is_count(interval) or interval == _INTERVAL or turned == _turned(interval, len(turned)):
+        return []
+    return [f"no_rope_layer_interval={interval} beside no_rope_layers that say otherwise (keep one)"]
+
+
+def _turned(interval: int, L: int) -> list[bool]:
+    """Which layers rotate: all but those whose number is a multiple of `interval`."""
+    return [(l + 1) % interval != 0 for l in range(L)]
 
 
 def _window(fields: Fields) -> int | None:
@@ -46,8 +62,8 @@ def _window(fields: Fields) -> int | None:
 
 def read_config(fields: Fields) -> ModelConfig:
     """The model that a checked config.json describes. Layers that do not rotate may have a window."""
-    L, interval = fields["num_hidden_layers"], fields.get("no_rope_layer_interval", 4)
-    turned = fields.get("no_rope_layers", [(l + 1) % interval != 0 for l in range(L)])
+    usual = _turned(fields.get("no_rope_layer_interval", _INTERVAL), fields["num_hidden_layers"])
+    turned = fields.get("no_rope_layers", usual)
     types = fields.get("layer_types", [FULL if turns else SLIDING for turns in turned])
     own: Mapping[str, Any] = {name: fields.get(name, False) for name in ("attention_bias", "mlp_bias")}
     return read_shared(
