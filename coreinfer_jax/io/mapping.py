@@ -195,6 +195,13 @@ def read_as(tensor: StoredTensor, name: str, dtype: np.dtype, where: str) -> np.
     return array
 
 
+def rows_as(tensor: StoredTensor, dtype: np.dtype, begin: int, end: int) -> np.ndarray:
+    """The first axis of a stored tensor from `begin` to before `end`, in `dtype`; nothing is said of its values."""
+    rows = tensor.read()[begin:end] if tensor.read_rows is None else tensor.read_rows(begin, end)
+    with np.errstate(over="ignore"):  # what is infinite then shows in the logits
+        return rows.astype(dtype, copy=False)
+
+
 def _cast(array: np.ndarray, name: str, dtype: np.dtype, where: str) -> np.ndarray:
     """`array` in `dtype`; raises as `read_as`."""
     if not all_finite(array):
