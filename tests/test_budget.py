@@ -2,6 +2,8 @@
 
 import gc
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from coreinfer_jax.cli import main
 from coreinfer_jax.engine import loop, streamed
 from coreinfer_jax.engine.budget import Plan, plan_request, temporary_bytes
 from coreinfer_jax.engine.generation import make_request
+from coreinfer_jax.io.mapping import leaf_shapes
+from coreinfer_jax.io.native import write_native
 from coreinfer_jax.model import host as hosting
 from coreinfer_jax.model.weights import named_leaves
 from tests.stand_ins import write_shallow
@@ -203,3 +207,34 @@ def test_a_gpus_allocator_is_capped_before_it_starts(monkeypatch: pytest.MonkeyP
     assert float(device.os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.125
     device.cap_allocator(2**31)  # what is set stays
     assert float(device.os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.125
+
+
+# 1.1 GB of weights in a process that may have 1 GiB: loaded as a whole, they are refused by the system.
+LARGE = replace(
+    LLAMA, vocab_size=1000, hidden_size=1024, embed_size=1024, mlp_size=4096, num_layers=20, num_heads=16, head_size=64
+)
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
+import coreinfer_jax as ci
+params, _ = ci.load(sys.argv[1], "float32", mlps_on_host=sys.argv[2] == "host")
+out = ci.generate(params, [list(range(3, 90))], ci.CoreConfig(beta=0.1), max_new_tokens=4)
+print(out.stats.moved_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_memory_runs(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=1 << 22).astype(np.float32) * 0.02
+    shapes = leaf_shapes(LARGE).items()
+    leaves = ((name, np.resize(noise, shape) + np.float32(name.endswith("norm.scale"))) for name, shape in shapes)
+    write_native(tmp_path, LARGE, np.dtype("float32"), leaves)
+
+    def run(where: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", LIMITED, str(tmp_path), where]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    ran = run("host")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert int(ran.stdout) > 20 * 3 * 4096 * 1024 * 4  # all MLPs, and the neurons that were kept
+    assert run("device").returncode != 0

@@ -173,7 +173,7 @@ def check_plan(request: Request, plan: Plan) -> None:
     if plan.needed <= plan.budget:
         return
     fitting = largest_ratio(request, plan)
-    other = "no keep ratio fits either; ask for fewer rows or tokens" if fitting is None else fitting
+    other = "ask for fewer rows or tokens, as no keep ratio fits" if fitting is None else f"keep less, {fitting} fits"
     raise CoreInferError(
         f"device_memory={plan.budget} ({shown_bytes(plan.budget)}): this call needs {shown_bytes(plan.needed)}; give "
         f"device_memory={plan.needed} or more; or {other}"
@@ -199,7 +199,7 @@ def largest_ratio(request: Request, plan: Plan) -> str | None:
         layers = [mlp_bytes(layer.mlp) for layer in _narrowed(params, lower.to_narrow).layers]
         most = max(fixed["compaction"] + 2 * max(layers), fixed["decode"])
         if most + sum(layers) <= plan.budget:
-            return f"keep less: {name}={ratio:g} fits"
+            return f"{name}={ratio:g}"
     return None
 
 

@@ -100,13 +100,17 @@ def make_request(
 
 
 def _planned(request: Request, budget: int) -> Request:
-    """A request that has room in a budget; its plan is printed. Rows without room during the prefill are given back."""
+    """A request that has room in a budget. Its plan is printed, in a conversation that of the first turn.
+
+    Rows of an earlier call that have no room beside the prefill are given back.
+    """
     if not is_on_host(request.params):
         raise CoreInferError(
             f"device_memory={budget}: is of models that stay on the host; load with mlps_on_host=True, or leave it out"
         )
     plan = plan_request(request, budget)
-    print(plan.told(), file=sys.stderr)
+    if request.past is None:
+        print(plan.told(), file=sys.stderr)
     check_plan(request, plan)
     if plan.has_room_for(request.device_rows.nbytes):
         return request

@@ -42,7 +42,8 @@ class Past:
     @property
     def is_alive(self) -> bool:
         """Whether its arrays are still there."""
-        return not any(array.is_deleted() for array in jax.tree.leaves((self.cache, self.sums)))
+        arrays = jax.tree.leaves((self.cache, self.sums))
+        return self.device_rows.is_alive and not any(array.is_deleted() for array in arrays)
 
     def check_alive(self) -> None:
         """Refuse a past whose memory another request was given."""

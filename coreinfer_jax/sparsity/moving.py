@@ -42,9 +42,14 @@ class DeviceRows:
         """Bytes of all."""
         return sum(map(mlp_bytes, self.mlps.values()))
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether no call has used them up."""
+        return not any(leaf.is_deleted() for leaf in jax.tree.leaves(list(self.mlps.values())))
+
     def check_alive(self) -> None:
         """Refuse what another call has used up."""
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(list(self.mlps.values()))):
+        if not self.is_alive:
             raise CoreInferError("device_rows: another call has gone on from them; give the latest, or None")
 
     def release(self, *layers: int) -> None:
