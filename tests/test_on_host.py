@@ -10,17 +10,21 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
+from coreinfer_jax.engine import streamed
 from coreinfer_jax.engine.streamed import StreamedPass, extend_streamed
+from coreinfer_jax.io import loading
 from coreinfer_jax.model import extend, observe_nothing
 from coreinfer_jax.model import host as hosting
 from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.decoder import finish
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.host import HostArray, one_ahead
+from coreinfer_jax.sparsity import narrow as narrowing
 from coreinfer_jax.sparsity.moving import NOTHING, moved_bytes, narrow_from_host, rows_of
 from coreinfer_jax.sparsity.narrow import narrow, on_device
 from tests.stand_ins import write_shallow
 from tests.support import LLAMA, MODELS, OPT, check_same_core, random_model, with_mlps_on_host
+from tests.test_compilation import traced
 from tests.test_linear import explained
 from tests.test_narrow import random_core
 
@@ -96,13 +100,14 @@ def test_a_pass_over_several_tokens_moves_each_mlp_once() -> None:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_conversations_go_on_and_use_rows_again() -> None:
+def test_conversations_go_on_and_use_rows_again(capsys: pytest.CaptureFixture[str]) -> None:
     params = random_model(OPT)
     on_host, past, before = with_mlps_on_host(params), None, None
     tokens: list[int] = []
     for turn in (PROMPTS[1], [7, 8, 9]):
         tokens += turn
-        chunks = list(ci.converse(on_host, tokens, past, ci.CoreConfig(beta=0.3), max_new_tokens=10))
+        settings = {"max_new_tokens": 10, "device_memory": "1GiB"}
+        chunks = list(ci.converse(on_host, tokens, past, ci.CoreConfig(beta=0.3), **settings))
         reply = np.concatenate([chunk.tokens[0] for chunk, _ in chunks]).tolist()
         fresh = ci.generate(params, [tokens], ci.CoreConfig(beta=0.3), max_new_tokens=10)
         assert reply == fresh.tokens[0].tolist()
@@ -111,11 +116,13 @@ def test_conversations_go_on_and_use_rows_again() -> None:
         tokens += reply
         moved, before = last.stats.moved_bytes, before or last.stats.moved_bytes
     assert moved < before
+    assert capsys.readouterr().err.count("on the device") == 1  # the plan of the first turn
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
-def test_only_rows_that_are_not_there_are_moved(name: str) -> None:
+@pytest.mark.parametrize(("name", "multiple"), [("opt", 1), ("llama", 1), ("opt", 20)])
+def test_only_rows_that_are_not_there_are_moved(name: str, multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a gather on the device, whatever overlaps; and no row is read of the host that is there already."""
+    monkeypatch.setattr(narrowing, "width_multiple", lambda weight: multiple)  # as on accelerators, which pad
     params = random_model(replace(MODELS[name], mlp_bias=name == "opt"))
     on_host, linear = with_mlps_on_host(params), (False,) * 3
     earlier, before = NOTHING, None
@@ -185,6 +192,39 @@ def test_the_next_is_made_while_the_last_is_in_use_and_failures_are_told() -> No
         next(items)
 
 
+@pytest.mark.parametrize("cancel_at", [2, 5], ids=["prefill", "streamed-step"])
+def test_a_call_that_is_cancelled_leaves_nothing_behind(cancel_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = with_mlps_on_host(random_model(OPT))
+    expected = ci.generate(params, PROMPTS[:1], None, max_new_tokens=4).tokens
+    through, calls = streamed.through_layer, []
+
+    def cancelled(*arguments, **static):
+        calls.append(1)
+        if len(calls) == cancel_at:
+            raise KeyboardInterrupt
+        return through(*arguments, **static)
+
+    gc.collect()
+    live = len(jax.live_arrays())
+    monkeypatch.setattr(streamed, "through_layer", cancelled)
+    with pytest.raises(KeyboardInterrupt):
+        ci.generate(params, PROMPTS[:1], None, max_new_tokens=4)
+    gc.collect()
+    assert len(jax.live_arrays()) <= live
+    monkeypatch.undo()
+    np.testing.assert_array_equal(ci.generate(params, PROMPTS[:1], None, max_new_tokens=4).tokens, expected)
+
+
+def test_another_prompt_traces_nothing() -> None:
+    params = with_mlps_on_host(random_model(OPT))
+    settings = {"max_new_tokens": 10, "device_memory": "1GiB"}
+    for core in (None, ci.CoreConfig(beta=0.3)):
+        ci.generate(params, PROMPTS[:1], core, **settings)
+        with traced() as messages:
+            ci.generate(params, PROMPTS[1:], core, **settings)
+        assert messages == []
+
+
 def test_a_checkpoint_is_read_as_it_was_opened(tmp_path: Path) -> None:
     """Cut short or written to while it streams it is refused in one line; replaced under its name it is read on."""
     directory = write_shallow("opt", tmp_path / "model")
@@ -210,6 +250,19 @@ def test_a_checkpoint_is_read_as_it_was_opened(tmp_path: Path) -> None:
     again, _ = ci.load(directory, "float32", mlps_on_host=True)
     out = ci.generate(again, PROMPTS[:1], core, max_new_tokens=10)
     np.testing.assert_array_equal(out.tokens, expected.tokens)
+
+
+def test_weights_that_are_pinned_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU whose host has the memory; a CPU has the same kinds of memory."""
+    directory = write_shallow("opt", tmp_path)
+    pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    monkeypatch.setattr(loading, "pinned_memory", lambda size: pinned)
+    params, _ = ci.load(directory, "float32")
+    on_host, _ = ci.load(directory, "float32", mlps_on_host=True)
+    leaves = jax.tree.leaves(on_host.layers[0].mlp)
+    assert {leaf.pinned.sharding.memory_kind for leaf in leaves} == {"pinned_host"}
+    monkeypatch.setattr(HostArray, "read", None)
+    check_same(on_host, params, PROMPTS[:1], None)
 
 
 def test_what_needs_all_weights_says_so() -> None:
