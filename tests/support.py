@@ -86,7 +86,7 @@ def with_mlps_on_host(params: Params) -> Params:
         if ".mlp." not in name:
             return array
         held = np.array(array)
-        return HostArray(held.shape, held.dtype, lambda begin, end: held[begin:end].copy())
+        return HostArray(held.shape, held.dtype, held.copy, lambda begin, end: held[begin:end].copy())
 
     leaves = dict(named_leaves(params))
     return replace(with_leaves(params, leaf), calibration=params.calibration)

@@ -13,6 +13,7 @@ import coreinfer_jax as ci
 from coreinfer_jax.engine import streamed
 from coreinfer_jax.engine.streamed import StreamedPass, extend_streamed
 from coreinfer_jax.io import loading
+from coreinfer_jax.io.held import HeldFile
 from coreinfer_jax.model import extend, observe_nothing
 from coreinfer_jax.model import host as hosting
 from coreinfer_jax.model.cache import init_cache
@@ -169,11 +170,14 @@ def test_arrays_of_the_host_are_read_by_rows_and_columns() -> None:
         read.append((begin, end))
         return array[begin:end].copy()
 
-    held = HostArray(array.shape, array.dtype, rows)
+    held = HostArray(array.shape, array.dtype, array.copy, rows)
     indices = np.array([0, 1, 2, 8, 11, 30, 49])
     np.testing.assert_array_equal(held.take(indices, axis=0), array[indices])
     assert read == [(0, 3), (8, 12), (30, 31), (49, 50)]
     np.testing.assert_array_equal(held.take(indices[:4], axis=-1), array[:, indices[:4]])
+    whole = HostArray(array.shape, array.dtype, array.copy)  # of a file that is not read by rows
+    np.testing.assert_array_equal(whole.take(indices, axis=0), array[indices])
+    np.testing.assert_array_equal(whole.take(indices[:4], axis=-1), array[:, indices[:4]])
 
 
 def test_the_next_is_made_while_the_last_is_in_use_and_failures_are_told() -> None:
@@ -261,7 +265,7 @@ def test_weights_that_are_pinned_are_read_once(tmp_path: Path, monkeypatch: pyte
     on_host, _ = ci.load(directory, "float32", mlps_on_host=True)
     leaves = jax.tree.leaves(on_host.layers[0].mlp)
     assert {leaf.pinned.sharding.memory_kind for leaf in leaves} == {"pinned_host"}
-    monkeypatch.setattr(HostArray, "read", None)
+    monkeypatch.setattr(HeldFile, "read", None)
     check_same(on_host, params, PROMPTS[:1], None)
 
 

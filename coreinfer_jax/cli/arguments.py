@@ -194,7 +194,7 @@ def device_memory(options: argparse.Namespace) -> int | None:
 
 def unloaded_model(options: argparse.Namespace) -> tuple[Params, Tokenizer]:
     """`load_model` with all weights where they are, to plan with."""
-    _choose_device(options.device)
+    choose_device(options.device)
     return _with_tokenizer(options, *unloaded(options.model, options.dtype))
 
 
@@ -202,7 +202,7 @@ def load_model(
     options: argparse.Namespace, calibrated: bool = True, mlps_on_host: bool = False
 ) -> tuple[Params, Tokenizer]:
     """The model and tokenizer that the options name, with the calibration beside them or whatever lies there."""
-    _choose_device(options.device)
+    choose_device(options.device)
     if calibrated:
         params, tokenizer = load(options.model, options.dtype, mlps_on_host=mlps_on_host)
     else:
@@ -221,7 +221,7 @@ def _with_tokenizer(
     return params, tokenizer
 
 
-def _choose_device(name: str | None) -> None:
+def choose_device(name: str | None) -> None:
     """Make `name` the device JAX uses in this process."""
     if name == "cpu":
         jax.config.update("jax_platforms", "cpu")

@@ -8,6 +8,7 @@ from coreinfer_jax.checks import check_whole
 from coreinfer_jax.cli import arguments
 from coreinfer_jax.engine.budget import check_plan, plan_request
 from coreinfer_jax.engine.generation import make_request
+from coreinfer_jax.io.loading import unloaded
 
 HELP = "say what a model takes of a device that it does not fit, and what is moved there"
 
@@ -30,7 +31,8 @@ def _run(options: argparse.Namespace) -> None:
     arguments.core_config(options)
     budget = arguments.device_memory(options)
     assert budget is not None, "the option is required"
-    params, _ = arguments.unloaded_model(options)
+    arguments.choose_device(options.device)
+    params, _ = unloaded(options.model, options.dtype)
     core = arguments.core_config(options, params)
     groups = arguments.load_groups(options, params, core)
     prompts = np.zeros((options.rows, options.prompt_tokens), np.int32)

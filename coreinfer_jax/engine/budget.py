@@ -133,7 +133,7 @@ def plan_request(request: Request, budget: int) -> Plan:
     weights = _narrowed(params, narrowing)
     kept_dense = [l for l, kept in enumerate(narrowing.kept) if kept is None]
     streams = len(kept_dense) == len(narrowing.kept)  # then nothing is kept of it: every step moves all
-    prefill = _Prefill(request, params)
+    prefill = _prefill_of(request, params)
     whole = [mlp_bytes(layer.mlp) for layer in params.layers]
     narrowed = [0 if l in kept_dense else mlp_bytes(layer.mlp) for l, layer in enumerate(weights.layers)]
     dense = 0 if streams else sum(whole[l] for l in kept_dense)
@@ -230,59 +230,65 @@ def _shape(shape: tuple[int, ...], dtype: Any) -> Array:
     return stands
 
 
+@dataclass(frozen=True)
 class _Prefill:
     """The shapes and the temporaries of a request's prefill.
 
     Attributes:
-        rows: what it makes.
-        sums: bytes of the sums of all observed layers.
-        hidden: bytes of hidden states.
+        rows: shapes of what it makes.
         logits: bytes of the first token's.
+        hidden: bytes of hidden states.
+        sums: bytes of the sums of all observed layers.
         temporaries: bytes that its programs need besides arrays, at most.
     """
 
-    def __init__(self, request: Request, params: Params) -> None:
-        config, prompts = params.config, request.prompts
-        rest, ints = without_layers(params), _shape((request.rows,), jnp.int32)
-        reading = pass_of_prefill(
-            request.params,
-            prompts.tokens,
-            prompts.lengths,
-            prompts.lengths,
-            request.observer,
-            request.observed,
-            request.filled,
-            {},
-        )
-        capacity = request.capacity
-        shape = (request.rows, config.num_kv_heads, capacity, config.head_size)
-        past = (_shape(shape, params.dtype),) * 2
-        tokens = _shape(prompts.tokens.shape, jnp.int32)
-        x = embed_tokens.eval_shape(rest, tokens, ints, capacity=capacity)
-        self.hidden, self.sums, self.temporaries = _bytes(x), 0, 0
-        for l, (like, layer) in enumerate(zip(first_alike(config), params.layers, strict=True)):
-            seen = l in request.observed
-            observer = reading.observer.of_layer(l) if reading.observer is not None and seen else None
-            arguments = (rest, layer, x, past, None, ints, ints, observer)
-            static = {"like": like, "filled": reading.filled, "size": reading.size}
-            self.temporaries = max(self.temporaries, temporary_bytes(through_layer, *arguments, **static))
-            own = _bytes(through_layer.eval_shape(*arguments, **static)[2])
-            self.sums += own if seen else 0
-            self.temporaries = max(self.temporaries, _ranking_bound(layer.mlp, own) if seen else 0)
-        sampling = make_sampling(config, request.rows, request.drawing, request.max_new_tokens)
-        history = _shape((request.rows, capacity), jnp.int32) if request.drawing.penalises else None
-        cache = KVCache((past[0],) * config.num_layers, (past[1],) * config.num_layers)
-        last = (rest, x, ints, ints, cache, sampling, history)
-        self.rows, logits = first_token.eval_shape(*last)
-        self.logits = _bytes(logits)
-        # By then no MLP is on its way.
-        self.temporaries = max(
-            self.temporaries, temporary_bytes(first_token, *last) - 2 * mlp_bytes(params.layers[0].mlp)
-        )
+    rows: Rows
+    logits: int
+    hidden: int
+    sums: int
+    temporaries: int
+
+
+def _prefill_of(request: Request, params: Params) -> _Prefill:
+    """The prefill of a request, `params` being shapes."""
+    config, prompts, rest = params.config, request.prompts, without_layers(params)
+    ints, tokens = _shape((request.rows,), jnp.int32), _shape(prompts.tokens.shape, jnp.int32)
+    past = (_shape((request.rows, config.num_kv_heads, request.capacity, config.head_size), params.dtype),) * 2
+    x = embed_tokens.eval_shape(rest, tokens, ints, capacity=request.capacity)
+    layers = [_layer_of_prefill(request, params, l, x, past) for l in range(config.num_layers)]
+    cache = KVCache((past[0],) * config.num_layers, (past[1],) * config.num_layers)
+    history = _shape((request.rows, request.capacity), jnp.int32) if request.drawing.penalises else None
+    sampling = make_sampling(config, request.rows, request.drawing, request.max_new_tokens)
+    last = (rest, x, ints, ints, cache, sampling, history)
+    rows, logits = first_token.eval_shape(*last)
+    # By then no MLP is on its way.
+    drawing = temporary_bytes(first_token, *last) - 2 * mlp_bytes(params.layers[0].mlp)
+    return _Prefill(
+        rows=rows,
+        logits=_bytes(logits),
+        hidden=_bytes(x),
+        sums=sum(sums for sums, _ in layers),
+        temporaries=max(drawing, *(temporaries for _, temporaries in layers)),
+    )
+
+
+def _layer_of_prefill(request: Request, params: Params, l: int, x: Array, past: tuple[Array, Array]) -> tuple[int, int]:
+    """Bytes of the sums of layer `l`, and of the temporaries of reading and ranking it."""
+    layer, seen, observer = params.layers[l], l in request.observed, request.observer
+    ints = _shape((request.rows,), jnp.int32)
+    tokens, lengths = request.prompts.tokens, request.prompts.lengths
+    reading = pass_of_prefill(params, tokens, lengths, lengths, observer, request.observed, request.filled, {})
+    own = observer.of_layer(l) if observer is not None and seen else None
+    arguments = (without_layers(params), layer, x, past, None, ints, ints, own)
+    static = {"like": first_alike(params.config)[l], "filled": reading.filled, "size": reading.size}
+    sums = _bytes(through_layer.eval_shape(*arguments, **static)[2]) if seen else 0
+    return sums, max(temporary_bytes(through_layer, *arguments, **static), _ranking_bound(layer.mlp, sums))
 
 
 def _ranking_bound(mlp: Mlp, sums: int) -> int:
     """Bytes that ranking a layer needs at most: a float32 copy of the down projection, and the sums a few times."""
+    if not sums:
+        return 0
     copy = 0 if mlp.down.weight.dtype == jnp.float32 else 4 * mlp.down.weight.size
     return copy + 4 * sums
 

@@ -3,14 +3,12 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from coreinfer_jax.checks import check_flag
 from coreinfer_jax.device import check_memory, pinned_memory
@@ -22,12 +20,11 @@ from coreinfer_jax.io.embedded import DEFAULT, locate
 from coreinfer_jax.io.gguf import stored_tensors
 from coreinfer_jax.io.gguf_folder import WEIGHTS, gguf_of_package, unpacked
 from coreinfer_jax.io.hub import fetch, looks_like_hub_id
-from coreinfer_jax.io.mapping import map_tensors, parse_dtype, read_as, rows_as
+from coreinfer_jax.io.mapping import host_array, map_tensors, parse_dtype, read_as
 from coreinfer_jax.io.native import MANIFEST, is_native, open_native
 from coreinfer_jax.io.tensors import StoredTensor, open_checkpoint
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint_of, thinned
-from coreinfer_jax.model.host import HostArray
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import Params, leaf_bytes, named_leaves, with_leaves
 from coreinfer_jax.progress import progress
@@ -73,14 +70,13 @@ def unloaded(model: str | os.PathLike[str], dtype: object = None) -> tuple[Param
     config, tensors = open_model(path)
     wanted = default_dtype() if dtype is None else parse_dtype(dtype)
     shapes = abstract_params(config, jnp.dtype(wanted))
-    params = with_leaves(shapes, lambda name: _of_host(tensors[name], wanted))
+
+    def leaf(name: str) -> Any:  # `Params` are typed for arrays; what looks at shapes alone takes these as well
+        return host_array(tensors[name], wanted)
+
+    params = with_leaves(shapes, leaf)
     calibration = read_calibration(path, config, lambda: stored_fingerprint(config, tensors))
     return replace(params, calibration=calibration), load_tokenizer(path)
-
-
-def _of_host(tensor: StoredTensor, dtype: np.dtype, pinned: Array | None = None) -> Any:
-    """A leaf that stays on the host; `Params` are typed for arrays."""
-    return HostArray(tensor.shape, dtype, partial(rows_as, tensor, dtype), pinned)
 
 
 def load_uncalibrated(path: Path, dtype: object) -> tuple[Params, Tokenizer | None]:
@@ -103,7 +99,7 @@ def _loaded(
         if name not in on_host:
             return jax.device_put(read_as(tensors[name], name, wanted, str(path)))
         kept = None if pinned is None else jax.device_put(read_as(tensors[name], name, wanted, str(path)), pinned)
-        return _of_host(tensors[name], wanted, kept)
+        return host_array(tensors[name], wanted, kept)
 
     arrays = {name: leaf(name) for name in progress(list(sizes), desc="loading", unit="tensor")}
     return with_leaves(shapes, arrays.__getitem__), load_tokenizer(path)

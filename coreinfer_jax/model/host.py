@@ -28,13 +28,15 @@ class HostArray:
     Attributes:
         shape: of its values.
         dtype: of its values.
-        read_rows: reads its first axis from one number to before another, into memory of its own.
+        read: reads all values, into memory of their own.
+        read_rows: the same of its first axis from one number to before another; None where these cannot be read alone.
         pinned: the same values in host memory from which the device copies by itself, where they are kept there.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read_rows: Callable[[int, int], np.ndarray]
+    read: Callable[[], np.ndarray]
+    read_rows: Callable[[int, int], np.ndarray] | None = None
     pinned: Array | None = None
 
     @property
@@ -47,28 +49,31 @@ class HostArray:
         """How many values it has."""
         return prod(self.shape)
 
-    def read(self) -> np.ndarray:
-        """All values, in memory of their own."""
-        return self.read_rows(0, self.shape[0])
-
     def take(self, indices: np.ndarray, axis: int) -> np.ndarray:
         """Entries `indices`, ascending [K], along the first or the last axis, in memory of their own."""
-        if axis == 0:
-            return self._take_rows(indices)
-        taken = np.empty((*self.shape[:-1], len(indices)), self.dtype)
-        step = max(1, BLOCK_BYTES // (prod(self.shape[1:]) * self.dtype.itemsize))
-        for begin in range(0, self.shape[0], step):
-            end = min(begin + step, self.shape[0])
-            np.take(self.read_rows(begin, end), indices, axis=-1, out=taken[begin:end])
-        return taken
+        if self.read_rows is None:
+            return np.take(self.read(), indices, axis=axis)
+        return _rows(self, self.read_rows, indices) if axis == 0 else _columns(self, self.read_rows, indices)
 
-    def _take_rows(self, indices: np.ndarray) -> np.ndarray:
-        taken = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        cuts = np.flatnonzero(np.diff(indices) > ROWS_BETWEEN) + 1
-        for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(indices)], strict=True):
-            first = int(indices[begin])
-            taken[begin:end] = self.read_rows(first, int(indices[end - 1]) + 1)[indices[begin:end] - first]
-        return taken
+
+def _rows(array: HostArray, read_rows: Callable[[int, int], np.ndarray], indices: np.ndarray) -> np.ndarray:
+    """The rows `indices` [K], those that lie near each other read together."""
+    taken = np.empty((len(indices), *array.shape[1:]), array.dtype)
+    cuts = (np.flatnonzero(np.diff(indices) > ROWS_BETWEEN) + 1).tolist()
+    for begin, end in zip([0, *cuts], [*cuts, len(indices)], strict=True):
+        first = int(indices[begin])
+        taken[begin:end] = read_rows(first, int(indices[end - 1]) + 1)[indices[begin:end] - first]
+    return taken
+
+
+def _columns(array: HostArray, read_rows: Callable[[int, int], np.ndarray], indices: np.ndarray) -> np.ndarray:
+    """The columns `indices` [K]; all rows are read for them, some at a time."""
+    taken = np.empty((array.shape[0], len(indices)), array.dtype)
+    step = max(1, BLOCK_BYTES // (array.shape[1] * array.dtype.itemsize))
+    for begin in range(0, array.shape[0], step):
+        end = min(begin + step, array.shape[0])
+        np.take(read_rows(begin, end), indices, axis=-1, out=taken[begin:end])
+    return taken
 
 
 def is_on_host(params: Params) -> bool:
