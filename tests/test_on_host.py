@@ -14,16 +14,17 @@ from coreinfer_jax.engine import streamed
 from coreinfer_jax.engine.streamed import StreamedPass, extend_streamed
 from coreinfer_jax.io import loading
 from coreinfer_jax.io.held import HeldFile
+from coreinfer_jax.io.native import write_native
 from coreinfer_jax.model import extend, observe_nothing
 from coreinfer_jax.model import host as hosting
 from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.decoder import finish
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.host import HostArray, one_ahead
+from coreinfer_jax.model.weights import named_leaves
 from coreinfer_jax.sparsity import narrow as narrowing
 from coreinfer_jax.sparsity.moving import NOTHING, moved_bytes, narrow_from_host, rows_of
 from coreinfer_jax.sparsity.narrow import narrow, on_device
-from tests.stand_ins import write_shallow
 from tests.support import LLAMA, MODELS, OPT, check_same_core, random_model, with_mlps_on_host
 from tests.test_compilation import traced
 from tests.test_linear import explained
@@ -38,6 +39,13 @@ CORES = {
     "auto": ci.Auto(beta=0.4),
     "given": ci.CoreNeurons([range(5, 60)] * 3),
 }
+
+
+def write_random(directory: Path) -> Path:
+    """The checkpoint of `random_model(OPT)`, for which other tests compile the same programs."""
+    leaves = ((name, np.asarray(leaf)) for name, leaf in named_leaves(random_model(OPT)))
+    write_native(directory, OPT, np.dtype("float32"), leaves)
+    return directory
 
 
 def check_same(on_host: ci.Params, params: ci.Params, tokens: list[list[int]], core: object, **settings: object):
@@ -65,7 +73,7 @@ def test_tokens_and_core_neurons_are_the_same(name: str, core: str) -> None:
     check_same(with_mlps_on_host(params), params, PROMPTS[:1], CORES[core])
 
 
-@pytest.mark.parametrize("per_row", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("per_row", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_batches(per_row: bool) -> None:
     params = random_model(OPT)
     check_same(with_mlps_on_host(params), params, PROMPTS, ci.CoreConfig(beta=0.3, per_row=per_row))
@@ -231,13 +239,12 @@ def test_another_prompt_traces_nothing() -> None:
 
 def test_a_checkpoint_is_read_as_it_was_opened(tmp_path: Path) -> None:
     """Cut short or written to while it streams it is refused in one line; replaced under its name it is read on."""
-    directory = write_shallow("opt", tmp_path / "model")
-    params, _ = ci.load(directory, "float32")
+    params, directory = random_model(OPT), write_random(tmp_path)
     on_host, _ = ci.load(directory, "float32", mlps_on_host=True)
     assert fingerprint(on_host) == fingerprint(params)
     core = ci.CoreConfig(beta=0.3)
     expected = check_same(on_host, params, PROMPTS[:1], core)
-    weights = directory / "model.safetensors"
+    weights = directory / "weights-00001-of-00001.safetensors"
     content = weights.read_bytes()
     weights.rename(directory / "old")
     weights.write_bytes(b"another file")
@@ -246,7 +253,7 @@ def test_a_checkpoint_is_read_as_it_was_opened(tmp_path: Path) -> None:
     gc.collect()
     live = len(jax.live_arrays())
     for _ in range(2):
-        with pytest.raises(ci.CoreInferError, match=r"old|model\.safetensors: .*let nothing write to it"):
+        with pytest.raises(ci.CoreInferError, match=r"weights-.*\.safetensors: .*let nothing write to it"):
             ci.generate(on_host, PROMPTS[:1], core, max_new_tokens=10)
     gc.collect()
     assert len(jax.live_arrays()) <= live  # nothing of the calls that failed
@@ -258,10 +265,9 @@ def test_a_checkpoint_is_read_as_it_was_opened(tmp_path: Path) -> None:
 
 def test_weights_that_are_pinned_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU whose host has the memory; a CPU has the same kinds of memory."""
-    directory = write_shallow("opt", tmp_path)
+    params, directory = random_model(OPT), write_random(tmp_path)
     pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     monkeypatch.setattr(loading, "pinned_memory", lambda size: pinned)
-    params, _ = ci.load(directory, "float32")
     on_host, _ = ci.load(directory, "float32", mlps_on_host=True)
     leaves = jax.tree.leaves(on_host.layers[0].mlp)
     assert {leaf.pinned.sharding.memory_kind for leaf in leaves} == {"pinned_host"}

@@ -22,7 +22,7 @@ from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.decoder import first_alike
 from coreinfer_jax.model.host import mlp_bytes, shapes_on_host, without_layers
 from coreinfer_jax.model.weights import Mlp, Params, leaf_bytes
-from coreinfer_jax.sparsity.choice import ToNarrow
+from coreinfer_jax.sparsity.choice import Chooser, ToNarrow
 from coreinfer_jax.sparsity.narrow import narrowed_shapes
 from coreinfer_jax.sparsity.similarity import Similarity
 
@@ -172,34 +172,39 @@ def check_plan(request: Request, plan: Plan) -> None:
     """
     if plan.needed <= plan.budget:
         return
-    fitting = largest_ratio(request, plan)
-    other = "ask for fewer rows or tokens, as no keep ratio fits" if fitting is None else f"keep less, {fitting} fits"
     raise CoreInferError(
         f"device_memory={plan.budget} ({shown_bytes(plan.budget)}): this call needs {shown_bytes(plan.needed)}; give "
-        f"device_memory={plan.needed} or more; or {other}"
+        f"device_memory={plan.needed} or more; or {_remedy(request, plan)}"
     )
 
 
-def largest_ratio(request: Request, plan: Plan) -> str | None:
-    """The largest keep ratio, as a setting in hundredths, at which a request fits; None where there is none.
+def _remedy(request: Request, plan: Plan) -> str:
+    """What to ask for instead of a larger budget."""
+    chooser, name = request.chooser, "gamma" if isinstance(request.chooser, Similarity) else "beta"
+    if not isinstance(chooser, Chooser):
+        return "ask for fewer rows or tokens"
+    ratio = _largest_ratio(request, plan, chooser, name)
+    if ratio is None:
+        return "ask for fewer rows or tokens, as no keep ratio fits"
+    return f"keep less, {name}={ratio:g} fits"
+
+
+def _largest_ratio(request: Request, plan: Plan, chooser: Chooser, name: str) -> float | None:
+    """The largest keep ratio, in hundredths below the chooser's own, at which a request fits; None where there is none.
 
     A smaller ratio is taken to need no more temporaries.
     """
-    name = "gamma" if isinstance(request.chooser, Similarity) else "beta"
-    asked = getattr(request.chooser, name, None)
-    if asked is None:
-        return None
     params, others = shapes_on_host(request.params), {"narrowed MLPs", "MLPs kept dense", "one layer's gather"}
     fixed = {p: sum(part.nbytes for part in plan.parts if p in part.phases and part.name not in others) for p in PHASES}
     if fixed["prefill"] > plan.budget:
         return None
-    for hundredth in range(ceil(asked * RATIOS) - 1, 0, -1):
+    for hundredth in range(ceil(getattr(chooser, name) * RATIOS) - 1, 0, -1):
         ratio = hundredth / RATIOS
-        lower = replace(request, chooser=replace(request.chooser, **{name: ratio}))  # type: ignore[type-var]
-        layers = [mlp_bytes(layer.mlp) for layer in _narrowed(params, lower.to_narrow).layers]
-        most = max(fixed["compaction"] + 2 * max(layers), fixed["decode"])
-        if most + sum(layers) <= plan.budget:
-            return f"{name}={ratio:g}"
+        narrowing = replace(request, chooser=replace(chooser, **{name: ratio})).to_narrow
+        layers = [mlp_bytes(layer.mlp) for layer in _narrowed(params, narrowing).layers]
+        gathered = [size for size, kept in zip(layers, narrowing.kept, strict=True) if kept is not None]
+        if max(fixed["compaction"] + 2 * max(gathered), fixed["decode"]) + sum(layers) <= plan.budget:
+            return ratio
     return None
 
 
