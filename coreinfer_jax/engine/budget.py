@@ -200,7 +200,8 @@ def _largest_ratio(request: Request, plan: Plan, chooser: Chooser, name: str) ->
         return None
     for hundredth in range(ceil(getattr(chooser, name) * RATIOS) - 1, 0, -1):
         ratio = hundredth / RATIOS
-        narrowing = replace(request, chooser=replace(chooser, **{name: ratio})).to_narrow
+        lower: dict[str, Any] = {name: ratio}
+        narrowing = replace(request, chooser=replace(chooser, **lower)).to_narrow
         layers = [mlp_bytes(layer.mlp) for layer in _narrowed(params, narrowing).layers]
         gathered = [size for size, kept in zip(layers, narrowing.kept, strict=True) if kept is not None]
         if max(fixed["compaction"] + 2 * max(gathered), fixed["decode"]) + sum(layers) <= plan.budget:
