@@ -14,6 +14,7 @@ from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity import rules
 from coreinfer_jax.sparsity.choice import Choice
 from coreinfer_jax.sparsity.groups import Clusters, Groups, TextVectors
+from coreinfer_jax.sparsity.moving import DeviceRows
 from coreinfer_jax.sparsity.narrow import compact
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 from coreinfer_jax.sparsity.similarity import Auto, Fused, Similarity, prepare_groups
@@ -30,6 +31,7 @@ __all__ = [
     "CoreConfig",
     "CoreInferError",
     "CoreNeurons",
+    "DeviceRows",
     "Documents",
     "Fused",
     "GenerateOptions",

@@ -1,5 +1,6 @@
 """Checks of single settings, each with the one line that a user reads."""
 
+import re
 from collections.abc import Sequence
 from numbers import Real
 
@@ -47,6 +48,27 @@ def check_name(name: str, value: object, known: Sequence[str]) -> None:
     """Refuse a name that is none of `known`."""
     if not isinstance(value, str) or value not in known:
         raise CoreInferError(f"{name}={shown(value)}: give {', '.join(map(repr, known))}")
+
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{ending}": base ** (i + 1)
+    for base, ending in ((1000, "b"), (1024, "ib"))
+    for i, prefix in enumerate("kmgt")
+}
+
+
+def parse_bytes(name: str, value: object) -> int:
+    """Bytes, of a whole number or of text such as `12GiB`, `800 MB` or `0.5TiB`.
+
+    Raises:
+        CoreInferError: none of these, or nothing.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value)) if not isinstance(value, bool) else None
+    unit = None if found is None else _UNITS.get(found[2].lower())
+    size = 0 if found is None or unit is None else int(float(found[1]) * unit)
+    if size < 1:
+        raise CoreInferError(f"{name}={shown(value)}: give bytes, as a whole number or such as 12GiB or 800MB")
+    return size
 
 
 def check_finite(finite: Array | np.bool_, what: str = "logits") -> None:

@@ -2,9 +2,11 @@
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import jax
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from coreinfer_jax.errors import CoreInferError
 
@@ -53,6 +55,47 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
     free = free_bytes()
     if free is not None and needed > free:
         raise CoreInferError(f"{what}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; {remedy}")
+
+
+_CAP = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+def cap_allocator(size: int) -> None:
+    """Let JAX take no more than `size` bytes of an NVIDIA GPU's memory in this process, before it has begun to use one.
+
+    Where there is no such GPU nothing is capped, and a fraction that the user has set stays.
+    """
+    total = _nvidia_bytes()
+    if total is not None and _CAP not in os.environ:
+        os.environ[_CAP] = f"{min(1.0, size / total):.6f}"
+
+
+def _nvidia_bytes() -> int | None:
+    """The memory of the first NVIDIA GPU as its driver's tool tells it; JAX cannot be asked before it takes memory."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return int(told[0]) * 2**20 if told and told[0].isdigit() else None
+
+
+# Of the host's free memory, how much weights may take that the device copies from by itself.
+_PINNED_SHARE = 0.8
+
+
+def pinned_memory(size: int) -> Sharding | None:
+    """Host memory from which the default device copies by itself, with room for `size` bytes.
+
+    None where there is none: on a CPU, whose memory the host shares; and where the host has too little, so that weights
+    are read from their file each time.
+    """
+    device = jax.devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    free = _free_host_bytes()
+    if device.platform == "cpu" or "pinned_host" not in kinds or free is None or size > _PINNED_SHARE * free:
+        return None
+    return SingleDeviceSharding(device, memory_kind="pinned_host")
 
 
 def usable_cores() -> int:

@@ -12,6 +12,7 @@ import pytest
 
 import coreinfer_jax as ci
 from coreinfer_jax.model.config import ModelConfig, Rope
+from coreinfer_jax.model.host import HostArray
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import Params, named_leaves, with_leaves
 
@@ -75,6 +76,20 @@ def random_model(config: ModelConfig, seed: int = 0, dtype: str = "float32", sca
         return jnp.asarray(noise + name.endswith("norm.scale"), dtype)
 
     return with_leaves(shapes, draw)
+
+
+def with_mlps_on_host(params: Params) -> Params:
+    """`params` as `load` returns them with mlps_on_host=True, the MLPs read from arrays instead of a file."""
+
+    def leaf(name: str) -> jax.Array:
+        array = leaves[name]
+        if ".mlp." not in name:
+            return array
+        held = np.array(array)
+        return HostArray(held.shape, held.dtype, held.copy, lambda begin, end: held[begin:end].copy())
+
+    leaves = dict(named_leaves(params))
+    return replace(with_leaves(params, leaf), calibration=params.calibration)
 
 
 def check_same_core(one: ci.CoreNeurons, other: ci.CoreNeurons) -> None:

@@ -24,6 +24,7 @@ from coreinfer_jax.lab.evaluation.measure import measure
 from coreinfer_jax.model.families import family_of
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.layers import rms_normed
+from tests.support import with_mlps_on_host
 from tests.test_parity import FAMILIES, TOLERANCE, as_family, assert_same_until_a_tie, random_reference
 
 torch = pytest.importorskip("torch")
@@ -119,7 +120,7 @@ def test_a_joined_tensor_of_another_size_is_refused(rows: int, found: str, tmp_p
         ci.load(tmp_path)
 
 
-def groups_of(params: ci.Params, core) -> ci.Groups:
+def groups_of(params: ci.Params, core, compacted: bool = True) -> ci.Groups:
     """Two groups by chance."""
     rng, (L, F) = np.random.default_rng(0), (params.config.num_layers, params.config.mlp_size)
     clusters = ci.Clusters(
@@ -132,17 +133,20 @@ def groups_of(params: ci.Params, core) -> ci.Groups:
         origin="k-means",
         fingerprint=fingerprint(params),
     )
-    return ci.prepare_groups(params, clusters, core)
+    return ci.prepare_groups(params, clusters, core, compacted=compacted)
 
 
-@pytest.mark.parametrize(
-    ("family", "chooser"),
-    [
-        pytest.param(family, chooser, marks=[] if (i + j) % len(CHOOSERS) == 0 else [pytest.mark.slow])
+def choices(every: int) -> list[object]:
+    """Each family with each way of choosing; one of these is quick for every so many families."""
+    return [
+        pytest.param(family, chooser, marks=[] if quick else [pytest.mark.slow])
         for i, family in enumerate(CHOSEN)
         for j, chooser in enumerate(CHOOSERS)
-    ],
-)
+        for quick in [(i + j) % len(CHOOSERS) == 0 and i % every == 0]
+    ]
+
+
+@pytest.mark.parametrize(("family", "chooser"), choices(every=1))
 def test_core_neurons_decode_as_transformers_does_without_the_others(family: str, chooser: str) -> None:
     (model, params), core, tokens = pair(family), CHOOSERS[chooser], prompt(23)
     groups = None if chooser == "stability" else groups_of(params, core)
@@ -169,6 +173,20 @@ def only(kept: np.ndarray):
         return (torch.where(is_kept, a, 0.0),) if a.shape[1] == 1 else None
 
     return hook
+
+
+@pytest.mark.parametrize(("family", "chooser"), choices(every=3))
+def test_mlps_that_stay_on_the_host_change_nothing(family: str, chooser: str) -> None:
+    params, core, tokens = pair(family)[1], CHOOSERS[chooser], prompt(23)
+    on_host = with_mlps_on_host(params)
+    groups, theirs = (
+        None if chooser == "stability" else groups_of(one, core, compacted=one is params) for one in (params, on_host)
+    )
+    expected = ci.generate(params, [tokens], core, groups=groups, max_new_tokens=NEW)
+    out = ci.generate(on_host, [tokens], core, groups=theirs, max_new_tokens=NEW)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    assert out.core == expected.core
+    assert out.stats.choices == expected.stats.choices
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Gemma3"])

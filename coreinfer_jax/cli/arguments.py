@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
-from coreinfer_jax.checks import check_fraction
+from coreinfer_jax.checks import check_fraction, parse_bytes
+from coreinfer_jax.device import cap_allocator
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io import load
 from coreinfer_jax.io.embedded import DEFAULT
-from coreinfer_jax.io.loading import load_uncalibrated, model_path
+from coreinfer_jax.io.loading import load_uncalibrated, model_path, unloaded
 from coreinfer_jax.io.mapping import DTYPES
 from coreinfer_jax.lab.clustering import load_clusters
 from coreinfer_jax.lab.evaluation.comparison import Texts
@@ -58,6 +59,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT,
         help=f"converted directory, {MODELS}, embedded:llama or embedded:opt (default)",
     )
+    add_place(parser)
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """In which type, and on which device."""
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default float32 on CPU, bfloat16 on GPU and TPU")
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the fastest there is")
 
@@ -166,13 +172,47 @@ def column(value: str) -> str | int:
     return int(value) if value.isascii() and value.isdigit() else value
 
 
-def load_model(options: argparse.Namespace, calibrated: bool = True) -> tuple[Params, Tokenizer]:
+def add_device_memory(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """How much of the device a model may take that need not fit it."""
+    parser.add_argument(
+        "--device-memory",
+        required=required,
+        metavar="BYTES",
+        help="of the device, such as 12GiB: MLPs stay on the host and are moved when they are needed",
+    )
+
+
+def device_memory(options: argparse.Namespace) -> int | None:
+    """The bytes of `--device-memory`, beyond which JAX then takes none of a GPU; before anything else asks for one."""
+    if options.device_memory is None:
+        return None
+    size = parse_bytes("--device-memory", options.device_memory)
+    if options.device != "cpu":
+        cap_allocator(size)
+    return size
+
+
+def unloaded_model(options: argparse.Namespace) -> tuple[Params, Tokenizer]:
+    """`load_model` with all weights where they are, to plan with."""
+    choose_device(options.device)
+    return _with_tokenizer(options, *unloaded(options.model, options.dtype))
+
+
+def load_model(
+    options: argparse.Namespace, calibrated: bool = True, mlps_on_host: bool = False
+) -> tuple[Params, Tokenizer]:
     """The model and tokenizer that the options name, with the calibration beside them or whatever lies there."""
-    _choose_device(options.device)
+    choose_device(options.device)
     if calibrated:
-        params, tokenizer = load(options.model, options.dtype)
+        params, tokenizer = load(options.model, options.dtype, mlps_on_host=mlps_on_host)
     else:
         params, tokenizer = load_uncalibrated(model_path(options.model), options.dtype)
+    return _with_tokenizer(options, params, tokenizer)
+
+
+def _with_tokenizer(
+    options: argparse.Namespace, params: Params, tokenizer: Tokenizer | None
+) -> tuple[Params, Tokenizer]:
     if tokenizer is None:
         raise CoreInferError(
             f"{options.model}: has no tokenizer; add tokenizer.json or tokenizer.model beside the weights of a "
@@ -181,7 +221,7 @@ def load_model(options: argparse.Namespace, calibrated: bool = True) -> tuple[Pa
     return params, tokenizer
 
 
-def _choose_device(name: str | None) -> None:
+def choose_device(name: str | None) -> None:
     """Make `name` the device JAX uses in this process."""
     if name == "cpu":
         jax.config.update("jax_platforms", "cpu")

@@ -54,6 +54,7 @@ class _Session:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     arguments.add_model(parser)
+    arguments.add_device_memory(parser)
     arguments.add_core(parser)
     drawing.add_sampling(parser, temperature=0.7, new_tokens=NEW_TOKENS)
     parser.add_argument("--system", metavar="TEXT", help="what the chat template puts before the conversation")
@@ -72,11 +73,14 @@ def _run(options: argparse.Namespace) -> None:
     drawing.check_stops(options)
     if options.system is not None:
         arguments.check_text("system message", options.system)
-    params, tokenizer = arguments.load_model(options)
+    budget = arguments.device_memory(options)
+    params, tokenizer = arguments.load_model(options, mlps_on_host=budget is not None)
     core = arguments.core_config(options, params)
     groups = arguments.load_groups(options, params, core)
     check_length(1, _most(options), params.config)
     drawn = drawing.sampling(options, params.config, tokenizer, is_chat=True)
+    if budget is not None:
+        drawn["device_memory"] = budget
     model = _Model(params, tokenizer, core, groups, drawn)
     if find_spec("readline"):
         import readline  # noqa: F401 - gives input() editing and history

@@ -7,9 +7,14 @@ from dataclasses import asdict
 
 from coreinfer_jax.cli import arguments, drawing
 from coreinfer_jax.cli.reply import Reply, facts
-from coreinfer_jax.engine.generation import stream
+from coreinfer_jax.engine.generation import make_request, stream
+from coreinfer_jax.engine.options import GenerateOptions
 from coreinfer_jax.errors import CoreInferError, shown_name
 from coreinfer_jax.files import read_bytes, to_path
+from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.choice import Chooser
+from coreinfer_jax.sparsity.choosers import Recommended
+from coreinfer_jax.text import Tokenizer
 
 HELP = "continue a prompt"
 NEW_TOKENS = 128
@@ -24,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a question: apply the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: what the template puts before the question")
     arguments.add_model(parser)
+    arguments.add_device_memory(parser)
     arguments.add_core(parser)
     drawing.add_sampling(parser, temperature=0.0, new_tokens=NEW_TOKENS)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
@@ -36,14 +42,16 @@ def _run(options: argparse.Namespace) -> None:
     messages = _messages(options, text)
     arguments.core_config(options)
     drawing.check_stops(options)
-    params, tokenizer = arguments.load_model(options)
-    core = arguments.core_config(options, params)
-    groups = arguments.load_groups(options, params, core)
-    prompt = tokenizer.encode_chat(messages) if options.chat else tokenizer.encode(text)
-    asked = options.max_new_tokens
-    new = min(NEW_TOKENS, arguments.most_new_tokens(params.config, len(prompt))) if asked is None else asked
-    drawn = drawing.sampling(options, params.config, tokenizer, options.chat)
-    chunks = stream(params, [prompt], core, **drawn | {"groups": groups, "max_new_tokens": new})
+    budget = arguments.device_memory(options)
+    if budget is not None:
+        # On standard error, before anything is loaded.
+        unloaded, tokenizer = arguments.unloaded_model(options)
+        prompt, core, settings = _call(options, unloaded, tokenizer, text, messages)
+        make_request(unloaded, [prompt], core, settings | {"device_memory": budget})
+    params, tokenizer = arguments.load_model(options, mlps_on_host=budget is not None)
+    prompt, core, settings = _call(options, params, tokenizer, text, messages)
+    groups = settings["groups"]
+    chunks = stream(params, [prompt], core, **settings)
 
     def show(text: str) -> None:
         if not options.json:
@@ -62,6 +70,19 @@ def _run(options: argparse.Namespace) -> None:
     else:
         print(flush=True)
     print(facts(stats, len(reply.tokens), groups), file=sys.stderr)
+
+
+def _call(
+    options: argparse.Namespace, params: Params, tokenizer: Tokenizer, text: str, messages: list[dict[str, str]]
+) -> tuple[list[int], Chooser | Recommended | None, GenerateOptions]:
+    """What `stream` is given: the prompt, how core neurons are chosen, and the options."""
+    core = arguments.core_config(options, params)
+    prompt = tokenizer.encode_chat(messages) if options.chat else tokenizer.encode(text)
+    asked = options.max_new_tokens
+    new = min(NEW_TOKENS, arguments.most_new_tokens(params.config, len(prompt))) if asked is None else asked
+    drawn = drawing.sampling(options, params.config, tokenizer, options.chat)
+    groups = arguments.load_groups(options, params, core)
+    return prompt, core, drawn | {"groups": groups, "max_new_tokens": new}
 
 
 def _prompt(options: argparse.Namespace) -> str:

@@ -11,11 +11,22 @@ from typing import NoReturn
 
 import jax
 
-from coreinfer_jax.cli import analyze, calibrate, chat, clusters, convert_checkpoint, evaluate, generate, info, train
+from coreinfer_jax.cli import (
+    analyze,
+    calibrate,
+    chat,
+    clusters,
+    convert_checkpoint,
+    evaluate,
+    generate,
+    info,
+    plan,
+    train,
+)
 from coreinfer_jax.errors import CoreInferError, one_line, shown, shown_name
 
 COMMANDS = {
-    **{"generate": generate, "chat": chat, "info": info, "clusters": clusters, "analyze": analyze},
+    **{"generate": generate, "chat": chat, "info": info, "plan": plan, "clusters": clusters, "analyze": analyze},
     **{"eval": evaluate, "calibrate": calibrate, "convert": convert_checkpoint, "train": train},
 }
 

@@ -15,6 +15,7 @@ from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for, resolved
 from coreinfer_jax.sparsity.groups import Groups
+from coreinfer_jax.sparsity.moving import NOTHING
 from coreinfer_jax.sparsity.narrow import check_dense
 
 
@@ -82,6 +83,9 @@ def converse(
     past = conversation.past if conversation and conversation.goes_on(params, ids, known, groups) else None
     if past is not None:
         past.check_alive()
+    there = conversation.past.device_rows if conversation is not None and conversation.params is params else NOTHING
+    if there.is_alive:
+        options.setdefault("device_rows", there)  # of use whatever is read anew
     request = make_request(params, [ids], core, options, past)
     rope = params.config.rope
     if past is not None and rope is not None and rope.is_long(request.capacity) != rope.is_long(past.cache.capacity):

@@ -10,6 +10,7 @@ from coreinfer_jax.engine.prompts import pad_prompts
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model import extend, observe_nothing, unembed
 from coreinfer_jax.model.cache import init_cache
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Params, check_params
 from coreinfer_jax.sparsity.narrow import check_core, compact
 from coreinfer_jax.sparsity.neurons import CoreNeurons
@@ -35,6 +36,7 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
             outside of a jit, also ids outside the vocabulary and logits that are NaN or infinite.
     """
     check_params(params)
+    check_on_device(params, "forward")
     if not isinstance(tokens, jax.core.Tracer):
         lengths = pad_prompts(tokens, params.config).lengths
         if lengths.max() != lengths.min():

@@ -1,10 +1,14 @@
 """`generate` and `stream`: prompts in, tokens out."""
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Unpack
 
 import numpy as np
 
+from coreinfer_jax.checks import parse_bytes
+from coreinfer_jax.engine.budget import check_plan, plan_request
 from coreinfer_jax.engine.loop import STREAM_CHUNK, run
 from coreinfer_jax.engine.options import GenerateOptions, drawing_of
 from coreinfer_jax.engine.programs import DISPATCH
@@ -12,8 +16,11 @@ from coreinfer_jax.engine.prompts import Tokens, check_length, pad_prompts
 from coreinfer_jax.engine.request import Past, Request, checked_request
 from coreinfer_jax.engine.results import Chunk, Generation
 from coreinfer_jax.engine.sampling import fill_id
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.model.host import is_on_host
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for
+from coreinfer_jax.sparsity.moving import NOTHING
 from coreinfer_jax.sparsity.narrow import check_dense
 
 MAX_NEW_TOKENS = 128
@@ -51,7 +58,15 @@ def generate(
     padded = np.full((made.shape[0], request.max_new_tokens), filled, np.int32)
     padded[:, : made.shape[1]] = made
     lengths = np.stack([chunk.lengths for chunk in chunks]).sum(axis=0, dtype=np.int32)
-    return Generation(tokens=padded, lengths=lengths, fill_id=filled, core=chunks[-1].core, stats=chunks[-1].stats)
+    last = chunks[-1]
+    return Generation(
+        tokens=padded,
+        lengths=lengths,
+        fill_id=filled,
+        core=last.core,
+        stats=last.stats,
+        device_rows=last.device_rows,
+    )
 
 
 def stream(
@@ -78,4 +93,26 @@ def make_request(
     new = options.get("max_new_tokens", MAX_NEW_TOKENS)
     check_length(int(prompts.lengths.max()), new, params.config)
     chooser = chooser_for(params, core)
-    return checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past)
+    there = options.get("device_rows")
+    request = checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past, there)
+    budget = options.get("device_memory")
+    return request if budget is None else _planned(request, parse_bytes("device_memory", budget))
+
+
+def _planned(request: Request, budget: int) -> Request:
+    """A request that has room in a budget. Its plan is printed, in a conversation that of the first turn.
+
+    Rows of an earlier call that have no room beside the prefill are given back.
+    """
+    if not is_on_host(request.params):
+        raise CoreInferError(
+            f"device_memory={budget}: is of models that stay on the host; load with mlps_on_host=True, or leave it out"
+        )
+    plan = plan_request(request, budget)
+    if request.past is None:
+        print(plan.told(), file=sys.stderr)
+    check_plan(request, plan)
+    if plan.has_room_for(request.device_rows.nbytes):
+        return request
+    request.device_rows.release(*request.device_rows.mlps)
+    return replace(request, device_rows=NOTHING)

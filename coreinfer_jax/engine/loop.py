@@ -4,9 +4,10 @@ The full model reads the prompt and sums up its neurons' activations on the way;
 Every pass after that runs on narrowed weights, several tokens per dispatch, through one compiled program per shape.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,9 +19,12 @@ from coreinfer_jax.engine.request import Past, Request
 from coreinfer_jax.engine.results import Chunk, Stats
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.sampling import make_sampling
+from coreinfer_jax.engine.streamed import decode_streamed, extend_streamed, first_token, pass_of_prefill
 from coreinfer_jax.model.cache import KVCache, init_cache, with_capacity
-from coreinfer_jax.model.weights import Params, leaf_bytes, weight_bytes_per_step
-from coreinfer_jax.sparsity.choice import Chosen
+from coreinfer_jax.model.host import is_on_host, mlp_bytes, without_layers
+from coreinfer_jax.model.weights import Layer, Params, leaf_bytes, weight_bytes_per_step
+from coreinfer_jax.sparsity.choice import Chosen, Ranked
+from coreinfer_jax.sparsity.moving import DeviceRows, moved_bytes, rows_of
 
 STREAM_CHUNK = 8
 
@@ -53,39 +57,60 @@ def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past
     rows, past, stats, core = begun.rows, begun.past, begun.stats, begun.chosen.core
     # Copies: on a CPU asarray would share the memory that the next dispatch is given to overwrite.
     lengths = np.array(rows.length)
-    yield Chunk(tokens=np.array(rows.token)[:, None], lengths=lengths, core=core, stats=stats), past
+    first = np.array(rows.token)[:, None]
+    yield Chunk(tokens=first, lengths=lengths, core=core, stats=stats, device_rows=past.device_rows), past
     if np.array(rows.done).all():
         return
     # Only now: the first token, which is the full model's, does not wait for the gather.
     began = perf_counter()
-    weights = jax.block_until_ready(begun.chosen.weights(request.params))
-    stats = replace(stats, compaction_seconds=perf_counter() - began)
+    weights, there, moved = _narrowed(request, begun.chosen)
+    past = replace(past, device_rows=there)
+    stats = replace(stats, compaction_seconds=perf_counter() - began, moved_bytes=stats.moved_bytes + moved)
+    streams = is_on_host(weights)
+    per_step = sum(mlp_bytes(layer.mlp) for layer in weights.layers) if streams else 0
     while not np.array(rows.done).all():
         past.check_alive()  # another turn may have gone on from the last chunk
         began = perf_counter()
-        rows, drawn, steps = decode(weights, rows, np.int32(steps_per_dispatch))
+        if streams:
+            rows, drawn, steps = decode_streamed(weights, rows, steps_per_dispatch)
+        else:
+            rows, drawn, steps = decode(weights, rows, np.int32(steps_per_dispatch))
         new_lengths, steps_run = np.array(rows.length), int(steps)
         check_finite(np.array(rows.finite).all())
         stats = replace(
             stats,
             decode_seconds=stats.decode_seconds + perf_counter() - began,
             decode_steps=stats.decode_steps + steps_run,
+            moved_bytes=stats.moved_bytes + per_step * steps_run,
         )
         past = replace(past, cache=rows.cache)
         tokens = np.array(drawn)[:, :steps_run]
-        yield Chunk(tokens=tokens, lengths=new_lengths - lengths, core=core, stats=stats), past
+        made = new_lengths - lengths
+        yield Chunk(tokens=tokens, lengths=made, core=core, stats=stats, device_rows=past.device_rows), past
         lengths = new_lengths
+
+
+def _narrowed(request: Request, chosen: Chosen) -> tuple[Params, DeviceRows, int]:
+    """The weights to decode with; what these leave of MLPs that stay on the host, and the bytes that were moved."""
+    params, there = request.params, request.device_rows
+    if not is_on_host(params):
+        return jax.block_until_ready(chosen.weights(params)), there, 0
+    if chosen.indices is None:
+        return chosen.weights(params), there, 0
+    moved = moved_bytes(params, chosen.indices, there)
+    weights = chosen.weights(params, there)
+    return weights, rows_of(weights, chosen.indices), moved
 
 
 def begin(request: Request) -> Begun:
     """Prefill and choose."""
     params, prompts = request.params, request.prompts
     began = perf_counter()
-    rows, sums, logits = _prefilled(request)
+    rows, sums, logits, ranked = _prefilled(request)
     jax.block_until_ready(rows)
     check_finite(np.array(rows.finite).all())
     prefilled = perf_counter()
-    chosen = request.chooser.choose(request.seen(sums))
+    chosen = request.chooser.choose(request.seen(sums, ranked))
     selected = perf_counter()
     narrowed = chosen.shapes(params)
     methods = {choice.method for choice in chosen.choices}
@@ -103,12 +128,23 @@ def begin(request: Request) -> Begun:
         decode_seconds=0.0,
         decode_steps=0,
         bytes_read_per_token=bytes_read_per_token(narrowed, rows.cache),
+        moved_bytes=_streamed_bytes(request),
     )
-    return Begun(rows, logits, Past(rows.cache, sums, read[0]), chosen, stats)
+    return Begun(rows, logits, Past(rows.cache, sums, read[0], request.device_rows), chosen, stats)
 
 
-def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
-    """The prefill of a request, on what its past has left or from the start."""
+def _streamed_bytes(request: Request) -> int:
+    """Bytes of MLPs that the prefill moves to the device."""
+    params, there = request.params, request.device_rows.whole
+    if not is_on_host(params):
+        return 0
+    return sum(mlp_bytes(layer.mlp) for l, layer in enumerate(params.layers) if l not in there)
+
+
+def _prefilled(request: Request) -> tuple[Rows, list[Any], Array, Mapping[int, Ranked]]:
+    """The prefill of a request, on what its past has left or from the start, and layers ranked on the way."""
+    if is_on_host(request.params):
+        return _prefilled_from_host(request)
     params, prompts, observed = request.params.weights, request.prompts, request.observed
     observer = request.observer
     if request.past is None:
@@ -118,7 +154,7 @@ def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
     else:
         request.past.check_alive()  # another request may have gone on from it since
         cache, sums = with_capacity(request.past.cache, request.capacity), request.past.sums
-    return prefill(
+    rows, sums, logits = prefill(
         params,
         prompts.tokens,
         prompts.lengths,
@@ -131,6 +167,41 @@ def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
         observed=observed,
         filled=request.filled,
     )
+    return rows, sums, logits, {}
+
+
+def _prefilled_from_host(request: Request) -> tuple[Rows, list[Any], Array, Mapping[int, Ranked]]:
+    """`_prefilled` of a model whose MLPs stay on the host."""
+    params, prompts = request.params.weights, request.prompts
+    start = np.full(request.rows, request.cached, np.int32)
+    sampling = make_sampling(params.config, request.rows, request.drawing, request.max_new_tokens)
+    if request.past is None:
+        cache, sums = init_cache(params.config, request.rows, request.capacity, params.dtype), None
+    else:
+        request.past.check_alive()
+        cache, sums = with_capacity(request.past.cache, request.capacity), request.past.sums
+    reading = pass_of_prefill(
+        params,
+        prompts.tokens,
+        prompts.lengths,
+        start,
+        request.observer,
+        request.observed,
+        request.filled,
+        request.device_rows.whole,
+    )
+    ranked: dict[int, Ranked] = {}
+
+    def rank(l: int, layer: Layer, own: Any) -> Ranked | None:
+        best = request.ranked(l, layer, own)
+        if best is not None:
+            ranked[l] = best
+        return best
+
+    x, cache, sums = extend_streamed(reading, cache, sums, rank)
+    history = request.history(cache.capacity) if request.drawing.penalises else None
+    rows, logits = first_token(without_layers(params), x, prompts.lengths, start, cache, sampling, history)
+    return rows, sums, logits, ranked
 
 
 def bytes_read_per_token(params: Params, cache: KVCache) -> float:

@@ -13,6 +13,7 @@ from jax import Array
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.groups import Groups
+from coreinfer_jax.sparsity.moving import DeviceRows
 
 # Below it logits / temperature leaves the range of float32.
 LEAST_TEMPERATURE = 1e-6
@@ -39,6 +40,9 @@ class GenerateOptions(TypedDict, total=False):
         eos_ids: a row ends after any of these, looked for among new tokens only; () never stops, the default.
         key: `jax.random.key` or int seed, needed to draw; row i draws its t-th token with
             fold_in(fold_in(key, i), t).
+        device_memory: of params with MLPs on the host, bytes of the device that the call may use, such as `"12GiB"`; a
+            plan of them is printed first, on standard error, and what cannot work is refused. None plans nothing.
+        device_rows: of params with MLPs on the host, what an earlier `Generation` left on the device; it is used up.
     """
 
     groups: Groups | None
@@ -51,6 +55,8 @@ class GenerateOptions(TypedDict, total=False):
     no_repeat_ngram_size: int | None
     eos_ids: Iterable[int]
     key: Array | int | None
+    device_memory: int | str | None
+    device_rows: DeviceRows | None
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,11 @@ def decode(params: Params, rows: Rows, steps: Array | np.integer) -> tuple[Rows,
 
 def _decode_one(params: Params, rows: Rows) -> Rows:
     hidden, cache, _ = extend(params, rows.token[:, None], rows.cache, rows.position, observe_nothing)
+    return next_drawn(params, rows, cache, hidden)
+
+
+def next_drawn(params: Params, rows: Rows, cache: KVCache, hidden: Array) -> Rows:
+    """The rows after a step that read their `token`: the extended cache, and hidden states [B, 1, E] to draw from."""
     logits = unembed(params, hidden)[:, 0]
     history = with_token(rows)
     drawn = draw(penalised(logits, rows.sampling, history, rows.position + 1), rows.sampling, rows.length)

@@ -1,8 +1,9 @@
 """A call to generate, checked: what is read, how core neurons are chosen, and whether there is memory for it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ from coreinfer_jax.engine.programs import prefill_bytes
 from coreinfer_jax.engine.prompts import Prompts, without_first
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes
-from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.choice import Choosing, Seen
+from coreinfer_jax.model.weights import Layer, Params
+from coreinfer_jax.sparsity.choice import Choosing, Ranked, Seen, ToNarrow
 from coreinfer_jax.sparsity.groups import Groups
+from coreinfer_jax.sparsity.moving import NOTHING, DeviceRows
 from coreinfer_jax.sparsity.narrow import multiple_of, narrowed_bytes, padded_width
 from coreinfer_jax.sparsity.rules import Observer
 
@@ -29,16 +31,19 @@ class Past:
         cache: keys and values in slots 0 .. read - 1; what decode steps wrote after them will be overwritten.
         sums: of each observed layer, over the tokens read.
         read: tokens read, the same number in every row.
+        device_rows: what is there of MLPs that stay on the host.
     """
 
     cache: KVCache
     sums: list[Any]
     read: int
+    device_rows: DeviceRows = NOTHING
 
     @property
     def is_alive(self) -> bool:
         """Whether its arrays are still there."""
-        return not any(array.is_deleted() for array in jax.tree.leaves((self.cache, self.sums)))
+        arrays = jax.tree.leaves((self.cache, self.sums))
+        return self.device_rows.is_alive and not any(array.is_deleted() for array in arrays)
 
     def check_alive(self) -> None:
         """Refuse a past whose memory another request was given."""
@@ -62,6 +67,7 @@ class Request:
         max_new_tokens: per row.
         past: what the full model has read of the rows before; None for nothing.
         counted: bool [B, T], which tokens of the prompts the chooser observes.
+        device_rows: what earlier calls left of MLPs that stay on the host.
     """
 
     params: Params
@@ -73,6 +79,7 @@ class Request:
     max_new_tokens: int
     past: Past | None
     counted: np.ndarray
+    device_rows: DeviceRows = NOTHING
 
     @property
     def rows(self) -> int:
@@ -98,10 +105,21 @@ class Request:
         """The layers that it observes."""
         return self.chooser.observed_layers(self.params.config, self.groups)
 
-    def seen(self, sums: Sequence[Any]) -> Seen:
+    @property
+    def to_narrow(self) -> ToNarrow:
+        """What its weights will be narrowed to."""
+        return self.chooser.to_narrow(self.params, self.groups, self.rows)
+
+    def seen(self, sums: Sequence[Any], ranked: Mapping[int, Ranked] = MappingProxyType({})) -> Seen:
         """What it chooses from, once there are `sums` of the observed layers."""
         by_layer = dict(zip(self.observed, sums, strict=True))
-        return Seen(self.params, self.groups, by_layer, self.counted.sum(axis=1))
+        return Seen(self.params, self.groups, by_layer, self.counted.sum(axis=1), ranked)
+
+    def ranked(self, l: int, layer: Layer, sums: Any) -> Ranked | None:
+        """What its chooser makes of a layer whose weights come and go."""
+        layers = tuple(layer if own == l else other for own, other in enumerate(self.params.layers))
+        there = replace(self.params, layers=layers)
+        return self.chooser.rank_layer(Seen(there, self.groups, {l: sums}, self.counted.sum(axis=1)), l)
 
     @cached_property
     def observer(self) -> Observer | None:
@@ -145,6 +163,7 @@ def checked_request(
     drawing: Drawing,
     max_new_tokens: int,
     past: Past | None = None,
+    device_rows: DeviceRows | None = None,
 ) -> Request:
     """The request of these parts, where the chooser can choose for it and there is memory for it.
 
@@ -156,7 +175,9 @@ def checked_request(
     prompts = text if past is None else without_first(text, past.read)
     chooser.check(params, groups, len(prompts.lengths))
     counted = chooser.counted(prompts.tokens, prompts.lengths, past.read if past else 0, params.config)
-    request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted)
+    there = device_rows or (NOTHING if past is None else past.device_rows)
+    there.check_alive()
+    request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted, there)
     narrows = any(chooser.gathered(params, groups, request.rows)[0])
     check_memory(
         request.needed_bytes,

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from coreinfer_jax.sparsity.choice import Choice, Method
+from coreinfer_jax.sparsity.moving import NOTHING, DeviceRows
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 
 # What chose the rows' neurons; `mixed` where it differs between the rows of a batch.
@@ -33,6 +34,7 @@ class Stats:
         decode_steps: passes of the narrowed model so far; each makes one token per unfinished row.
         bytes_read_per_token: weights and KV cache one decode step reads, with what pads widths on accelerators,
             divided by the rows it serves.
+        moved_bytes: of MLPs that stay on the host, what was moved to the device so far; 0 where all weights are there.
     """
 
     method: Ran
@@ -47,6 +49,7 @@ class Stats:
     decode_seconds: float
     decode_steps: int
     bytes_read_per_token: float
+    moved_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,15 @@ class Chunk:
         lengths: int32 [B], how many of the n belong to each row.
         core: the core neurons in use, None when dense.
         stats: costs up to and including this chunk.
+        device_rows: of MLPs that stay on the host, what is on the device; the next chunk's, or a later call that is
+            given them, may use them up.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     core: CoreNeurons | None
     stats: Stats
+    device_rows: DeviceRows = NOTHING
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class Generation:
         fill_id: the model's padding id, or 0 when it has none.
         core: the core neurons used, None when dense.
         stats: costs.
+        device_rows: what it left on the device of MLPs that stay on the host, for the `device_rows` of a later call:
+            that moves only what it lacks. Their memory is theirs as long as they are.
     """
 
     tokens: np.ndarray
@@ -83,3 +91,4 @@ class Generation:
     fill_id: int
     core: CoreNeurons | None
     stats: Stats
+    device_rows: DeviceRows = NOTHING

@@ -17,6 +17,7 @@ from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.sampling import make_sampling, with_keys
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import init_cache
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.narrow import check_linear, narrow, on_device
 from coreinfer_jax.sparsity.neurons import CoreNeurons
@@ -62,6 +63,7 @@ def start(
     Raises:
         CoreInferError: linear neurons that the calibration does not have.
     """
+    check_on_device(params, "a running state")
     linear = (False,) * params.config.num_layers if linear is None else linear
     check_linear(params, linear)
     config, weights = params.config, params.weights

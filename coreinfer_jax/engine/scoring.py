@@ -14,6 +14,7 @@ from coreinfer_jax.engine.request import checked_request
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import bucket
 from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for
 from coreinfer_jax.sparsity.groups import Groups
@@ -69,6 +70,7 @@ def score_continuations(
             infinite.
     """
     check_dense(params)
+    check_on_device(params, "score_continuations")
     config = params.config
     prompts, rest = _padded("contexts", contexts, config), _padded("continuations", continuations, config)
     chooser = chooser_for(params, core)

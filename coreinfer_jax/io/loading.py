@@ -4,12 +4,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coreinfer_jax.device import check_memory
+from coreinfer_jax.checks import check_flag
+from coreinfer_jax.device import check_memory, pinned_memory
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.files import check_directory, is_directory, to_path
 from coreinfer_jax.io.calibration_file import read_calibration
@@ -18,18 +20,20 @@ from coreinfer_jax.io.embedded import DEFAULT, locate
 from coreinfer_jax.io.gguf import stored_tensors
 from coreinfer_jax.io.gguf_folder import WEIGHTS, gguf_of_package, unpacked
 from coreinfer_jax.io.hub import fetch, looks_like_hub_id
-from coreinfer_jax.io.mapping import map_tensors, parse_dtype, read_as
+from coreinfer_jax.io.mapping import host_array, map_tensors, parse_dtype, read_as
 from coreinfer_jax.io.native import MANIFEST, is_native, open_native
 from coreinfer_jax.io.tensors import StoredTensor, open_checkpoint
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint_of, thinned
 from coreinfer_jax.model.structure import abstract_params
-from coreinfer_jax.model.weights import Params, named_leaves, params_bytes, with_leaves
+from coreinfer_jax.model.weights import Params, leaf_bytes, named_leaves, with_leaves
 from coreinfer_jax.progress import progress
 from coreinfer_jax.text import Tokenizer, load_tokenizer
 
 
-def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> tuple[Params, Tokenizer | None]:
+def load(
+    model: str | os.PathLike[str] | None = None, dtype: object = None, *, mlps_on_host: bool = False
+) -> tuple[Params, Tokenizer | None]:
     """Load a checkpoint onto the default device.
 
     Args:
@@ -39,6 +43,9 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
             `embedded:opt`. A string `org/name`, or `org/name:FILE.gguf`, that is no local path is downloaded from the
             Hugging Face hub into its cache, or taken from there.
         dtype: `float32`, `bfloat16` or `float16`; None is float32 on a CPU and bfloat16 on a GPU or TPU.
+        mlps_on_host: leave the MLPs on the host, for a model that is larger than the device: `generate` and `converse`
+            then move them when they are needed. They are read from the checkpoint, which is held open, each time; on
+            a GPU or TPU they are read once where the host has the memory.
 
     Returns:
         The parameters, with the calibration beside them where there is one, and the tokenizer beside them or None.
@@ -50,10 +57,26 @@ def load(model: str | os.PathLike[str] | None = None, dtype: object = None) -> t
     """
     path = model_path(DEFAULT if model is None else model)
     opened = open_model(path)
-    params, tokenizer = _loaded(path, *opened, dtype)
+    check_flag("mlps_on_host", mlps_on_host)
+    params, tokenizer = _loaded(path, *opened, dtype, mlps_on_host)
     # Of the files that the weights were read from, whatever lies there by now.
     calibration = read_calibration(path, params.config, lambda: stored_fingerprint(*opened))
     return replace(params, calibration=calibration), tokenizer
+
+
+def unloaded(model: str | os.PathLike[str], dtype: object = None) -> tuple[Params, Tokenizer | None]:
+    """What `load` returns, with all weights on the host: nothing is read of them but headers, and what is asked for."""
+    path = model_path(model)
+    config, tensors = open_model(path)
+    wanted = default_dtype() if dtype is None else parse_dtype(dtype)
+    shapes = abstract_params(config, jnp.dtype(wanted))
+
+    def leaf(name: str) -> Any:  # `Params` are typed for arrays; what looks at shapes alone takes these as well
+        return host_array(tensors[name], wanted)
+
+    params = with_leaves(shapes, leaf)
+    calibration = read_calibration(path, config, lambda: stored_fingerprint(config, tensors))
+    return replace(params, calibration=calibration), load_tokenizer(path)
 
 
 def load_uncalibrated(path: Path, dtype: object) -> tuple[Params, Tokenizer | None]:
@@ -62,13 +85,23 @@ def load_uncalibrated(path: Path, dtype: object) -> tuple[Params, Tokenizer | No
 
 
 def _loaded(
-    path: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: object
+    path: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: object, mlps_on_host: bool = False
 ) -> tuple[Params, Tokenizer | None]:
     wanted = default_dtype() if dtype is None else parse_dtype(dtype)
     shapes = abstract_params(config, jnp.dtype(wanted))
-    check_memory(params_bytes(shapes), f"{path}, as {wanted}", "take a 16-bit dtype or a smaller model")
-    names = progress([name for name, _ in named_leaves(shapes)], desc="loading", unit="tensor")
-    arrays = {name: jax.device_put(read_as(tensors[name], name, wanted, str(path))) for name in names}
+    sizes = {name: leaf_bytes(leaf) for name, leaf in named_leaves(shapes)}
+    on_host = {name: size for name, size in sizes.items() if mlps_on_host and ".mlp." in name}
+    needed = sum(sizes.values()) - sum(on_host.values())
+    check_memory(needed, f"{path}, as {wanted}", "take a 16-bit dtype or a smaller model")
+    pinned = pinned_memory(sum(on_host.values()))
+
+    def leaf(name: str) -> Any:
+        if name not in on_host:
+            return jax.device_put(read_as(tensors[name], name, wanted, str(path)))
+        kept = None if pinned is None else jax.device_put(read_as(tensors[name], name, wanted, str(path)), pinned)
+        return host_array(tensors[name], wanted, kept)
+
+    arrays = {name: leaf(name) for name in progress(list(sizes), desc="loading", unit="tensor")}
     return with_leaves(shapes, arrays.__getitem__), load_tokenizer(path)
 
 

@@ -10,11 +10,13 @@ from math import prod
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import Array
 
 from coreinfer_jax.errors import CoreInferError, listed, shown_name
 from coreinfer_jax.io.tensors import StoredTensor, StoredTensors
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import family_of
+from coreinfer_jax.model.host import HostArray
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import named_leaves
 
@@ -193,6 +195,23 @@ def read_as(tensor: StoredTensor, name: str, dtype: np.dtype, where: str) -> np.
         end = min(begin + rows, tensor.shape[0])
         array[begin:end] = _cast(tensor.read_rows(begin, end), name, dtype, where)
     return array
+
+
+def host_array(tensor: StoredTensor, dtype: np.dtype, pinned: Array | None = None) -> HostArray:
+    """A stored tensor in `dtype` that is read when it is needed; its values are looked at by nobody before."""
+
+    def cast(array: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):  # what is infinite then shows in the logits
+            return array.astype(dtype, copy=False)
+
+    by_rows = tensor.read_rows
+    if by_rows is None:
+        return HostArray(tensor.shape, dtype, lambda: cast(tensor.read()), pinned=pinned)
+
+    def read_rows(begin: int, end: int) -> np.ndarray:
+        return cast(by_rows(begin, end))
+
+    return HostArray(tensor.shape, dtype, lambda: read_rows(0, tensor.shape[0]), read_rows, pinned)
 
 
 def _cast(array: np.ndarray, name: str, dtype: np.dtype, where: str) -> np.ndarray:

@@ -6,10 +6,12 @@ from functools import partial
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from coreinfer_jax.model.backends import before_the_next, matmul
 from coreinfer_jax.model.cache import KVCache
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import family_of
 from coreinfer_jax.model.layers import MlpPass, soft_capped
 from coreinfer_jax.model.weights import Layer, Params
@@ -78,6 +80,66 @@ def extend(
         observed.append(kept)
     keys, values = zip(*written, strict=True)
     return family.finish(params, x), KVCache(keys=keys, values=values), tuple(observed)
+
+
+def embed(params: Params, tokens: Array, start: Array, capacity: int) -> Array:
+    """What the first layer reads, [B, T, D], of tokens [B, T] from `start` [B] on; layers are not looked at.
+
+    With `extend_layer` for every layer and `finish` this is `extend`, for models whose layers come one by one.
+    """
+    positions = start[:, None] + jax.lax.iota(start.dtype, tokens.shape[1])[None, :]
+    return family_of(params.config).embed(params, tokens, positions, capacity)[0]
+
+
+def extend_layer(
+    params: Params,
+    like: int,
+    layer: Layer,
+    x: Array,
+    past: tuple[Array, Array],
+    start: Array,
+    observe: Observe[Observed],
+    filled: int | None = None,
+    in_blocks: bool = False,
+) -> tuple[Array, tuple[Array, Array], Observed]:
+    """One layer of `extend`.
+
+    Args:
+        params: the weights besides those of layers.
+        like: static, the number of a layer that sees as far as this one and rotates alike, so that such layers share a
+            program (`first_alike`); `observe` is called with it.
+        layer: its weights.
+        x: what it reads, [B, T, D].
+        past: its cached keys and values, each [B, G, S, H].
+        start: int32 [B], position of each row's first token.
+        observe: as for `extend`.
+        filled: as for `extend`.
+        in_blocks: as for `extend`.
+
+    Returns:
+        What the next layer reads, the extended keys and values, and what was observed.
+    """
+    B, T, _ = x.shape
+    positions = start[:, None] + jax.lax.iota(start.dtype, T)[None, :]
+    family = family_of(params.config)
+    # Only the contexts are used, which no token has a part in; the compiler leaves out the embedding.
+    _, contexts = family.embed(params, jnp.zeros((B, T), jnp.int32), positions, past[0].shape[2])
+    context = replace(contexts[like], filled=filled, in_blocks=in_blocks)
+    x, past, seen = family.block(x, layer, past, positions, context, partial(as_they_are, like, layer), params.config)
+    x, kept = before_the_next((x, observe(like, layer, seen)))
+    return x, past, kept
+
+
+def first_alike(config: ModelConfig) -> tuple[int, ...]:
+    """Per layer, the first one that sees as far and rotates alike."""
+    L = config.num_layers
+    kinds = list(zip(config.windows or (None,) * L, config.rotated or (True,) * L, strict=True))
+    return tuple(kinds.index(kind) for kind in kinds)
+
+
+def finish(params: Params, x: Array) -> Array:
+    """Hidden states [B, T, E] ready for `unembed`, of what the last layer makes, [B, T, D]."""
+    return family_of(params.config).finish(params, x)
 
 
 @jax.named_scope("unembed")

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.host import on_hand
 from coreinfer_jax.model.weights import Params, named_leaves
 
 SAMPLE = 1 << 16
@@ -17,7 +18,7 @@ _MATRICES = ("attention.query.weight", "mlp.up.weight", "mlp.down.weight")
 def fingerprint(params: Params) -> str:
     """The fingerprint of `params`: 16 hexadecimal digits."""
     leaves = dict(named_leaves(params))
-    return fingerprint_of(params.config, lambda name: np.asarray(thinned(leaves[name])))
+    return fingerprint_of(params.config, lambda name: np.asarray(thinned(on_hand(leaves[name]))))
 
 
 def fingerprint_of(config: ModelConfig, sampled: Callable[[str], np.ndarray]) -> str:

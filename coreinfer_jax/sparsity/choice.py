@@ -5,7 +5,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -17,9 +17,11 @@ from jax import Array
 from coreinfer_jax.checks import check_flag
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.host import is_on_host
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import Narrowing
 from coreinfer_jax.sparsity.groups import Groups
+from coreinfer_jax.sparsity.moving import NOTHING, DeviceRows, narrow_from_host
 from coreinfer_jax.sparsity.narrow import (
     Indices,
     Offsets,
@@ -54,6 +56,10 @@ class Choice:
     group: int | None = None
 
 
+# The best neurons of a layer [R, K], and what is added to the MLP's output for all others: [R, D], or None for nothing.
+Ranked = tuple[Array, Array | None]
+
+
 @dataclass(frozen=True)
 class Seen:
     """What there is to choose from after a prefill.
@@ -63,12 +69,31 @@ class Seen:
         groups: groups of texts, or None.
         sums: of each observed layer, over B prompts.
         counted: int [B], tokens that counted per row.
+        ranked: of layers whose weights are not at hand any more, what `Choosing.rank_layer` made of them.
     """
 
     params: Params
     groups: Groups | None
     sums: Mapping[int, Any]
     counted: np.ndarray
+    ranked: Mapping[int, Ranked] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ToNarrow:
+    """What the weights will be narrowed to, as far as it is known before a prompt is read: all but which neurons.
+
+    Attributes:
+        kept: per layer, neurons gathered; None where it stays dense.
+        sets: how many core sets there are.
+        offsets: per layer, whether something is added to the output for all others.
+        linear: per layer, whether linear neurons stand beside them.
+    """
+
+    kept: tuple[int | None, ...]
+    sets: int
+    offsets: tuple[bool, ...]
+    linear: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -87,13 +112,24 @@ class Chosen:
     ready: Params | None
     choices: tuple[Choice, ...]
 
+    @property
+    def indices(self) -> Indices | None:
+        """Per layer, the neurons to gather; None where no layer has any."""
+        return self.arrays[0] if self.arrays is not None and any(own is not None for own in self.arrays[0]) else None
+
     def kept(self, config: ModelConfig) -> tuple[int, ...]:
         """Neurons kept per layer, F where a layer stays dense."""
         return (config.mlp_size,) * config.num_layers if self.core is None else self.core.kept(config.mlp_size)
 
-    def weights(self, params: Params) -> Params:
-        """The weights to decode with, from dense `params`; the gather is started, not awaited."""
-        return self._made(params, narrow)
+    def weights(self, params: Params, earlier: DeviceRows = NOTHING) -> Params:
+        """The weights to decode with, from dense `params`; the gather is started, not awaited.
+
+        Where MLPs stay on the host, only what `earlier` does not hold is moved, and that is awaited. Where no layer is
+        narrowed, nothing is.
+        """
+        if is_on_host(params) and self.indices is None:
+            return params.weights
+        return self._made(params, partial(narrow_from_host, earlier=earlier) if is_on_host(params) else narrow)
 
     def shapes(self, params: Params) -> Params:
         """What `weights` returns, of narrowed arrays only shapes and types."""
@@ -134,6 +170,19 @@ class Choosing(ABC):
     def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
         """What its weights will take at least: neurons gathered per layer, 0 where none are, and how many sets."""
         return (0,) * params.config.num_layers, 1
+
+    def to_narrow(self, params: Params, groups: Groups | None, rows: int) -> ToNarrow:
+        """What its weights will be, of the most neurons where a prompt decides on their number."""
+        kept, sets = self.gathered(params, groups, rows)
+        nowhere = (False,) * params.config.num_layers
+        return ToNarrow(tuple(neurons or None for neurons in kept), sets, nowhere, nowhere)
+
+    def rank_layer(self, seen: Seen, l: int) -> Ranked | None:
+        """What `choose` needs the weights of layer `l` for, where they come and go; None for nothing.
+
+        Of `seen` the sums of that layer are there, and in the params its weights.
+        """
+        return None
 
     @abstractmethod
     def choose(self, seen: Seen) -> Chosen:
@@ -183,6 +232,12 @@ class GivenNeurons(Choosing):
         worth = linear_worth(params)
         beside = zip(widths, self.neurons.linear, strict=True)
         return tuple(width + worth if linear else width for width, linear in beside), self.neurons.rows or 1
+
+    def to_narrow(self, params: Params, groups: Groups | None, rows: int) -> ToNarrow:
+        """The neurons' numbers, without those that linear ones cost."""
+        kept = tuple(None if own is None else own.shape[-1] for own in self.neurons.layers)
+        offsets = tuple(offset is not None for offset in self.neurons.offsets)
+        return ToNarrow(kept, self.neurons.rows or 1, offsets, self.neurons.linear)
 
     def choose(self, seen: Seen) -> Chosen:
         """The neurons; a single row's set is a shared one."""

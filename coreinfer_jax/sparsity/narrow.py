@@ -11,6 +11,7 @@ from jax import Array
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.backends import width_multiple
+from coreinfer_jax.model.host import check_on_device, shapes_on_host
 from coreinfer_jax.model.weights import Linear, Mlp, Params, check_params
 from coreinfer_jax.sparsity.calibration import explained_by
 from coreinfer_jax.sparsity.linear import LinearFit, neurons_worth
@@ -45,6 +46,7 @@ def compact(params: Params, core: CoreNeurons) -> Params:
     """
     check_core(core)
     check_dense(params)
+    check_on_device(params, "compact")
     core.check(params.config)
     check_linear(params, core.linear)
     return narrow(params, *on_device(core), core.linear)
@@ -89,7 +91,8 @@ def narrow(params: Params, indices: Indices, offsets: Offsets, linear: Linears |
 
 def narrowed_shapes(params: Params, indices: Indices, offsets: Offsets, linear: Linears | None = None) -> Params:
     """The shapes and types of what `narrow` returns, in place of its narrowed arrays."""
-    return _with_mlps(params, indices, offsets, linear, partial(gather_core.eval_shape, multiple=multiple_of(params)))
+    gather = partial(gather_core.eval_shape, multiple=multiple_of(params))
+    return _with_mlps(shapes_on_host(params), indices, offsets, linear, gather)
 
 
 def multiple_of(params: Params) -> int:
@@ -161,18 +164,26 @@ def gather_core(
 
 
 def _gather_mlp(mlp: Mlp, indices: Array, offset: Array | None, fit: LinearFit | None, multiple: int) -> Mlp:
-    width = padded_width(indices.shape[-1], mlp.width, multiple)
-    kept = mlp.down.take_inputs(indices)
+    kept = Mlp(
+        gate=None if mlp.gate is None else mlp.gate.take_outputs(indices),
+        up=mlp.up.take_outputs(indices),
+        down=mlp.down.take_inputs(indices),
+    )
     # On a GPU the gather and its padding are one program, which reads once and writes once.
-    down = kept.padded_inputs(width)
+    return completed(kept, indices, offset, fit, padded_width(indices.shape[-1], mlp.width, multiple), multiple)
+
+
+def completed(kept: Mlp, indices: Array, offset: Array | None, fit: LinearFit | None, width: int, multiple: int) -> Mlp:
+    """The MLP of the neurons `kept`, which are `indices`, padded to `width`, with all that stands for the others."""
+    down = kept.down.padded_inputs(width)
     linear = None
     if fit is not None:
         size = -(-fit.size // multiple) * multiple
-        down = down.joined_inputs(_left_to_write(fit, kept, indices)).padded_inputs(width + size)
-        linear = fit.inputs_as(mlp.up.weight.dtype).padded_outputs(size)
+        down = down.joined_inputs(_left_to_write(fit, kept.down, indices)).padded_inputs(width + size)
+        linear = fit.inputs_as(kept.up.weight.dtype).padded_outputs(size)
     return Mlp(
-        gate=None if mlp.gate is None else mlp.gate.take_outputs(indices).padded_outputs(width),
-        up=mlp.up.take_outputs(indices).padded_outputs(width),
+        gate=None if kept.gate is None else kept.gate.padded_outputs(width),
+        up=kept.up.padded_outputs(width),
         down=down.shifted(offset),
         linear=linear,
     )

@@ -49,6 +49,9 @@ class Observer(Protocol):
     def piece(self, start: Array, size: int) -> "Observer":
         """The observer of the tokens start .. start + size - 1 alone, of each row of the T that it is for."""
 
+    def of_layer(self, l: int) -> "Observer":
+        """The observer of layer `l` alone, which it then may be told by any number: one program serves many layers."""
+
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Any:
         """The sums of layer `l` over the counted tokens of what its MLP made of B T tokens."""
 
@@ -62,7 +65,7 @@ class Moments:
     Attributes:
         counted: bool [B, T], the tokens that count.
         scale: (activations float32 [B, T, F], ||w|| [F]) to [B, T].
-        fits: of each layer, None of those without linear neurons.
+        fits: of each layer, None of those without linear neurons; or a single one, for whichever layer.
     """
 
     counted: Array
@@ -78,6 +81,11 @@ class Moments:
         """The observer of some tokens alone."""
         return replace(self, counted=some_tokens(self.counted, start, size))
 
+    def of_layer(self, l: int) -> "Moments":
+        """The observer of one layer, whatever its number."""
+        own = None if self.fits is None else self.fits[l]
+        return replace(self, fits=None if own is None else (own,))
+
     def weights(self, layer: Layer, seen: MlpPass) -> Array:
         """The weight of each token, float32 [B, T]; 0 where it does not count."""
         wide = jnp.where(self.counted[:, :, None], seen.activations.astype(jnp.float32), 0)
@@ -87,7 +95,7 @@ class Moments:
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Sums:
         """The sums of one layer."""
         weights = self.weights(layer, seen)
-        fit = None if self.fits is None else self.fits[l]
+        fit = None if self.fits is None else self.fits[l if len(self.fits) > 1 else 0]
         whole = seen.activations.astype(jnp.float32) if fit is None else fit.unexplained(seen)
         missed = jnp.where(self.counted[:, :, None], whole, 0)
         return {
@@ -117,6 +125,10 @@ class Totals:
         """The observer of some tokens alone."""
         return replace(self, counted=some_tokens(self.counted, start, size))
 
+    def of_layer(self, l: int) -> "Totals":
+        """Itself: all layers are alike."""
+        return self
+
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Sums:
         """The sums of one layer."""
         tokens = jnp.sum(self.counted, axis=1, dtype=jnp.float32)
@@ -144,6 +156,10 @@ class VoteCount:
     def piece(self, start: Array, size: int) -> "VoteCount":
         """The observer of some tokens alone."""
         return replace(self, voting=self.voting.piece(start, size))
+
+    def of_layer(self, l: int) -> "VoteCount":
+        """Itself: all layers are alike."""
+        return self
 
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> Sums:
         """The sums of one layer."""

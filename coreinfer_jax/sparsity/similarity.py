@@ -16,8 +16,9 @@ from coreinfer_jax.checks import check_fraction, check_number, check_whole
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Layer, Params
-from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, by_set, to_gather
+from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, ToNarrow, by_set, to_gather
 from coreinfer_jax.sparsity.groups import Clusters, Groups
 from coreinfer_jax.sparsity.measures import fused, nearest_group, stability_figure
 from coreinfer_jax.sparsity.narrow import check_dense, compact
@@ -212,6 +213,10 @@ class _WholeAndEarly:
         """The votes of some tokens alone."""
         return replace(self, voting=self.voting.piece(start, size), early=some_tokens(self.early, start, size))
 
+    def of_layer(self, l: int) -> "_WholeAndEarly":
+        """Itself: all layers are alike."""
+        return self
+
     def __call__(self, l: int, layer: Layer, seen: MlpPass) -> dict[str, Tally]:
         """The votes of one layer."""
         whole, early = count_each(seen.activations, self.voting, (self.voting.counted, self.early))
@@ -283,6 +288,11 @@ class Auto(GroupChooser):
         """The fewer of the prompt's and the group's neurons; nothing where a group's weights may be there already."""
         return _of_groups(self, min(self.beta, self.group_ratio) if groups else self.beta, params, groups, rows)
 
+    def to_narrow(self, params: Params, groups: Groups | None, rows: int) -> ToNarrow:
+        """The more of the prompt's and the group's neurons."""
+        larger = replace(self, beta=max(self.beta, self.group_ratio), gamma=None) if groups else self
+        return super(Auto, larger).to_narrow(params, groups, rows)
+
     def choose(self, seen: Seen) -> Chosen:
         """Each prompt's own neurons or its group's."""
         groups, config = seen.groups, seen.params.config
@@ -337,6 +347,8 @@ def prepare_groups(params: Params, clusters: Clusters, core: GroupChooser, *, co
         raise CoreInferError(f"core={shown(core)}: give the Similarity, Fused or Auto to generate with")
     clusters.check(params)
     core.check_votes(clusters)
+    if compacted:
+        check_on_device(params, "prepare_groups with compacted=True")
     narrowed = core.narrowed_layers(params.config.num_layers)
     sets = clusters.sets(core.group_ratio, narrowed)
     return Groups(

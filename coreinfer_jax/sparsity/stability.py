@@ -11,7 +11,7 @@ from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import ALLOCATIONS, LEAST_BESIDE_LINEAR, Allocation, allocate
 from coreinfer_jax.sparsity.calibration import PRIOR_RULE, Explained, calibration_of, explained_by, gains_of
-from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, by_set, to_gather
+from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Ranked, Seen, ToNarrow, by_set, to_gather
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.linear import LinearFit
 from coreinfer_jax.sparsity.narrow import linear_worth
@@ -144,23 +144,44 @@ class CoreConfig(Chooser):
         F = params.config.mlp_size
         return tuple(0 if share == F else share for share in self._shares(params)), self.sets(rows)
 
+    def to_narrow(self, params: Params, groups: Groups | None, rows: int) -> ToNarrow:
+        """The widths of layers that do not keep all."""
+        kept = tuple(None if width == params.config.mlp_size else width for width in self.widths(params))
+        linear = self.linear_layers(params)
+        own = zip(kept, linear, strict=True)
+        offsets = tuple(width is not None and (self.compensation > 0 or beside) for width, beside in own)
+        return ToNarrow(kept, self.sets(rows), offsets, linear)
+
+    def rank_layer(self, seen: Seen, l: int) -> Ranked | None:
+        """The best neurons of a layer that does not keep all."""
+        if self.widths(seen.params)[l] == seen.params.config.mlp_size:
+            return None
+        return self._ranked(seen, [l])[l]
+
     def choose(self, seen: Seen) -> Chosen:
         """The neurons that the prompt itself ranks highest, the others at a share of their mean."""
         params, kept = seen.params, self.widths(seen.params)
         # A layer that keeps all is read as it is.
         narrowed = [l for l in self.observed_layers(params.config, None) if kept[l] < params.config.mlp_size]
+        ranked = seen.ranked or self._ranked(seen, narrowed)
+        indices, offsets = [ranked[l][0] for l in narrowed], [ranked[l][1] for l in narrowed]
+        choices = (Choice("stability"),) * self.sets(len(seen.counted))
+        return to_gather(narrowed, indices, offsets, params.config, choices, self.linear_layers(params))
+
+    def _ranked(self, seen: Seen, layers: list[int]) -> dict[int, Ranked]:
+        """The best neurons of some layers."""
+        params, kept = seen.params, self.widths(seen.params)
         fits, prior = self.fits(params), self.prior(params)
-        sums, counted = by_set(self, seen)
+        sums, _ = by_set(self, seen)
         indices, offsets = rank(
-            [sums[l] for l in narrowed],
-            None if prior is None else [prior[l] for l in narrowed],
-            [params.layers[l].mlp.down for l in narrowed],
-            [None if (own := fits[l]) is None else own.constants for l in narrowed],
+            [sums[l] for l in layers],
+            None if prior is None else [prior[l] for l in layers],
+            [params.layers[l].mlp.down for l in layers],
+            [None if (own := fits[l]) is None else own.constants for l in layers],
             np.float32(self.ranking.prior_tokens),
             np.float32(self.compensation),
             rule=type(self.ranking),
-            kept=tuple(kept[l] for l in narrowed),
+            kept=tuple(kept[l] for l in layers),
             compensated=self.compensation > 0,
         )
-        choices = (Choice("stability"),) * len(counted)
-        return to_gather(narrowed, indices, offsets, params.config, choices, self.linear_layers(params))
+        return dict(zip(layers, zip(indices, offsets, strict=True), strict=True))

@@ -20,6 +20,7 @@ from coreinfer_jax.lab.clustering.counting import rows_digest
 from coreinfer_jax.lab.clustering.grouping import check_seed
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.text import Tokenizer
@@ -112,6 +113,7 @@ def analyze(
     """
     check_settings(directory, pairs, texts, alpha, beta, seed)
     check_dense(params)
+    check_on_device(params, "analyze")
     target = to_path(directory)
     corpus = Corpus(documents, tokenizer, seed)
     inputs = Inputs(params, tokenizer, corpus, topics, tuple(pairs), texts, alpha, beta, seed)

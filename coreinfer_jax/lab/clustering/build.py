@@ -32,6 +32,7 @@ from coreinfer_jax.lab.clustering.grouping import (
 )
 from coreinfer_jax.lab.clustering.storage import voting_settings, write_clusters
 from coreinfer_jax.model.fingerprint import fingerprint
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.progress import progress
 from coreinfer_jax.sparsity.groups import Clusters, TextVectors
@@ -85,6 +86,7 @@ def build_clusters(
     target = to_path(directory)
     refuse_existing(target)
     check_dense(params)
+    check_on_device(params, "build_clusters")
     _check_arguments(tokenizer, documents, vectors)
     layer = deciding_layer(params.config.num_layers, depth)
     _check_settings(documents, k, seed, max_tokens)

@@ -12,6 +12,7 @@ from coreinfer_jax.lab.evaluation.fitting import learn
 from coreinfer_jax.lab.evaluation.material import Material, from_documents, own_answers, together
 from coreinfer_jax.lab.evaluation.sensitivity import layer_gains, linear_up_to
 from coreinfer_jax.lab.evaluation.settings import without_prior
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.calibration import Calibration, explained_by
 from coreinfer_jax.sparsity.narrow import check_dense
@@ -112,6 +113,7 @@ def calibrate(
             that are NaN or infinite.
     """
     check_dense(params)
+    check_on_device(params, "calibrate")
     default = CoreConfig()
     settings = [replace(default, beta=keep) for keep in KEEPS]
     material = _material(params, tokenizer, documents, settings, texts, answers, wanted(steps))

@@ -20,6 +20,7 @@ from coreinfer_jax.lab.evaluation.settings import (
     known_with,
 )
 from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Params, weight_bytes_per_step
 from coreinfer_jax.sparsity.calibration import explained_by
 from coreinfer_jax.sparsity.narrow import check_dense, narrowed_bytes
@@ -114,6 +115,7 @@ def evaluate(
             tokens without a prior, logits that are NaN or infinite.
     """
     check_dense(params)
+    check_on_device(params, "evaluate")
     check_settings(params, settings, texts)
     selection = Corpus(documents, tokenizer, texts.seed).select(texts.tokens, texts.texts)
     return compare(params, selection, settings, texts, prior)

@@ -11,6 +11,7 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.evaluation.comparison import interval
 from coreinfer_jax.lab.evaluation.settings import Foreknown, PerToken, Setting
 from coreinfer_jax.lab.reading import batches
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.sparsity.stability import CoreConfig
@@ -61,6 +62,7 @@ def free_running(
         CoreInferError: as `generate`.
     """
     check_dense(params)
+    check_on_device(params, "free_running")
     choices: list[CoreConfig | None] = [None, *cores]
     made: list[list[list[int]]] = [[] for _ in choices]
     for chosen, real in batches(len(prompts), ROWS, "generating"):

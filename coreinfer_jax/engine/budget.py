@@ -1,0 +1,335 @@
+"""The memory of a call whose MLPs stay on the host, laid out before it begins: what is on the device, and what moves.
+
+Arrays are counted from their shapes. What programs need besides is what the compiler says of them
+(`memory_analysis`), of the very programs that the call runs; for small steps between them there are bounds.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from coreinfer_jax.engine.programs import decode
+from coreinfer_jax.engine.request import Request
+from coreinfer_jax.engine.rows import Rows
+from coreinfer_jax.engine.sampling import make_sampling
+from coreinfer_jax.engine.streamed import embed_tokens, first_token, next_token, pass_of_prefill, through_layer
+from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.model.cache import KVCache
+from coreinfer_jax.model.decoder import first_alike
+from coreinfer_jax.model.host import mlp_bytes, shapes_on_host, without_layers
+from coreinfer_jax.model.weights import Mlp, Params, leaf_bytes
+from coreinfer_jax.sparsity.choice import Chooser, ToNarrow
+from coreinfer_jax.sparsity.narrow import narrowed_shapes
+from coreinfer_jax.sparsity.similarity import Similarity
+
+PHASES = ("prefill", "compaction", "decode")
+# Keep ratios that are tried for the largest that fits.
+RATIOS = 100
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the memory of a call.
+
+    Attributes:
+        name: what it holds.
+        nbytes: how much.
+        phases: those of `PHASES` in which it is there.
+    """
+
+    name: str
+    nbytes: int
+    phases: tuple[str, ...] = PHASES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call needs on the device, phase by phase, and what it moves there.
+
+    Attributes:
+        budget: bytes that it may have.
+        parts: what is on the device.
+        model_bytes: all weights of the model.
+        per_prompt: bytes of MLPs that a prefill moves.
+        per_set: bytes of core neurons that are moved after it, at most: what a later prompt shares stays.
+        per_token: bytes that each decode step moves; 0 with core neurons.
+    """
+
+    budget: int
+    parts: tuple[Part, ...]
+    model_bytes: int
+    per_prompt: int
+    per_set: int
+    per_token: int
+
+    def phase_bytes(self, phase: str) -> int:
+        """Bytes on the device in a phase, at its largest."""
+        return sum(part.nbytes for part in self.parts if phase in part.phases)
+
+    @property
+    def needed(self) -> int:
+        """The smallest budget that works."""
+        return max(map(self.phase_bytes, PHASES))
+
+    def has_room_for(self, rows: int) -> bool:
+        """Whether `rows` bytes of an earlier prompt's neurons may stay until they are used again."""
+        more = max(0, rows - self.per_set)
+        fits = max(self.phase_bytes("prefill") + rows, self.phase_bytes("compaction") + more) <= self.budget
+        return fits and not self.per_token
+
+    def told(self) -> str:
+        """The plan as a user reads it: a table of what is on the device in each phase, then what moves."""
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
+        ]
+        return "\n".join([*lines, *self._moves()])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("on the device", *PHASES)]
+        for part in self.parts:
+            rows.append((part.name, *(shown_bytes(part.nbytes) if phase in part.phases else "" for phase in PHASES)))
+        rows.append(("together", *(shown_bytes(self.phase_bytes(phase)) for phase in PHASES)))
+        rows.append((f"of {shown_bytes(self.budget)}", *(f"{self.phase_bytes(p) / self.budget:.0%}" for p in PHASES)))
+        return rows
+
+    def _moves(self) -> list[str]:
+        told = [f"All weights are {shown_bytes(self.model_bytes)}; MLPs stay on the host."]
+        if self.needed + self.model_bytes <= self.budget:
+            told.append("The budget has room for all of them: without it nothing would be moved.")
+        told.append(f"A prompt moves {shown_bytes(self.per_prompt)} of MLPs, layer by layer.")
+        if self.per_token:
+            told.append(f"Each new token moves {shown_bytes(self.per_token)}: core neurons would move none.")
+            return told
+        told.append(f"Its core neurons move {shown_bytes(self.per_set)} more, and then no token moves any.")
+        again = (
+            "stay and are used again"
+            if self.has_room_for(self.per_set)
+            else "have no room beside the next prompt's prefill"
+        )
+        return [*told, f"Rows that a later prompt shares {again}."]
+
+
+def shown_bytes(size: float) -> str:
+    """Bytes as a plan tells them: in the largest unit that they fill."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{int(size)} bytes"
+
+
+def plan_request(request: Request, budget: int) -> Plan:
+    """The memory of a request whose MLPs stay on the host; arrays of its params may be shapes without data.
+
+    Nothing is run: programs are compiled, those that the request runs in any case.
+    """
+    params, narrowing = shapes_on_host(request.params), request.to_narrow
+    weights = _narrowed(params, narrowing)
+    kept_dense = [l for l, kept in enumerate(narrowing.kept) if kept is None]
+    streams = len(kept_dense) == len(narrowing.kept)  # then nothing is kept of it: every step moves all
+    prefill = _prefill_of(request, params)
+    whole = [mlp_bytes(layer.mlp) for layer in params.layers]
+    narrowed = [0 if l in kept_dense else mlp_bytes(layer.mlp) for l, layer in enumerate(weights.layers)]
+    dense = 0 if streams else sum(whole[l] for l in kept_dense)
+    rows = prefill.rows
+    step = _step_temporaries(params, weights, rows, streams)
+    parts = [
+        Part("embeddings", _bytes(without_layers(params))),
+        Part("attention and norms", sum(_bytes(layer) - mlp_bytes(layer.mlp) for layer in params.layers)),
+        Part("calibration", _bytes(params.calibration) if params.calibration is not None else 0),
+        Part("KV cache", _bytes(rows.cache)),
+        Part("state of the rows", _state(request, rows, prefill)),
+        Part("chosen neurons", _bytes(_indices(narrowing)) + _bytes(_offsets(narrowing, params)), PHASES[1:]),
+        Part("narrowed MLPs", sum(narrowed), PHASES[1:]),
+        Part("MLPs kept dense", dense, PHASES[1:]),
+        Part("two MLPs on their way", 2 * max(whole), PHASES[:1] if not streams else (PHASES[0], PHASES[2])),
+        Part("hidden states", prefill.hidden, PHASES[:1]),
+        Part("temporaries", prefill.temporaries, PHASES[:1]),
+        Part("one layer's gather", 2 * max(narrowed), PHASES[1:2]),
+        Part("temporaries of a step", step, PHASES[2:]),
+    ]
+    return Plan(
+        budget=budget,
+        parts=tuple(part for part in parts if part.nbytes),
+        model_bytes=sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params.weights)),
+        per_prompt=sum(whole),
+        per_set=sum(narrowed) + dense,
+        per_token=sum(whole) if streams else 0,
+    )
+
+
+def check_plan(request: Request, plan: Plan) -> None:
+    """Refuse a plan that its budget has no room for.
+
+    Raises:
+        CoreInferError: naming the smallest budget that would do, and the largest keep ratio that fits.
+    """
+    if plan.needed <= plan.budget:
+        return
+    raise CoreInferError(
+        f"device_memory={plan.budget} ({shown_bytes(plan.budget)}): this call needs {shown_bytes(plan.needed)}; give "
+        f"device_memory={plan.needed} or more; or {_remedy(request, plan)}"
+    )
+
+
+def _remedy(request: Request, plan: Plan) -> str:
+    """What to ask for instead of a larger budget."""
+    chooser, name = request.chooser, "gamma" if isinstance(request.chooser, Similarity) else "beta"
+    if not isinstance(chooser, Chooser):
+        return "ask for fewer rows or tokens"
+    ratio = _largest_ratio(request, plan, chooser, name)
+    if ratio is None:
+        return "ask for fewer rows or tokens, as no keep ratio fits"
+    return f"keep less, {name}={ratio:g} fits"
+
+
+def _largest_ratio(request: Request, plan: Plan, chooser: Chooser, name: str) -> float | None:
+    """The largest keep ratio, in hundredths below the chooser's own, at which a request fits; None where there is none.
+
+    A smaller ratio is taken to need no more temporaries.
+    """
+    params, others = shapes_on_host(request.params), {"narrowed MLPs", "MLPs kept dense", "one layer's gather"}
+    fixed = {p: sum(part.nbytes for part in plan.parts if p in part.phases and part.name not in others) for p in PHASES}
+    if fixed["prefill"] > plan.budget:
+        return None
+    for hundredth in range(ceil(getattr(chooser, name) * RATIOS) - 1, 0, -1):
+        ratio = hundredth / RATIOS
+        lower: dict[str, Any] = {name: ratio}
+        narrowing = replace(request, chooser=replace(chooser, **lower)).to_narrow
+        layers = [mlp_bytes(layer.mlp) for layer in _narrowed(params, narrowing).layers]
+        gathered = [size for size, kept in zip(layers, narrowing.kept, strict=True) if kept is not None]
+        if max(fixed["compaction"] + 2 * max(gathered), fixed["decode"]) + sum(layers) <= plan.budget:
+            return ratio
+    return None
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of all arrays, or shapes of arrays, in a tree."""
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _narrowed(params: Params, narrowing: ToNarrow) -> Params:
+    """The shapes of `params` once they are narrowed."""
+    return narrowed_shapes(params, _indices(narrowing), _offsets(narrowing, params), narrowing.linear)
+
+
+def _indices(narrowing: ToNarrow) -> tuple[Array | None, ...]:
+    sets = () if narrowing.sets == 1 else (narrowing.sets,)
+    return tuple(None if kept is None else _shape((*sets, kept), jnp.int32) for kept in narrowing.kept)
+
+
+def _offsets(narrowing: ToNarrow, params: Params) -> tuple[Array | None, ...]:
+    sets = () if narrowing.sets == 1 else (narrowing.sets,)
+    shape = _shape((*sets, params.config.hidden_size), jnp.float32)
+    return tuple(shape if there else None for there in narrowing.offsets)
+
+
+def _shape(shape: tuple[int, ...], dtype: Any) -> Array:
+    """A shape without data, typed for what reads shapes only."""
+    stands: Any = jax.ShapeDtypeStruct(shape, dtype)
+    return stands
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """The shapes and the temporaries of a request's prefill.
+
+    Attributes:
+        rows: shapes of what it makes.
+        logits: bytes of the first token's.
+        hidden: bytes of hidden states.
+        sums: bytes of the sums of all observed layers.
+        temporaries: bytes that its programs need besides arrays, at most.
+    """
+
+    rows: Rows
+    logits: int
+    hidden: int
+    sums: int
+    temporaries: int
+
+
+def _prefill_of(request: Request, params: Params) -> _Prefill:
+    """The prefill of a request, `params` being shapes."""
+    config, prompts, rest = params.config, request.prompts, without_layers(params)
+    ints, tokens = _shape((request.rows,), jnp.int32), _shape(prompts.tokens.shape, jnp.int32)
+    past = (_shape((request.rows, config.num_kv_heads, request.capacity, config.head_size), params.dtype),) * 2
+    x = embed_tokens.eval_shape(rest, tokens, ints, capacity=request.capacity)
+    layers = [_layer_of_prefill(request, params, l, x, past) for l in range(config.num_layers)]
+    cache = KVCache((past[0],) * config.num_layers, (past[1],) * config.num_layers)
+    history = _shape((request.rows, request.capacity), jnp.int32) if request.drawing.penalises else None
+    sampling = make_sampling(config, request.rows, request.drawing, request.max_new_tokens)
+    last = (rest, x, ints, ints, cache, sampling, history)
+    rows, logits = first_token.eval_shape(*last)
+    # By then no MLP is on its way.
+    drawing = temporary_bytes(first_token, *last) - 2 * mlp_bytes(params.layers[0].mlp)
+    return _Prefill(
+        rows=rows,
+        logits=_bytes(logits),
+        hidden=_bytes(x),
+        sums=sum(sums for sums, _ in layers),
+        temporaries=max(drawing, *(temporaries for _, temporaries in layers)),
+    )
+
+
+def _layer_of_prefill(request: Request, params: Params, l: int, x: Array, past: tuple[Array, Array]) -> tuple[int, int]:
+    """Bytes of the sums of layer `l`, and of the temporaries of reading and ranking it."""
+    layer, seen, observer = params.layers[l], l in request.observed, request.observer
+    ints = _shape((request.rows,), jnp.int32)
+    tokens, lengths = request.prompts.tokens, request.prompts.lengths
+    reading = pass_of_prefill(params, tokens, lengths, lengths, observer, request.observed, request.filled, {})
+    own = observer.of_layer(l) if observer is not None and seen else None
+    arguments = (without_layers(params), layer, x, past, None, ints, ints, own)
+    static = {"like": first_alike(params.config)[l], "filled": reading.filled, "size": reading.size}
+    sums = _bytes(through_layer.eval_shape(*arguments, **static)[2]) if seen else 0
+    return sums, max(temporary_bytes(through_layer, *arguments, **static), _ranking_bound(layer.mlp, sums))
+
+
+def _ranking_bound(mlp: Mlp, sums: int) -> int:
+    """Bytes that ranking a layer needs at most: a float32 copy of the down projection, and the sums a few times."""
+    if not sums:
+        return 0
+    copy = 0 if mlp.down.weight.dtype == jnp.float32 else 4 * mlp.down.weight.size
+    return copy + 4 * sums
+
+
+def _state(request: Request, rows: Rows, prefill: _Prefill) -> int:
+    """Bytes of what is small: rows without their cache, the first logits, sums and what they are made by."""
+    return _bytes(rows) - _bytes(rows.cache) + prefill.logits + prefill.sums + _bytes(_own(request.observer))
+
+
+def _own(observer: Any) -> Any:
+    """An observer without the fits that are the calibration's."""
+    return replace(observer, fits=None) if getattr(observer, "fits", None) is not None else observer
+
+
+def _step_temporaries(params: Params, weights: Params, rows: Rows, streams: bool) -> int:
+    """Bytes that a decode step needs besides weights and rows."""
+    if not streams:
+        return temporary_bytes(decode, weights, rows, _shape((), jnp.int32))
+    rest, B = without_layers(params), rows.token.shape[0]
+    ints = _shape((B,), jnp.int32)
+    x = embed_tokens.eval_shape(rest, _shape((B, 1), jnp.int32), ints, capacity=rows.cache.capacity)
+    past = rows.cache.keys[0], rows.cache.values[0]
+    layer = temporary_bytes(
+        through_layer, rest, params.layers[0], x, past, None, ints, ints, None, like=0, filled=None, size=1
+    )
+    last = temporary_bytes(next_token, rest, replace(rows, cache=KVCache((), ())), rows.cache, x)
+    return _bytes(x) + max(layer, last - 2 * mlp_bytes(params.layers[0].mlp))
+
+
+def temporary_bytes(program: Any, *arguments: Any, **static: Any) -> int:
+    """Bytes that a compiled program needs besides its arguments: temporaries, and results in memory of their own.
+
+    A program is compiled once for this and for running it.
+    """
+    analysis = program.lower(*arguments, **static).compile().memory_analysis()
+    if analysis is None:
+        return 0
+    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)

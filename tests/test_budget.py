@@ -1,0 +1,240 @@
+"""What a plan says of a call's memory is what the call takes, and what cannot work is refused with what would."""
+
+import gc
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import coreinfer_jax as ci
+from coreinfer_jax import device
+from coreinfer_jax.checks import parse_bytes
+from coreinfer_jax.cli import main
+from coreinfer_jax.engine import loop, streamed
+from coreinfer_jax.engine.budget import Plan, plan_request, temporary_bytes
+from coreinfer_jax.engine.generation import make_request
+from coreinfer_jax.io.mapping import leaf_shapes
+from coreinfer_jax.io.native import write_native
+from coreinfer_jax.model import host as hosting
+from coreinfer_jax.model.weights import named_leaves
+from tests.stand_ins import write_shallow
+from tests.support import LLAMA, OPT, random_model, with_mlps_on_host
+from tests.test_linear import explained
+
+SIZES = {"hidden_size": 128, "embed_size": 128, "head_size": 32, "mlp_size": 512}
+PROMPT = [np.random.default_rng(0).integers(3, 101, 40).tolist()]
+CORE = ci.CoreConfig(beta=0.4)
+
+
+def plan_of(params: ci.Params, core: object, budget: int = 2**30, **settings: object) -> Plan:
+    request = make_request(params, PROMPT, core, {"max_new_tokens": 12, **settings})
+    return plan_request(request, budget)
+
+
+class Watch:
+    """The largest number of bytes on the device in each phase of a call: arrays, and programs' temporaries."""
+
+    def __init__(self, params: ci.Params, monkeypatch: pytest.MonkeyPatch) -> None:
+        gc.collect()
+        leaves = [leaf for _, leaf in named_leaves(params) if isinstance(leaf, jax.Array)]
+        calibration = jax.tree.leaves(params.calibration)
+        self.own = {id(leaf) for leaf in [*leaves, *calibration]}
+        self.before = {id(array): array for array in jax.live_arrays() if id(array) not in self.own}
+        self.most = dict.fromkeys(("prefill", "compaction", "decode"), 0)
+        self.phase, self.temporaries = "prefill", 0
+        put, through, decode, narrowed = hosting.put, streamed.through_layer, loop.decode, loop._narrowed
+
+        def watched_put(mlp):
+            made = put(mlp)
+            self.look(self.phase, self.temporaries)
+            return made
+
+        def watched_through(*arguments, **static):
+            self.temporaries = max(self.temporaries, temporary_bytes(through, *arguments, **static))
+            return through(*arguments, **static)
+
+        def watched_narrowed(*arguments):
+            self.phase = "compaction"
+            made = narrowed(*arguments)
+            self.look("compaction", 0)
+            self.phase, self.temporaries = "decode", 0
+            return made
+
+        def watched_decode(*arguments):
+            self.look("decode", temporary_bytes(decode, *arguments))
+            return decode(*arguments)
+
+        monkeypatch.setattr(hosting, "put", watched_put)
+        monkeypatch.setattr(streamed, "through_layer", watched_through)
+        monkeypatch.setattr(loop, "_narrowed", watched_narrowed)
+        monkeypatch.setattr(loop, "decode", watched_decode)
+
+    def look(self, phase: str, temporaries: int) -> None:
+        live = sum(array.nbytes for array in jax.live_arrays() if id(array) not in self.before)
+        self.most[phase] = max(self.most[phase], live + temporaries)
+
+
+@pytest.mark.parametrize(
+    ("name", "core"),
+    [
+        ("opt", CORE),
+        ("llama", ci.CoreConfig(beta=0.4, layers=(0.3, 1.0))),
+        ("linear", ci.CoreConfig(beta=0.5, allocation="equal")),
+        ("opt", None),
+    ],
+    ids=["narrowed", "some-layers", "linear", "dense"],
+)
+def test_planned_bytes_are_live_bytes(name: str, core: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(LLAMA if name == "llama" else OPT, **SIZES)
+    linear = name == "linear"  # learnt from few tokens, so of a small hidden size
+    params = explained(random_model(replace(OPT, mlp_size=1536))) if linear else random_model(config)
+    on_host = with_mlps_on_host(params)
+    plan = plan_of(on_host, core)
+    watch = Watch(on_host, monkeypatch)
+    out = ci.generate(on_host, PROMPT, core, max_new_tokens=12)
+    gather = {part.name: part.nbytes for part in plan.parts}.get("one layer's gather", 0)
+    assert watch.most["prefill"] == pytest.approx(plan.phase_bytes("prefill"), rel=0.01)
+    assert watch.most["decode"] == pytest.approx(plan.phase_bytes("decode"), rel=0.01)
+    if core is not None:
+        assert watch.most["compaction"] == pytest.approx(plan.phase_bytes("compaction") - gather, rel=0.01)
+        assert out.stats.moved_bytes == pytest.approx(plan.per_prompt + plan.per_set, rel=0.01)
+    else:
+        assert out.stats.moved_bytes == plan.per_prompt + 11 * plan.per_token  # the first token is the prefill's
+
+
+def test_a_plan_is_made_of_shapes_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = random_model(replace(OPT, **SIZES))
+    monkeypatch.setattr(hosting, "put", None)
+    shapes = with_mlps_on_host(params)
+    unread = replace(shapes, layers=tuple(replace(layer, mlp=_unread(layer.mlp)) for layer in shapes.layers))
+    assert plan_of(unread, CORE) == plan_of(shapes, CORE)
+
+
+def _unread(mlp):
+    return jax.tree.map(lambda leaf: hosting.HostArray(leaf.shape, leaf.dtype, None), mlp)
+
+
+def test_what_cannot_work_is_refused_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    wide = ci.CoreConfig(beta=0.9)
+    narrow, plan = plan_of(params, ci.CoreConfig(beta=0.5)), plan_of(params, wide)
+    budget = (narrow.needed + plan.needed) // 2
+    with pytest.raises(ci.CoreInferError) as refused:
+        ci.generate(params, PROMPT, wide, max_new_tokens=12, device_memory=budget)
+    told = str(refused.value)
+    assert f"device_memory={plan.needed} or more" in told
+    ratio = float(re.search(r"beta=([\d.]+) fits", told)[1])
+    assert 0.5 <= ratio < 0.9
+    for fitting, most in ((ratio, budget), (0.9, plan.needed)):
+        assert plan_of(params, ci.CoreConfig(beta=fitting)).needed <= most
+        ci.generate(params, PROMPT, ci.CoreConfig(beta=fitting), max_new_tokens=12, device_memory=most)
+    assert plan_of(params, ci.CoreConfig(beta=ratio + 0.01)).needed > budget
+    assert "narrowed MLPs" in capsys.readouterr().err
+    with pytest.raises(ci.CoreInferError, match="no keep ratio fits"):
+        ci.generate(params, PROMPT, wide, max_new_tokens=12, device_memory="100KiB")
+
+
+def test_more_tokens_than_a_budget_has_room_for_are_refused() -> None:
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    plan = plan_of(params, CORE)
+    with pytest.raises(ci.CoreInferError, match=r"device_memory=\d+ .*: this call needs"):
+        ci.generate(params, PROMPT, CORE, max_new_tokens=110, device_memory=plan.needed)
+    ci.generate(params, PROMPT, CORE, max_new_tokens=12, device_memory=plan.needed)
+
+
+def test_rows_stay_where_there_is_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    plan = plan_of(params, CORE)
+    first = ci.generate(params, PROMPT, CORE, max_new_tokens=12)
+    roomy = plan.phase_bytes("prefill") + plan.per_set
+    again = ci.generate(params, PROMPT, CORE, max_new_tokens=12, device_memory=roomy, device_rows=first.device_rows)
+    assert again.stats.moved_bytes < first.stats.moved_bytes
+    tight = ci.generate(
+        params, PROMPT, CORE, max_new_tokens=12, device_memory=plan.needed, device_rows=again.device_rows
+    )
+    assert tight.stats.moved_bytes == first.stats.moved_bytes
+    np.testing.assert_array_equal(tight.tokens, first.tokens)
+
+
+def test_a_budget_is_of_models_on_the_host() -> None:
+    with pytest.raises(ci.CoreInferError, match="load with mlps_on_host=True"):
+        ci.generate(random_model(OPT), PROMPT, None, max_new_tokens=9, device_memory="1GiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("12GiB", 12 * 2**30), ("800 MB", 8 * 10**8), ("0.5kib", 512), ("7", 7), (9, 9), ("3B", 3)]
+)
+def test_bytes_are_numbers_or_text(text: object, size: int) -> None:
+    assert parse_bytes("device_memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "0", "12 parsecs", True, None, 1.5e300, "1e3"])
+def test_other_bytes_are_refused(text: object) -> None:
+    with pytest.raises(ci.CoreInferError, match=r"device_memory=.*: give bytes"):
+        parse_bytes("device_memory", text)
+
+
+def test_the_command_plans_before_it_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(write_shallow("opt", tmp_path))
+    core = ["--beta", "0.4", "--max-new-tokens", "8"]
+    assert main(["plan", model, "--device-memory", "64MiB", "--prompt-tokens", "20", *core]) == 0
+    told = capsys.readouterr().out
+    assert "two MLPs on their way" in told
+    assert re.search(r"together +[\d.]+ MiB +[\d.]+ MiB +[\d.]+ MiB", told)
+    assert main(["plan", model, "--device-memory", "1MiB", "--prompt-tokens", "20", *core]) == 2
+    assert "this call needs" in capsys.readouterr().err
+    once = ["generate", "Once upon a time", "--model", model, *core]
+    assert main(once) == 0
+    text = capsys.readouterr().out
+    assert main([*once, "--device-memory", "64MiB"]) == 0
+    streamed_too = capsys.readouterr()
+    assert streamed_too.out == text
+    assert streamed_too.err.startswith("on the device")
+
+
+def test_a_gpus_allocator_is_capped_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr(device, "_nvidia_bytes", lambda: None)
+    device.cap_allocator(2**30)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in device.os.environ
+    monkeypatch.setattr(device, "_nvidia_bytes", lambda: 2**33)
+    device.cap_allocator(2**30)
+    assert float(device.os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.125
+    device.cap_allocator(2**31)  # what is set stays
+    assert float(device.os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.125
+
+
+# 1.1 GB of weights in a process that may have 1 GiB: loaded as a whole, they are refused by the system.
+LARGE = replace(
+    LLAMA, vocab_size=1000, hidden_size=1024, embed_size=1024, mlp_size=4096, num_layers=20, num_heads=16, head_size=64
+)
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
+import coreinfer_jax as ci
+params, _ = ci.load(sys.argv[1], "float32", mlps_on_host=sys.argv[2] == "host")
+out = ci.generate(params, [list(range(3, 90))], ci.CoreConfig(beta=0.1), max_new_tokens=4)
+print(out.stats.moved_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_memory_runs(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=1 << 22).astype(np.float32) * 0.02
+    shapes = leaf_shapes(LARGE).items()
+    leaves = ((name, np.resize(noise, shape) + np.float32(name.endswith("norm.scale"))) for name, shape in shapes)
+    write_native(tmp_path, LARGE, np.dtype("float32"), leaves)
+
+    def run(where: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", LIMITED, str(tmp_path), where]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    ran = run("host")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert int(ran.stdout) > 20 * 3 * 4096 * 1024 * 4  # all MLPs, and the neurons that were kept
+    assert run("device").returncode != 0
