@@ -5,6 +5,7 @@ from typing import Unpack
 
 import numpy as np
 
+from coreinfer_jax.checks import check_flag
 from coreinfer_jax.engine.loop import STREAM_CHUNK, run
 from coreinfer_jax.engine.options import GenerateOptions, drawing_of
 from coreinfer_jax.engine.programs import DISPATCH
@@ -47,17 +48,19 @@ def generate(
     request = make_request(params, tokens, core, options)
     chunks = [chunk for chunk, _ in run(request, DISPATCH)]
     filled = fill_id(params.config)
-    made = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
-    padded = np.full((made.shape[0], request.max_new_tokens), filled, np.int32)
-    padded[:, : made.shape[1]] = made
-    lengths = np.stack([chunk.lengths for chunk in chunks]).sum(axis=0, dtype=np.int32)
+    padded = np.full((request.rows, request.max_new_tokens), filled, np.int32)
+    lengths = np.zeros(request.rows, np.int32)
+    for chunk in chunks:
+        for row, length, own, new in zip(padded, lengths, chunk.tokens, chunk.lengths, strict=True):
+            row[length : length + new] = own[:new]
+        lengths += chunk.lengths
     return Generation(tokens=padded, lengths=lengths, fill_id=filled, core=chunks[-1].core, stats=chunks[-1].stats)
 
 
 def stream(
     params: Params, tokens: Tokens, core: Core | Recommended = "recommended", **options: Unpack[GenerateOptions]
 ) -> Iterator[Chunk]:
-    """The tokens of `generate` as they are made: the first alone, then up to 8 per chunk.
+    """The tokens of `generate` as they are made: the first alone, then up to 8 per chunk; lossless, a few more.
 
     Arguments and errors are those of `generate`, raised at the call; leave the loop to stop early.
     """
@@ -73,9 +76,10 @@ def make_request(
     Tokens are whole prompts, whatever of them `past` has read.
     """
     check_dense(params)
-    drawing = drawing_of(options, params.config)
+    drawing, lossless = drawing_of(options, params.config), options.get("lossless", False)
+    check_flag("lossless", lossless)
     prompts = pad_prompts(tokens, params.config)
     new = options.get("max_new_tokens", MAX_NEW_TOKENS)
     check_length(int(prompts.lengths.max()), new, params.config)
     chooser = chooser_for(params, core)
-    return checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past)
+    return checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past, lossless)

@@ -2,6 +2,7 @@
 
 The full model reads the prompt and sums up its neurons' activations on the way; its logits give the first new token.
 Every pass after that runs on narrowed weights, several tokens per dispatch, through one compiled program per shape.
+Lossless, they only draft for the full model.
 """
 
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.checks import check_finite
-from coreinfer_jax.engine.programs import decode, no_sums, prefill
+from coreinfer_jax.engine.dispatch import bytes_read_per_token, undrafted
+from coreinfer_jax.engine.lossless import drafted
+from coreinfer_jax.engine.programs import no_sums, prefill
 from coreinfer_jax.engine.request import Past, Request
 from coreinfer_jax.engine.results import Chunk, Stats
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.sampling import make_sampling
-from coreinfer_jax.model.cache import KVCache, init_cache, with_capacity
-from coreinfer_jax.model.weights import Params, leaf_bytes, weight_bytes_per_step
+from coreinfer_jax.model.cache import init_cache, with_capacity
 from coreinfer_jax.sparsity.choice import Chosen
 
 STREAM_CHUNK = 8
@@ -44,7 +46,7 @@ class Begun:
     stats: Stats
 
 
-def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past]]:
+def run(request: Request, tokens_per_dispatch: int) -> Iterator[tuple[Chunk, Past]]:
     """Chunks of new tokens, each with what the full model has read, for a later request of a single row to go on from.
 
     A `Past` dies when the next chunk is asked for: its cache is donated.
@@ -52,29 +54,34 @@ def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past
     begun = begin(request)
     rows, past, stats, core = begun.rows, begun.past, begun.stats, begun.chosen.core
     # Copies: on a CPU asarray would share the memory that the next dispatch is given to overwrite.
-    lengths = np.array(rows.length)
-    yield Chunk(tokens=np.array(rows.token)[:, None], lengths=lengths, core=core, stats=stats), past
+    yield Chunk(tokens=np.array(rows.token)[:, None], lengths=np.array(rows.length), core=core, stats=stats), past
     if np.array(rows.done).all():
         return
     # Only now: the first token, which is the full model's, does not wait for the gather.
     began = perf_counter()
     weights = jax.block_until_ready(begun.chosen.weights(request.params))
     stats = replace(stats, compaction_seconds=perf_counter() - began)
-    while not np.array(rows.done).all():
-        past.check_alive()  # another turn may have gone on from the last chunk
-        began = perf_counter()
-        rows, drawn, steps = decode(weights, rows, np.int32(steps_per_dispatch))
-        new_lengths, steps_run = np.array(rows.length), int(steps)
-        check_finite(np.array(rows.finite).all())
+    past.check_alive()
+    if request.lossless:
+        narrow = None if core is None else weights
+        dispatches = drafted(request.params, narrow, rows, tokens_per_dispatch)
+    else:
+        dispatches = undrafted(weights, rows, tokens_per_dispatch)
+    began = perf_counter()
+    for made in dispatches:
+        check_finite(np.array(made.rows.finite).all())
         stats = replace(
             stats,
             decode_seconds=stats.decode_seconds + perf_counter() - began,
-            decode_steps=stats.decode_steps + steps_run,
+            decode_steps=made.steps,
+            bytes_read_per_token=made.bytes_read_per_token,
+            drafting=made.drafting,
         )
-        past = replace(past, cache=rows.cache)
-        tokens = np.array(drawn)[:, :steps_run]
-        yield Chunk(tokens=tokens, lengths=new_lengths - lengths, core=core, stats=stats), past
-        lengths = new_lengths
+        past = replace(past, cache=made.rows.cache)
+        yield Chunk(tokens=made.tokens, lengths=made.lengths, core=core, stats=stats), past
+        if not np.array(made.rows.done).all():
+            past.check_alive()  # another turn may have gone on from the last chunk
+        began = perf_counter()
 
 
 def begin(request: Request) -> Begun:
@@ -87,7 +94,7 @@ def begin(request: Request) -> Begun:
     prefilled = perf_counter()
     chosen = request.chooser.choose(request.seen(sums))
     selected = perf_counter()
-    narrowed = chosen.shapes(params)
+    decoding = params.weights if request.lossless else chosen.shapes(params)
     methods = {choice.method for choice in chosen.choices}
     read = tuple(int(length) for length in request.cached + prompts.lengths)
     stats = Stats(
@@ -102,7 +109,7 @@ def begin(request: Request) -> Begun:
         compaction_seconds=0.0,
         decode_seconds=0.0,
         decode_steps=0,
-        bytes_read_per_token=bytes_read_per_token(narrowed, rows.cache),
+        bytes_read_per_token=bytes_read_per_token(decoding, rows.cache),
     )
     return Begun(rows, logits, Past(rows.cache, sums, read[0]), chosen, stats)
 
@@ -127,14 +134,7 @@ def _prefilled(request: Request) -> tuple[Rows, list[object], Array]:
         sums,
         make_sampling(params.config, request.rows, request.drawing, request.max_new_tokens),
         observer,
-        request.history(cache.capacity) if request.drawing.penalises else None,
+        request.history(cache.capacity) if request.looks_back else None,
         observed=observed,
         filled=request.filled,
     )
-
-
-def bytes_read_per_token(params: Params, cache: KVCache) -> float:
-    """Bytes a decode step reads, weights and the whole cache, divided by the B rows it makes a token for."""
-    rows = cache.keys[0].shape[0]
-    cached = sum(leaf_bytes(array) for array in cache.keys + cache.values)
-    return (weight_bytes_per_step(params, rows) + cached) / rows

@@ -39,6 +39,8 @@ class GenerateOptions(TypedDict, total=False):
         eos_ids: a row ends after any of these, looked for among new tokens only; () never stops, the default.
         key: `jax.random.key` or int seed, needed to draw; row i draws its t-th token with
             fold_in(fold_in(key, i), t).
+        lossless: make the full model's own tokens, greedy or drawn: core neurons, and what followed the same words
+            earlier in the text, only draft, and the full model keeps what it agrees with; False.
     """
 
     groups: Groups | None
@@ -51,6 +53,7 @@ class GenerateOptions(TypedDict, total=False):
     no_repeat_ngram_size: int | None
     eos_ids: Iterable[int]
     key: Array | int | None
+    lossless: bool
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Request:
         max_new_tokens: per row.
         past: what the full model has read of the rows before; None for nothing.
         counted: bool [B, T], which tokens of the prompts the chooser observes.
+        lossless: whether core neurons only draft, and the full model decides.
     """
 
     params: Params
@@ -73,6 +74,7 @@ class Request:
     max_new_tokens: int
     past: Past | None
     counted: np.ndarray
+    lossless: bool = False
 
     @property
     def rows(self) -> int:
@@ -88,6 +90,11 @@ class Request:
     def capacity(self) -> int:
         """Positions per row of its cache (S)."""
         return bucket(self.cached + int(self.prompts.lengths.max()) + self.max_new_tokens)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether decoding looks at the tokens of a row's text."""
+        return self.drawing.penalises or self.lossless
 
     def history(self, capacity: int) -> np.ndarray:
         """The whole prompts, int32 [B, `capacity`], with room for the new tokens."""
@@ -145,6 +152,7 @@ def checked_request(
     drawing: Drawing,
     max_new_tokens: int,
     past: Past | None = None,
+    lossless: bool = False,
 ) -> Request:
     """The request of these parts, where the chooser can choose for it and there is memory for it.
 
@@ -156,7 +164,7 @@ def checked_request(
     prompts = text if past is None else without_first(text, past.read)
     chooser.check(params, groups, len(prompts.lengths))
     counted = chooser.counted(prompts.tokens, prompts.lengths, past.read if past else 0, params.config)
-    request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted)
+    request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted, lossless)
     narrows = any(chooser.gathered(params, groups, request.rows)[0])
     check_memory(
         request.needed_bytes,
