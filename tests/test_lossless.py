@@ -13,9 +13,16 @@ import coreinfer_jax as ci
 from coreinfer_jax.engine.drafting import BEST, CORE, LOOKUP, Trust, look_up, no_experience, plan_next
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.loop import begin
-from coreinfer_jax.engine.verification import Drafted, _Loop, _one_pass, _planned, decode_drafted, nothing_drafted
+from coreinfer_jax.engine.verification import (
+    Drafted,
+    Progress,
+    decode_drafted,
+    nothing_drafted,
+    planned_next,
+    read_drafts,
+)
 from coreinfer_jax.model.backends import draft_size
-from tests.support import LLAMA, MODELS, OPT, random_model
+from tests.support import LLAMA, MODELS, OPT, half_slow, random_model
 from tests.test_compilation import traced
 
 RNG = np.random.default_rng(0)
@@ -31,9 +38,9 @@ def dense(name: str, new: int, **options: object) -> ci.Generation:
     return ci.generate(random_model(MODELS[name]), PROMPTS, None, max_new_tokens=new, **options)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_greedy_batches_are_the_full_models(name: str) -> None:
-    out = ci.generate(random_model(MODELS[name]), PROMPTS, FEW, max_new_tokens=30, lossless=True)
+@pytest.mark.parametrize(("name", "core"), half_slow(MODELS, [FEW]))
+def test_greedy_batches_are_the_full_models(name: str, core: ci.CoreConfig) -> None:
+    out = ci.generate(random_model(MODELS[name]), PROMPTS, core, max_new_tokens=30, lossless=True)
     np.testing.assert_array_equal(out.tokens, dense(name, 30).tokens)
     drafting = out.stats.drafting
     assert drafting is not None
@@ -112,13 +119,24 @@ def test_the_full_model_as_its_own_drafter_is_always_right() -> None:
     np.testing.assert_array_equal(reached, accepted)
 
 
+def test_16_bit_tokens_are_those_of_the_same_program_whatever_is_drafted() -> None:
+    params, other = (random_model(LLAMA, seed=seed, dtype="bfloat16") for seed in (0, 1))
+    runs = []
+    for narrow in (params, other):
+        state, _ = begun(params, PROMPTS, None, 30)
+        made, state = tokens_of(params, narrow, state, 1 + SIZE)
+        runs.append((made[:, :29], np.array(state.accepted)[CORE].sum()))
+    np.testing.assert_array_equal(runs[0][0], runs[1][0])
+    assert runs[0][1] > 10 * runs[1][1]
+
+
 @partial(jax.jit, static_argnames="size")
-def one_pass(params: ci.Params, state: Drafted, drafts: jax.Array, size: int) -> _Loop:
+def one_pass(params: ci.Params, state: Drafted, drafts: jax.Array, size: int) -> Progress:
     """One verification of the given drafts, as if all rows had looked them up."""
     rows = len(drafts)
-    plan, _ = _planned(state, jnp.ones(2), jnp.int32(1), size)
-    loop = _Loop(state, jnp.zeros((rows, 64 + size), jnp.int32), jnp.zeros(rows, jnp.int32))
-    return _one_pass(params, loop, plan._replace(looks_up=jnp.ones(rows, bool)), drafts, jnp.full(rows, size))
+    plan, _ = planned_next(state, jnp.ones(2), jnp.int32(1), size)
+    loop = Progress(state, jnp.zeros((rows, 64 + size), jnp.int32), jnp.zeros(rows, jnp.int32))
+    return read_drafts(params, loop, plan._replace(looks_up=jnp.ones(rows, bool)), drafts, jnp.full(rows, size))
 
 
 # Of each of the three rows, the first place with a wrong token; SIZE for none.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 
@@ -69,7 +70,7 @@ class Plan(NamedTuple):
     looks_up: Array
 
 
-def plan_next(trust: Trust, found: Array, done: Array, costs: Array, forced: Array, size: int) -> Plan:
+def plan_next(trust: Trust, found: Array, done: Array, costs: Array, forced: Array | np.integer, size: int) -> Plan:
     """The plan that makes most tokens in the time.
 
     A pass that verifies makes one token, and each drafted one that is accepted. With a probability p for each, g of

@@ -98,17 +98,17 @@ def decode_drafted(
     rows = state.rows.token.shape[0]
     made = jnp.broadcast_to(state.rows.sampling.fill[:, None], (rows, DISPATCH + size))
 
-    def planned(loop: _Loop) -> tuple[Plan, Array]:
-        return _planned(loop.state, costs, forced, size)
+    def planned(loop: Progress) -> tuple[Plan, Array]:
+        return planned_next(loop.state, costs, forced, size)
 
-    def unfinished(loop: _Loop) -> Array:
+    def unfinished(loop: Progress) -> Array:
         return (loop.count.max() < tokens) & ~loop.state.rows.done.all()
 
-    def read_one(loop: _Loop) -> _Loop:
+    def read_one(loop: Progress) -> Progress:
         plan, drafts = planned(loop)
-        return _one_pass(params, loop, plan, drafts[:, :0], jnp.zeros_like(loop.count))
+        return read_drafts(params, loop, plan, drafts[:, :0], jnp.zeros_like(loop.count))
 
-    def verify(loop: _Loop) -> _Loop:
+    def verify(loop: Progress) -> Progress:
         plan, drafts = planned(loop)
         rows, valid = loop.state.rows, jnp.where(plan.looks_up, size, 0)
         if narrow is not None:
@@ -116,20 +116,20 @@ def decode_drafted(
             loop = replace(loop, state=replace(loop.state, rows=replace(rows, cache=cache)))
             drafts = jnp.where(plan.looks_up[:, None], drafts, by_core)
             valid = jnp.where(plan.looks_up, size, plan.core_steps)
-        return _one_pass(params, loop, plan, drafts, jnp.where(rows.done, 0, valid))
+        return read_drafts(params, loop, plan, drafts, jnp.where(rows.done, 0, valid))
 
     # Two loops in a loop: XLA's CPU code copies the whole cache for the branches of a conditional.
-    def go_on(loop: _Loop) -> _Loop:
+    def go_on(loop: Progress) -> Progress:
         loop = lax.while_loop(lambda loop: unfinished(loop) & ~planned(loop)[0].verifies, read_one, loop)
         return lax.while_loop(lambda loop: unfinished(loop) & planned(loop)[0].verifies, verify, loop)
 
     state = replace(state, rows=replace(state.rows, history=with_token(state.rows)))
-    loop = lax.while_loop(unfinished, go_on, _Loop(state, made, jnp.zeros(rows, jnp.int32)))
+    loop = lax.while_loop(unfinished, go_on, Progress(state, made, jnp.zeros(rows, jnp.int32)))
     return loop.state, loop.made, loop.count
 
 
 @struct.dataclass
-class _Loop:
+class Progress:
     """A dispatch in progress: the state, the new tokens int32 [B, 64 + n], and how many they are, int32 [B]."""
 
     state: Drafted
@@ -137,14 +137,14 @@ class _Loop:
     count: Array
 
 
-def _planned(state: Drafted, costs: Array, forced: Array, size: int) -> tuple[Plan, Array]:
+def planned_next(state: Drafted, costs: Array, forced: Array | np.integer, size: int) -> tuple[Plan, Array]:
     """What comes next, and what was looked up, int32 [B, n]."""
     assert state.rows.history is not None, "rows that verify drafts hold their texts"
     drafts, found = look_up(state.rows.history, state.rows.position, size)
     return plan_next(state.trust, found, state.rows.done, costs, forced, size), drafts
 
 
-def _one_pass(params: Params, loop: _Loop, plan: Plan, drafts: Array, valid: Array) -> _Loop:
+def read_drafts(params: Params, loop: Progress, plan: Plan, drafts: Array, valid: Array) -> Progress:
     """`loop` after one pass of the full model over each row's token and its drafts [B, m], `valid` [B] of them."""
     rows, m = loop.state.rows, drafts.shape[1]
     cache, new, finite = _read(params, rows, drafts)
@@ -158,7 +158,7 @@ def _one_pass(params: Params, loop: _Loop, plan: Plan, drafts: Array, valid: Arr
     places = jnp.arange(m + 1)[None, :]
     places = jnp.where(places < kept[:, None], loop.count[:, None] + places, loop.made.shape[1])
     made = loop.made.at[jnp.arange(len(kept))[:, None], places].set(new, mode="drop")
-    return _Loop(state, made, loop.count + kept)
+    return Progress(state, made, loop.count + kept)
 
 
 def _read(params: Params, rows: Rows, drafts: Array) -> tuple[KVCache, Array, Array]:
