@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 import coreinfer_jax as ci
-from benchmarks.environment import environment, read_results, spread
-from benchmarks.tables import made_on, markdown, shown_range
+from benchmarks.environment import environment, spread
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choosers import Core
 from coreinfer_jax.sparsity.stability import CoreConfig
@@ -83,20 +82,3 @@ def _drafts(stats: ci.Stats) -> dict[str, Any] | None:
         "core_steps": found.core_steps,
         "milliseconds": [found.single_milliseconds, found.verify_milliseconds, found.core_step_milliseconds],
     }
-
-
-def table() -> str:
-    """The last result of each model and kind of text."""
-    newest = {(result["model"], result["kind"]): result for result in read_results("lossless")}
-    rows = [["model", "text", "drafts by", "tokens per pass of the full model", "accepted per draft", "times as fast"]]
-    for (name, kind), result in newest.items():
-        for way in ("lookup", "both"):
-            found = result["ways"][way]
-            drafts = found["drafts"]
-            figures = f"{drafts['tokens_per_pass']:.2f}", f"{drafts['accepted_per_draft']:.2f}"
-            rows.append([name, kind, way, *figures, shown_range(found["times_as_fast"], 2)])
-    last = [*newest.values()][-1]
-    return (
-        f"{markdown(rows)}\n\nGreedy, float32, one row, {last['new_tokens']} new tokens; core neurons: "
-        f"{last['keep']:.0%} kept; times as fast as the full model alone, median (min .. max). {made_on(last)}"
-    )
