@@ -19,6 +19,7 @@ from benchmarks import (
     keep_ratio,
     kernels,
     linear_neurons,
+    lossless,
     prediction,
     profile,
     quality,
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         lambda o: linear_neurons.measure(o.texts),
         _add_texts,
     )
+    _add(commands, "lossless", "drafts that the full model verifies", _lossless, _add_lossless_options)
     _add(
         commands,
         "free-running",
@@ -138,6 +140,14 @@ def _calibrate(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=TEXTS.parent, help="folder of the folders text and tasks")
+
+
+def _add_lossless_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", default=lossless.MODELS, help="(%(default)s)")
+
+
+def _lossless(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    return lossless.measure(tuple(options.models))
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:

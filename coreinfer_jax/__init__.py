@@ -4,7 +4,7 @@ from coreinfer_jax.engine.conversation import Conversation, converse
 from coreinfer_jax.engine.forward import forward
 from coreinfer_jax.engine.generation import generate, stream
 from coreinfer_jax.engine.options import GenerateOptions
-from coreinfer_jax.engine.results import Chunk, Generation, Stats
+from coreinfer_jax.engine.results import Chunk, Drafting, Generation, Stats
 from coreinfer_jax.engine.scoring import Scores, score_continuations
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io import convert, load
@@ -33,6 +33,7 @@ __all__ = [
     "CoreNeurons",
     "DeviceRows",
     "Documents",
+    "Drafting",
     "Fused",
     "GenerateOptions",
     "Generation",

@@ -30,7 +30,7 @@ from benchmarks.decode import Plan, ratios, trials_of
 from benchmarks.environment import REPOSITORY
 from benchmarks.shapes import SHAPES, shape_config, shape_fields, shape_params
 from benchmarks.suite import SUITES
-from coreinfer_jax.engine.loop import bytes_read_per_token
+from coreinfer_jax.engine.dispatch import bytes_read_per_token
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.evaluation.settings import described
 from coreinfer_jax.model.cache import KVCache

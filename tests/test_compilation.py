@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
+from coreinfer_jax.engine.drafting import BEST
 from coreinfer_jax.engine.options import GREEDY
 from coreinfer_jax.engine.programs import decode, no_sums, prefill
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.sampling import make_sampling
+from coreinfer_jax.engine.verification import decode_drafted, nothing_drafted
 from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import leaf_bytes
@@ -149,6 +151,19 @@ def test_decode_loop_temporaries_stay_below_one_layer(dtype: str, kept: object, 
     state = prefilled(params, rows=rows, capacity=8192)
     memory = decode.lower(narrow, state, np.int32(8)).compile().memory_analysis()
     assert 0 < memory.temp_size_in_bytes < layer
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_verifying_drafts_copies_neither_weights_nor_cache(dtype: str) -> None:
+    """Not for what is read in turns, the full weights and the narrowed ones."""
+    config = replace(WIDE, num_layers=2)
+    params = random_model(config, dtype=dtype)
+    layer = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params.layers[0]))
+    narrow = ci.compact(params, ci.CoreNeurons([range(600)] * 2))
+    rows = replace(prefilled(params, capacity=8192), history=jnp.zeros((1, 8192), jnp.int32))
+    state, costs = nothing_drafted(rows, 3), jnp.ones(2)
+    lowered = decode_drafted.lower(params, narrow, state, np.int32(8), costs, np.int32(BEST), size=3)
+    assert 0 < lowered.compile().memory_analysis().temp_size_in_bytes < layer
 
 
 def test_the_cache_is_donated() -> None:

@@ -71,6 +71,17 @@ def test_rows_of_unequal_length_make_the_tokens_of_transformers(family: str) -> 
         assert_same_until_a_tie(model, row[None], greedy(model, tokens), prompt=len(tokens))
 
 
+@pytest.mark.parametrize(
+    "family", [f if i == 0 else pytest.param(f, marks=pytest.mark.slow) for i, f in enumerate(CHOSEN)]
+)
+def test_lossless_rows_make_the_tokens_of_the_full_model(family: str) -> None:
+    _, params = pair(family)
+    prompts = [prompt(length) for length in (23, 5)]
+    out = ci.generate(params, prompts, CHOOSERS["stability"], max_new_tokens=NEW, lossless=True)
+    np.testing.assert_array_equal(out.tokens, ci.generate(params, prompts, None, max_new_tokens=NEW).tokens)
+    assert out.stats.drafting is not None
+
+
 def test_phi3_beyond_its_first_context_rotates_by_the_long_factors() -> None:
     model, params = pair("Phi3")
     tokens = prompt(80)

@@ -39,6 +39,11 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens
         "--no-repeat-ngram-size", type=int, metavar="N", help=f"no N tokens stand twice in the text; {usual}"
     )
     parser.add_argument("--seed", type=int, help="for temperatures above 0 (default 0)")
+    parser.add_argument(
+        "--lossless",
+        action="store_true",
+        help="make the full model's own tokens: core neurons and earlier words only draft (docs/guides/lossless.md)",
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
 
 
@@ -74,6 +79,7 @@ def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokeni
         **{name: value for name, value in given.items() if value is not None},
         "eos_ids": (*config.eos_ids, *stops, *ends),
         "key": options.seed or 0,
+        "lossless": options.lossless,
     }
     # All names in `drawn` are options; a type checker cannot know that of a dict.
     asked = GenerateOptions(**drawn)  # type: ignore[typeddict-item]

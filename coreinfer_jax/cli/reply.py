@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coreinfer_jax.engine.results import Chunk, Stats
+from coreinfer_jax.engine.results import Chunk, Drafting, Stats
 from coreinfer_jax.sparsity.choice import ASKED
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.text import Tokenizer, complete, continuation, settled
@@ -46,11 +46,22 @@ def facts(stats: Stats, new_tokens: int, groups: Groups | None = None) -> str:
     why = "" if choice.reason == ASKED else f" ({choice.reason})"
     by = "" if groups is None or choice.method == "stability" else f" by {groups.clusters.names[choice.group or 0]!r}"
     kept = np.mean(stats.kept_neurons) / stats.mlp_size
-    decode = f"{1000 * stats.decode_seconds / stats.decode_steps:.1f} ms/token" if stats.decode_steps else "no steps"
+    steps = stats.decode_steps if stats.drafting is None else stats.drafting.tokens
+    decode = f"{1000 * stats.decode_seconds / steps:.1f} ms/token" if steps else "no steps"
     cached = f" ({stats.cached_tokens[0]} cached)" if stats.cached_tokens[0] else ""
     return (
         f"[{stats.method}{by}{why}: {kept:.0%} of {stats.mlp_size} MLP neurons in {len(stats.kept_neurons)} layers; "
         f"{stats.prompt_tokens[0]} prompt{cached} + {new_tokens} new tokens; prefill {stats.prefill_seconds:.2f} s, "
         f"selection {stats.selection_seconds:.2f} s, compaction {stats.compaction_seconds:.2f} s, decode {decode} "
-        f"(compiling included); {stats.bytes_read_per_token / 1e6:.1f} MB read per token]"
+        f"(compiling included); {stats.bytes_read_per_token / 1e6:.1f} MB read per token"
+        f"{'' if stats.drafting is None else _drafts(stats.drafting)}]"
+    )
+
+
+def _drafts(drafting: Drafting) -> str:
+    """What came of drafts, the last part of the line."""
+    passes = drafting.verifications + drafting.single_passes
+    return (
+        f"; lossless: {drafting.verifications} of {passes} passes verified drafts, "
+        f"{drafting.accepted_per_draft:.2f} tokens of each accepted"
     )

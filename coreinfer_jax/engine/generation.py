@@ -7,7 +7,7 @@ from typing import Unpack
 
 import numpy as np
 
-from coreinfer_jax.checks import parse_bytes
+from coreinfer_jax.checks import check_flag, parse_bytes
 from coreinfer_jax.engine.budget import check_plan, plan_request
 from coreinfer_jax.engine.loop import STREAM_CHUNK, run
 from coreinfer_jax.engine.options import GenerateOptions, drawing_of
@@ -54,10 +54,12 @@ def generate(
     request = make_request(params, tokens, core, options)
     chunks = [chunk for chunk, _ in run(request, DISPATCH)]
     filled = fill_id(params.config)
-    made = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
-    padded = np.full((made.shape[0], request.max_new_tokens), filled, np.int32)
-    padded[:, : made.shape[1]] = made
-    lengths = np.stack([chunk.lengths for chunk in chunks]).sum(axis=0, dtype=np.int32)
+    padded = np.full((request.rows, request.max_new_tokens), filled, np.int32)
+    lengths = np.zeros(request.rows, np.int32)
+    for chunk in chunks:
+        for row, length, own, new in zip(padded, lengths, chunk.tokens, chunk.lengths, strict=True):
+            row[length : length + new] = own[:new]
+        lengths += chunk.lengths
     last = chunks[-1]
     return Generation(
         tokens=padded,
@@ -72,7 +74,7 @@ def generate(
 def stream(
     params: Params, tokens: Tokens, core: Core | Recommended = "recommended", **options: Unpack[GenerateOptions]
 ) -> Iterator[Chunk]:
-    """The tokens of `generate` as they are made: the first alone, then up to 8 per chunk.
+    """The tokens of `generate` as they are made: the first alone, then up to 8 per chunk; lossless, a few more.
 
     Arguments and errors are those of `generate`, raised at the call; leave the loop to stop early.
     """
@@ -88,13 +90,14 @@ def make_request(
     Tokens are whole prompts, whatever of them `past` has read.
     """
     check_dense(params)
-    drawing = drawing_of(options, params.config)
+    drawing, lossless = drawing_of(options, params.config), options.get("lossless", False)
+    check_flag("lossless", lossless)
     prompts = pad_prompts(tokens, params.config)
     new = options.get("max_new_tokens", MAX_NEW_TOKENS)
     check_length(int(prompts.lengths.max()), new, params.config)
     chooser = chooser_for(params, core)
     there = options.get("device_rows")
-    request = checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past, there)
+    request = checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past, there, lossless)
     budget = options.get("device_memory")
     return request if budget is None else _planned(request, parse_bytes("device_memory", budget))
 

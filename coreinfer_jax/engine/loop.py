@@ -2,6 +2,7 @@
 
 The full model reads the prompt and sums up its neurons' activations on the way; its logits give the first new token.
 Every pass after that runs on narrowed weights, several tokens per dispatch, through one compiled program per shape.
+Lossless, they only draft for the full model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,15 +15,17 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.checks import check_finite
-from coreinfer_jax.engine.programs import decode, no_sums, prefill
+from coreinfer_jax.engine.dispatch import bytes_read_per_token, undrafted
+from coreinfer_jax.engine.lossless import drafted
+from coreinfer_jax.engine.programs import no_sums, prefill
 from coreinfer_jax.engine.request import Past, Request
 from coreinfer_jax.engine.results import Chunk, Stats
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.sampling import make_sampling
-from coreinfer_jax.engine.streamed import decode_streamed, extend_streamed, first_token, pass_of_prefill
-from coreinfer_jax.model.cache import KVCache, init_cache, with_capacity
+from coreinfer_jax.engine.streamed import extend_streamed, first_token, pass_of_prefill
+from coreinfer_jax.model.cache import init_cache, with_capacity
 from coreinfer_jax.model.host import is_on_host, mlp_bytes, without_layers
-from coreinfer_jax.model.weights import Layer, Params, leaf_bytes, weight_bytes_per_step
+from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.sparsity.choice import Chosen, Ranked
 from coreinfer_jax.sparsity.moving import DeviceRows, moved_bytes, rows_of
 
@@ -48,7 +51,7 @@ class Begun:
     stats: Stats
 
 
-def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past]]:
+def run(request: Request, tokens_per_dispatch: int) -> Iterator[tuple[Chunk, Past]]:
     """Chunks of new tokens, each with what the full model has read, for a later request of a single row to go on from.
 
     A `Past` dies when the next chunk is asked for: its cache is donated.
@@ -64,30 +67,31 @@ def run(request: Request, steps_per_dispatch: int) -> Iterator[tuple[Chunk, Past
     # Only now: the first token, which is the full model's, does not wait for the gather.
     began = perf_counter()
     weights, there, moved = _narrowed(request, begun.chosen)
+    stats = replace(stats, compaction_seconds=perf_counter() - began)
+    past.check_alive()
     past = replace(past, device_rows=there)
-    stats = replace(stats, compaction_seconds=perf_counter() - began, moved_bytes=stats.moved_bytes + moved)
-    streams = is_on_host(weights)
-    per_step = sum(mlp_bytes(layer.mlp) for layer in weights.layers) if streams else 0
-    while not np.array(rows.done).all():
-        past.check_alive()  # another turn may have gone on from the last chunk
-        began = perf_counter()
-        if streams:
-            rows, drawn, steps = decode_streamed(weights, rows, steps_per_dispatch)
-        else:
-            rows, drawn, steps = decode(weights, rows, np.int32(steps_per_dispatch))
-        new_lengths, steps_run = np.array(rows.length), int(steps)
-        check_finite(np.array(rows.finite).all())
+    moved += stats.moved_bytes
+    if request.lossless:
+        narrow = None if core is None else weights
+        dispatches = drafted(request.params, narrow, rows, tokens_per_dispatch)
+    else:
+        dispatches = undrafted(weights, rows, tokens_per_dispatch)
+    began = perf_counter()
+    for made in dispatches:
+        check_finite(np.array(made.rows.finite).all())
         stats = replace(
             stats,
             decode_seconds=stats.decode_seconds + perf_counter() - began,
-            decode_steps=stats.decode_steps + steps_run,
-            moved_bytes=stats.moved_bytes + per_step * steps_run,
+            decode_steps=made.steps,
+            bytes_read_per_token=made.bytes_read_per_token,
+            moved_bytes=moved + made.moved_bytes,
+            drafting=made.drafting,
         )
-        past = replace(past, cache=rows.cache)
-        tokens = np.array(drawn)[:, :steps_run]
-        made = new_lengths - lengths
-        yield Chunk(tokens=tokens, lengths=made, core=core, stats=stats, device_rows=past.device_rows), past
-        lengths = new_lengths
+        past = replace(past, cache=made.rows.cache)
+        yield Chunk(made.tokens, made.lengths, core=core, stats=stats, device_rows=past.device_rows), past
+        if not np.array(made.rows.done).all():
+            past.check_alive()  # another turn may have gone on from the last chunk
+        began = perf_counter()
 
 
 def _narrowed(request: Request, chosen: Chosen) -> tuple[Params, DeviceRows, int]:
@@ -112,7 +116,7 @@ def begin(request: Request) -> Begun:
     prefilled = perf_counter()
     chosen = request.chooser.choose(request.seen(sums, ranked))
     selected = perf_counter()
-    narrowed = chosen.shapes(params)
+    decoding = params.weights if request.lossless else chosen.shapes(params)
     methods = {choice.method for choice in chosen.choices}
     read = tuple(int(length) for length in request.cached + prompts.lengths)
     stats = Stats(
@@ -127,7 +131,7 @@ def begin(request: Request) -> Begun:
         compaction_seconds=0.0,
         decode_seconds=0.0,
         decode_steps=0,
-        bytes_read_per_token=bytes_read_per_token(narrowed, rows.cache),
+        bytes_read_per_token=bytes_read_per_token(decoding, rows.cache),
         moved_bytes=_streamed_bytes(request),
     )
     return Begun(rows, logits, Past(rows.cache, sums, read[0], request.device_rows), chosen, stats)
@@ -163,7 +167,7 @@ def _prefilled(request: Request) -> tuple[Rows, list[Any], Array, Mapping[int, R
         sums,
         make_sampling(params.config, request.rows, request.drawing, request.max_new_tokens),
         observer,
-        request.history(cache.capacity) if request.drawing.penalises else None,
+        request.history(cache.capacity) if request.looks_back else None,
         observed=observed,
         filled=request.filled,
     )
@@ -202,10 +206,3 @@ def _prefilled_from_host(request: Request) -> tuple[Rows, list[Any], Array, Mapp
     history = request.history(cache.capacity) if request.drawing.penalises else None
     rows, logits = first_token(without_layers(params), x, prompts.lengths, start, cache, sampling, history)
     return rows, sums, logits, ranked
-
-
-def bytes_read_per_token(params: Params, cache: KVCache) -> float:
-    """Bytes a decode step reads, weights and the whole cache, divided by the B rows it makes a token for."""
-    rows = cache.keys[0].shape[0]
-    cached = sum(leaf_bytes(array) for array in cache.keys + cache.values)
-    return (weight_bytes_per_step(params, rows) + cached) / rows

@@ -43,6 +43,8 @@ class GenerateOptions(TypedDict, total=False):
         device_memory: of params with MLPs on the host, bytes of the device that the call may use, such as `"12GiB"`; a
             plan of them is printed first, on standard error, and what cannot work is refused. None plans nothing.
         device_rows: of params with MLPs on the host, what an earlier `Generation` left on the device; it is used up.
+        lossless: make the full model's own tokens, greedy or drawn: core neurons, and what followed the same words
+            earlier in the text, only draft, and the full model keeps what it agrees with; False.
     """
 
     groups: Groups | None
@@ -57,6 +59,7 @@ class GenerateOptions(TypedDict, total=False):
     key: Array | int | None
     device_memory: int | str | None
     device_rows: DeviceRows | None
+    lossless: bool
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from coreinfer_jax.engine.programs import prefill_bytes
 from coreinfer_jax.engine.prompts import Prompts, without_first
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.sparsity.choice import Choosing, Ranked, Seen, ToNarrow
 from coreinfer_jax.sparsity.groups import Groups
@@ -68,6 +69,7 @@ class Request:
         past: what the full model has read of the rows before; None for nothing.
         counted: bool [B, T], which tokens of the prompts the chooser observes.
         device_rows: what earlier calls left of MLPs that stay on the host.
+        lossless: whether core neurons only draft, and the full model decides.
     """
 
     params: Params
@@ -80,6 +82,7 @@ class Request:
     past: Past | None
     counted: np.ndarray
     device_rows: DeviceRows = NOTHING
+    lossless: bool = False
 
     @property
     def rows(self) -> int:
@@ -95,6 +98,11 @@ class Request:
     def capacity(self) -> int:
         """Positions per row of its cache (S)."""
         return bucket(self.cached + int(self.prompts.lengths.max()) + self.max_new_tokens)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether decoding looks at the tokens of a row's text."""
+        return self.drawing.penalises or self.lossless
 
     def history(self, capacity: int) -> np.ndarray:
         """The whole prompts, int32 [B, `capacity`], with room for the new tokens."""
@@ -164,6 +172,7 @@ def checked_request(
     max_new_tokens: int,
     past: Past | None = None,
     device_rows: DeviceRows | None = None,
+    lossless: bool = False,
 ) -> Request:
     """The request of these parts, where the chooser can choose for it and there is memory for it.
 
@@ -177,7 +186,9 @@ def checked_request(
     counted = chooser.counted(prompts.tokens, prompts.lengths, past.read if past else 0, params.config)
     there = device_rows or (NOTHING if past is None else past.device_rows)
     there.check_alive()
-    request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted, there)
+    if lossless:
+        check_on_device(params, "lossless generation")
+    request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted, there, lossless)
     narrows = any(chooser.gathered(params, groups, request.rows)[0])
     check_memory(
         request.needed_bytes,

@@ -1,5 +1,6 @@
 """What a generation gives back: tokens, the core neurons behind them, and what it cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,41 @@ from coreinfer_jax.sparsity.neurons import CoreNeurons
 
 # What chose the rows' neurons; `mixed` where it differs between the rows of a batch.
 Ran = Method | Literal["mixed"]
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What came of the drafts of a lossless generation, so far.
+
+    Drafters are `core`, narrowed weights, and `lookup`, what followed the same n-gram earlier in the text.
+
+    Attributes:
+        tokens: new tokens of all rows, without the first of each.
+        single_passes: passes of the full model over one token per row, where no draft was worth a verification.
+        verifications: passes of the full model that verified drafts.
+        core_steps: passes of the narrowed weights.
+        reached: by drafter, at each place of a draft: how often the full model agreed with all drafted tokens before.
+        accepted: of these, how often it agreed with the drafted token too.
+        single_milliseconds: of one such pass, measured in the first few tokens; None where there were too few.
+        verify_milliseconds: of one pass that verifies.
+        core_step_milliseconds: of one pass of the narrowed weights; None too where no layer is narrowed.
+    """
+
+    tokens: int
+    single_passes: int
+    verifications: int
+    core_steps: int
+    reached: Mapping[str, tuple[int, ...]]
+    accepted: Mapping[str, tuple[int, ...]]
+    single_milliseconds: float | None
+    verify_milliseconds: float | None
+    core_step_milliseconds: float | None
+
+    @property
+    def accepted_per_draft(self) -> float:
+        """Drafted tokens that were accepted, per draft of a row that was verified; 0 without any."""
+        drafts = sum(places[0] for places in self.reached.values())
+        return sum(map(sum, self.accepted.values())) / max(1, drafts)
 
 
 @dataclass(frozen=True)
@@ -31,10 +67,12 @@ class Stats:
         selection_seconds: sums to indices and offsets.
         compaction_seconds: the gather of the narrowed weights, after the first token; 0 before it.
         decode_seconds: all decode steps so far.
-        decode_steps: passes of the narrowed model so far; each makes one token per unfinished row.
+        decode_steps: passes of the narrowed model so far; each makes one token per unfinished row. Lossless, passes of
+            the full model, which make one or more.
         bytes_read_per_token: weights and KV cache one decode step reads, with what pads widths on accelerators,
-            divided by the rows it serves.
+            divided by the rows it serves. Lossless, what all passes so far have read, divided by the tokens made.
         moved_bytes: of MLPs that stay on the host, what was moved to the device so far; 0 where all weights are there.
+        drafting: what came of drafts; None where the generation is not lossless, and before its second token.
     """
 
     method: Ran
@@ -50,6 +88,7 @@ class Stats:
     decode_steps: int
     bytes_read_per_token: float
     moved_bytes: int = 0
+    drafting: Drafting | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +96,8 @@ class Chunk:
     """Newly generated tokens.
 
     Attributes:
-        tokens: int32 [B, n]; a row that is complete holds the fill id.
-        lengths: int32 [B], how many of the n belong to each row.
+        tokens: int32 [B, n]; behind its own, a row holds the fill id.
+        lengths: int32 [B], how many of the n belong to each row. Lossless, rows make tokens at different speeds.
         core: the core neurons in use, None when dense.
         stats: costs up to and including this chunk.
         device_rows: of MLPs that stay on the host, what is on the device; the next chunk's, or a later call that is

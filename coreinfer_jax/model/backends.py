@@ -194,6 +194,20 @@ def width_multiple(weight: Array | jax.ShapeDtypeStruct) -> int:
     return 1 if platform == "cpu" else _ACCELERATOR_WIDTHS
 
 
+def draft_size(weight: Array, rows: int) -> int:
+    """How many tokens to draft for each of `rows` (B) rows of a batch, where `weight` lies.
+
+    A CPU verifies up to `_FEW_ROWS` tokens in little more time than one takes, and more of them at once cost much; a
+    draft of one token is the least. On accelerators a pass over few tokens takes as long as one over a single token.
+    """
+    if width_multiple(weight) > 1:
+        return _ACCELERATOR_DRAFT
+    return max(1, _FEW_ROWS // rows - 1)
+
+
+_ACCELERATOR_DRAFT = 7
+
+
 def one_pass(norm: Callable[[Array], Array], x: Array) -> Array:
     """norm(x) of x [B, T, ..., D], a norm over the last axis.
 
@@ -220,9 +234,11 @@ def write(past: Array, new: Array, positions: Array) -> Array:
     Dropping matters for padding only: `dynamic_update_slice` would shift a block that overhangs the end and
     overwrite tokens that are there already.
     """
+    widens = past.dtype.itemsize == 2 and _SCATTER_WIDENS
     if positions.shape[1] > 1:
-        return _scatter(past, new, positions)
-    elsewhere = _write_one_by_one if past.dtype.itemsize == 2 and _SCATTER_WIDENS else _scatter
+        few = positions.shape[1] <= _FEW_ROWS
+        return write_run(past, new, positions) if few and widens else _scatter(past, new, positions)
+    elsewhere = _write_one_by_one if widens else _scatter
     return lax.platform_dependent(past, new, positions, tpu=_write_as_it_lies, default=elsewhere)
 
 

@@ -1,0 +1,161 @@
+"""Lossless decoding from the host: measure what passes cost, then verify drafts, dispatch by dispatch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from coreinfer_jax.engine.dispatch import Dispatch, bytes_read_per_token
+from coreinfer_jax.engine.drafting import BEST, DRAFTERS
+from coreinfer_jax.engine.results import Drafting
+from coreinfer_jax.engine.rows import Rows
+from coreinfer_jax.engine.verification import Drafted, decode_drafted, nothing_drafted
+from coreinfer_jax.model.backends import draft_size
+from coreinfer_jax.model.weights import Params
+
+# The cost of what there is not.
+NEVER = 1e9
+# What a pass takes at least, as a share of the call that was timed: that of an idle call may have been disturbed.
+LEAST_SHARE = 0.1
+# How often each way is timed. The quickest counts: what else the machine does only adds.
+TURNS = 2
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What was measured of one pass over a token, one that verifies, and one that drafts with core neurons before.
+
+    None of them is known where the generation had ended before.
+    """
+
+    single: float | None = None
+    verify: float | None = None
+    core: float | None = None
+
+    def costs(self, size: int) -> Array:
+        """What `plan_next` takes, where `size` tokens are drafted."""
+        if self.single is None or self.verify is None:
+            return jnp.asarray([1.0, NEVER], jnp.float32)  # nothing follows that could be planned
+        step = NEVER if self.core is None else self.step(size) / self.single
+        return jnp.asarray([self.verify / self.single, step], jnp.float32)
+
+    def step(self, size: int) -> float:
+        """Of one step of narrowed weights, where `size` of them were made."""
+        assert self.core is not None, "measured"
+        assert self.verify is not None, "measured before"
+        return max(0.0, self.core - self.verify) / size
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The two models, and a state with the tokens that were made since it was last shown."""
+
+    params: Params
+    narrow: Params | None
+    size: int
+    state: Drafted
+    tokens: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_over(self) -> bool:
+        return bool(np.array(self.state.rows.done).all())
+
+    def on(self, tokens: int, costs: Array, forced: int) -> "_Run":
+        """Up to `tokens` more; the state of this one is used up."""
+        state, made, count = decode_drafted(
+            self.params, self.narrow, self.state, np.int32(tokens), costs, np.int32(forced), size=self.size
+        )
+        new = zip(self.tokens, np.array(made), np.array(count), strict=True)
+        return _Run(self.params, self.narrow, self.size, state, tuple((*old, *row[:n]) for old, row, n in new))
+
+
+def drafted(params: Params, narrow: Params | None, rows: Rows, tokens_per_dispatch: int) -> Iterator[Dispatch]:
+    """Dispatches of about so many tokens of the full model per row, until every row is done.
+
+    The first one measures: it makes a few tokens in each way that there is, one after the other.
+
+    Args:
+        params: dense weights.
+        narrow: the same narrowed to core neurons, or None to draft by prompt lookup alone.
+        rows: that hold their history.
+        tokens_per_dispatch: of the row that makes most; up to a draft's tokens more.
+    """
+    size = draft_size(params.token_embedding, rows.token.shape[0])
+    nothing = ((),) * rows.token.shape[0]
+    run = _Run(params.weights, narrow, size, nothing_drafted(rows, size), nothing)
+    run, seconds = _measured(run)
+    costs, made = seconds.costs(size), 0
+    while True:
+        made += sum(map(len, run.tokens))
+        yield _dispatch(run, seconds, made)
+        if run.is_over:
+            return
+        run = _Run(run.params, run.narrow, size, run.state, nothing).on(tokens_per_dispatch, costs, BEST)
+
+
+def _measured(run: _Run) -> tuple[_Run, Seconds]:
+    """The run after a few tokens, and what passes take, less what a call without any takes."""
+    idle = Seconds().costs(run.size)
+    run = run.on(0, idle, BEST)  # compiles
+    ways = {"empty": (0, BEST), "single": (1, 0), "verify": (1, 1)}
+    if run.narrow is not None:
+        ways["core"] = (1, 1 + run.size)
+    taken: dict[str, list[float]] = {}
+    # In turns, so that one disturbance does not spoil a way's every turn.
+    for name, (tokens, forced) in [*ways.items()] * TURNS:
+        if run.is_over:
+            break
+        run, seconds = _timed(run, tokens, idle, forced)
+        taken.setdefault(name, []).append(seconds)
+    quickest = {name: min(turns) for name, turns in taken.items()}
+    empty = quickest.pop("empty", 0.0)
+    return run, Seconds(**{name: max(own - empty, LEAST_SHARE * own) for name, own in quickest.items()})
+
+
+def _timed(run: _Run, tokens: int, costs: Array, forced: int) -> tuple[_Run, float]:
+    began = perf_counter()
+    run = run.on(tokens, costs, forced)
+    jax.block_until_ready(run.state)
+    return run, perf_counter() - began
+
+
+def _dispatch(run: _Run, seconds: Seconds, made: int) -> Dispatch:
+    """The run's tokens, with figures over all `made` so far."""
+    state, longest = run.state, max(map(len, run.tokens))
+    fill = np.array(state.rows.sampling.fill)[:, None]
+    tokens = np.repeat(fill, longest, axis=1)
+    for row, new in zip(tokens, run.tokens, strict=True):
+        row[: len(new)] = new
+    rows, passes = len(tokens), int(state.single) + int(state.verified)
+    read = passes * bytes_read_per_token(run.params, state.rows.cache)
+    if run.narrow is not None:
+        read += int(state.core_steps) * bytes_read_per_token(run.narrow, state.rows.cache)
+    lengths = np.array([len(new) for new in run.tokens], np.int32)
+    return Dispatch(state.rows, tokens, lengths, passes, read * rows / max(made, 1), _drafting(run, seconds, made))
+
+
+def _drafting(run: _Run, seconds: Seconds, made: int) -> Drafting:
+    state = run.state
+    by_place = zip(DRAFTERS, np.array(state.reached).tolist(), np.array(state.accepted).tolist(), strict=True)
+    reached, accepted = {}, {}
+    for name, said, agreed in by_place:
+        reached[name], accepted[name] = tuple(said), tuple(agreed)
+    return Drafting(
+        tokens=made,
+        single_passes=int(state.single),
+        verifications=int(state.verified),
+        core_steps=int(state.core_steps),
+        reached=reached,
+        accepted=accepted,
+        single_milliseconds=_milliseconds(seconds.single),
+        verify_milliseconds=_milliseconds(seconds.verify),
+        core_step_milliseconds=None if seconds.core is None else 1000 * seconds.step(run.size),
+    )
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000 * seconds

@@ -1,0 +1,232 @@
+"""The compiled program of lossless decoding: draft, let the full model read the drafts, keep what it agrees with.
+
+A drafted token is kept where the full model makes the same one. It makes them with the random numbers that it has for
+each place of a row, whoever drafted. So the tokens are those of plain decoding with the full model and the same key,
+also when they are drawn (drafter-invariant speculative decoding: Daliri et al. 2024, arXiv 2408.07978). Rejection
+sampling (Leviathan et al. 2023) would keep the distribution alone, and its tokens would depend on the drafts.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+from coreinfer_jax.engine.drafting import (
+    CORE,
+    DRAFTERS,
+    LOOKUP,
+    REMEMBERED,
+    Plan,
+    Trust,
+    draft_by_core,
+    look_up,
+    no_experience,
+    plan_next,
+    put_tokens,
+)
+from coreinfer_jax.engine.penalties import penalised
+from coreinfer_jax.engine.programs import DISPATCH
+from coreinfer_jax.engine.rows import Rows, with_token
+from coreinfer_jax.engine.sampling import draw
+from coreinfer_jax.model import extend, observe_nothing, unembed
+from coreinfer_jax.model.backends import DECODE_OPTIONS
+from coreinfer_jax.model.cache import KVCache
+from coreinfer_jax.model.weights import Params
+
+
+@struct.dataclass
+class Drafted:
+    """Rows whose drafts are verified, and what has come of the drafts; n tokens are drafted at most.
+
+    Attributes:
+        rows: in whose cache are the full model's keys and values; they hold their history.
+        trust: in the drafters.
+        single: int32 [], passes of the full model over one token per row.
+        verified: int32 [], passes that verified drafts.
+        core_steps: int32 [], steps of narrowed weights.
+        reached: int32 [2, n], by drafter and place: drafted tokens before which all were accepted.
+        accepted: int32 [2, n], those of them that were accepted too.
+    """
+
+    rows: Rows
+    trust: Trust
+    single: Array
+    verified: Array
+    core_steps: Array
+    reached: Array
+    accepted: Array
+
+
+def nothing_drafted(rows: Rows, size: int) -> Drafted:
+    """`rows` before any draft of `size` (n) tokens."""
+    by_place = np.zeros((len(DRAFTERS), size), np.int32)
+    # Arrays of their own: the state is donated.
+    counts = [jnp.asarray(count) for count in (0, 0, 0, by_place, by_place)]
+    return Drafted(rows, no_experience(rows.token.shape[0]), *counts)
+
+
+# The state is donated: each dispatch extends the cache in place.
+@partial(jax.jit, donate_argnames="state", static_argnames="size", compiler_options=DECODE_OPTIONS)
+def decode_drafted(
+    params: Params,
+    narrow: Params | None,
+    state: Drafted,
+    tokens: Array | np.integer,
+    costs: Array,
+    forced: Array | np.integer,
+    *,
+    size: int,
+) -> tuple[Drafted, Array, Array]:
+    """Draft and verify until some row has `tokens` new ones, at most 64, or every row is complete.
+
+    Args:
+        params: dense weights.
+        narrow: the same narrowed to core neurons, or None to draft by lookup alone.
+        state: of the rows.
+        tokens: int32 [].
+        costs: float32 [2], as `plan_next` takes them.
+        forced: int32 [], as `plan_next` takes it.
+        size: tokens drafted at most (n), as those of `state`.
+
+    Returns:
+        The state; the new tokens of each row, int32 [B, 64 + n], from the left; how many they are, int32 [B].
+    """
+    rows = state.rows.token.shape[0]
+    made = jnp.broadcast_to(state.rows.sampling.fill[:, None], (rows, DISPATCH + size))
+
+    def planned(loop: Progress) -> tuple[Plan, Array]:
+        return planned_next(loop.state, costs, forced, size)
+
+    def unfinished(loop: Progress) -> Array:
+        return (loop.count.max() < tokens) & ~loop.state.rows.done.all()
+
+    def read_one(loop: Progress) -> Progress:
+        plan, drafts = planned(loop)
+        return read_drafts(params, loop, plan, drafts[:, :0], jnp.zeros_like(loop.count))
+
+    def verify(loop: Progress) -> Progress:
+        plan, drafts = planned(loop)
+        rows, valid = loop.state.rows, jnp.where(plan.looks_up, size, 0)
+        if narrow is not None:
+            cache, by_core = draft_by_core(narrow, rows, plan.core_steps, size)
+            loop = replace(loop, state=replace(loop.state, rows=replace(rows, cache=cache)))
+            drafts = jnp.where(plan.looks_up[:, None], drafts, by_core)
+            valid = jnp.where(plan.looks_up, size, plan.core_steps)
+        return read_drafts(params, loop, plan, drafts, jnp.where(rows.done, 0, valid))
+
+    # Two loops in a loop: XLA's CPU code copies the whole cache for the branches of a conditional.
+    def go_on(loop: Progress) -> Progress:
+        loop = lax.while_loop(lambda loop: unfinished(loop) & ~planned(loop)[0].verifies, read_one, loop)
+        return lax.while_loop(lambda loop: unfinished(loop) & planned(loop)[0].verifies, verify, loop)
+
+    state = replace(state, rows=replace(state.rows, history=with_token(state.rows)))
+    loop = lax.while_loop(unfinished, go_on, Progress(state, made, jnp.zeros(rows, jnp.int32)))
+    return loop.state, loop.made, loop.count
+
+
+@struct.dataclass
+class Progress:
+    """A dispatch in progress: the state, the new tokens int32 [B, 64 + n], and how many they are, int32 [B]."""
+
+    state: Drafted
+    made: Array
+    count: Array
+
+
+def planned_next(state: Drafted, costs: Array, forced: Array | np.integer, size: int) -> tuple[Plan, Array]:
+    """What comes next, and what was looked up, int32 [B, n]."""
+    assert state.rows.history is not None, "rows that verify drafts hold their texts"
+    drafts, found = look_up(state.rows.history, state.rows.position, size)
+    return plan_next(state.trust, found, state.rows.done, costs, forced, size), drafts
+
+
+def read_drafts(params: Params, loop: Progress, plan: Plan, drafts: Array, valid: Array) -> Progress:
+    """`loop` after one pass of the full model over each row's token and its drafts [B, m], `valid` [B] of them."""
+    rows, m = loop.state.rows, drafts.shape[1]
+    cache, new, finite = _read(params, rows, drafts)
+    index = jnp.arange(m)[None, :]
+    agrees = (drafts == new[:, :m]) & (index < valid[:, None])
+    agreed = jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(axis=1)
+    kept = jnp.where(rows.done, 0, jnp.minimum(agreed, _ends_at(new, rows)) + 1)
+    after = _went_on(replace(rows, cache=cache), new, kept, finite)
+    reached, accepted = index < jnp.minimum(valid, kept)[:, None], index < jnp.minimum(agreed, kept)[:, None]
+    state = _counted(replace(loop.state, rows=after), plan, reached, accepted)
+    places = jnp.arange(m + 1)[None, :]
+    places = jnp.where(places < kept[:, None], loop.count[:, None] + places, loop.made.shape[1])
+    made = loop.made.at[jnp.arange(len(kept))[:, None], places].set(new, mode="drop")
+    return Progress(state, made, loop.count + kept)
+
+
+def _read(params: Params, rows: Rows, drafts: Array) -> tuple[KVCache, Array, Array]:
+    """What the full model makes after each row's token and after each of its drafts [B, m].
+
+    Its keys and values replace those that narrowed weights wrote for them.
+
+    Returns:
+        The cache; the tokens, int32 [B, m + 1]; whether their logits are finite, bool [B, m + 1].
+    """
+    assert rows.history is not None, "rows that verify drafts hold their texts"
+    tokens = jnp.concatenate([rows.token[:, None], drafts], axis=1)
+    hidden, cache, _ = extend(params, tokens, rows.cache, rows.position, observe_nothing)
+    logits = unembed(params, hidden)
+    history = put_tokens(rows.history, rows.position, tokens)
+    places = jnp.arange(tokens.shape[1])[None, :]
+    lowered = jax.vmap(penalised, (1, None, None, 1), 1)(
+        logits, rows.sampling, history, rows.position[:, None] + 1 + places
+    )
+    new = jax.vmap(draw, (1, None, 1), 1)(lowered, rows.sampling, rows.length[:, None] + places)
+    return cache, new, jnp.isfinite(logits).all(axis=-1)
+
+
+def _ends_at(new: Array, rows: Rows) -> Array:
+    """The first of tokens [B, m + 1] that completes its row, int32 [B]; m + 1 where none does."""
+    index = jnp.arange(new.shape[1])[None, :]
+    is_eos = jnp.take_along_axis(rows.sampling.is_eos, new, axis=1)
+    ends = is_eos | (rows.length[:, None] + index + 1 >= rows.sampling.budget[:, None])
+    return jnp.where(ends, index, new.shape[1]).min(axis=1)
+
+
+def _went_on(rows: Rows, new: Array, kept: Array, finite: Array) -> Rows:
+    """`rows` with the first `kept` [B] of tokens [B, m + 1]: what stands in slots beyond them is never seen."""
+    assert rows.history is not None, "rows that verify drafts hold their texts"
+    last = jnp.take_along_axis(new, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
+    over = _ends_at(new, rows) < kept
+    unread = jnp.arange(new.shape[1])[None, :] >= kept[:, None]
+    return replace(
+        rows,
+        token=jnp.where(rows.done, rows.sampling.fill, last),
+        position=rows.position + kept,
+        length=rows.length + kept,
+        done=rows.done | over,
+        finite=rows.finite & (finite | unread).all(axis=1),
+        # Of a complete row too: what stands behind its text is not looked at.
+        history=put_tokens(rows.history, rows.position + 1, new),
+    )
+
+
+def _counted(state: Drafted, plan: Plan, reached: Array, accepted: Array) -> Drafted:
+    """`state` with one more pass, whose drafts have `reached` and `accepted` bool [B, m] places."""
+    by_drafter = jax.nn.one_hot(jnp.where(plan.looks_up, LOOKUP, CORE), len(DRAFTERS), dtype=jnp.int32)
+
+    def fared(before: Array, places: Array) -> Array:
+        tokens = places.sum(axis=1, dtype=jnp.float32)[:, None]
+        return REMEMBERED * before + by_drafter.astype(jnp.float32) * tokens
+
+    def counted(before: Array, places: Array) -> Array:
+        added = jnp.einsum("Bd,Bm->dm", by_drafter, places.astype(jnp.int32))
+        return before.at[:, : places.shape[1]].add(added)
+
+    verifies = plan.verifies.astype(jnp.int32)
+    return replace(
+        state,
+        trust=Trust(fared(state.trust.reached, reached), fared(state.trust.accepted, accepted)),
+        single=state.single + 1 - verifies,
+        verified=state.verified + verifies,
+        core_steps=state.core_steps + plan.core_steps,
+        reached=counted(state.reached, reached),
+        accepted=counted(state.accepted, accepted),
+    )
