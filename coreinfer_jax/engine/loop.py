@@ -68,11 +68,12 @@ def run(request: Request, tokens_per_dispatch: int) -> Iterator[tuple[Chunk, Pas
     began = perf_counter()
     weights, there, moved = _narrowed(request, begun.chosen)
     stats = replace(stats, compaction_seconds=perf_counter() - began)
-    past.check_alive()
     past = replace(past, device_rows=there)
+    past.check_alive()
     moved += stats.moved_bytes
     if request.lossless:
-        narrow = None if core is None else weights
+        # The full model does not draft for itself.
+        narrow = None if core is None or all(own is None for own in core.layers) else weights
         dispatches = drafted(request.params, narrow, rows, tokens_per_dispatch)
     else:
         dispatches = undrafted(weights, rows, tokens_per_dispatch)
