@@ -72,7 +72,9 @@ def cap_allocator(size: int) -> None:
 
 def _nvidia_bytes() -> int | None:
     """The memory of the first NVIDIA GPU as its driver's tool tells it; JAX cannot be asked before it takes memory."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    command += ["-i", visible] if visible else []
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):

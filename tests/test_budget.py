@@ -15,7 +15,7 @@ import coreinfer_jax as ci
 from coreinfer_jax import device
 from coreinfer_jax.checks import parse_bytes
 from coreinfer_jax.cli import main
-from coreinfer_jax.engine import loop, streamed
+from coreinfer_jax.engine import dispatch, loop, streamed
 from coreinfer_jax.engine.budget import Plan, plan_request, temporary_bytes
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.io.mapping import leaf_shapes
@@ -47,7 +47,7 @@ class Watch:
         self.before = {id(array): array for array in jax.live_arrays() if id(array) not in self.own}
         self.most = dict.fromkeys(("prefill", "compaction", "decode"), 0)
         self.phase, self.temporaries = "prefill", 0
-        put, through, decode, narrowed = hosting.put, streamed.through_layer, loop.decode, loop._narrowed
+        put, through, decode, narrowed = hosting.put, streamed.through_layer, dispatch.decode, loop._narrowed
 
         def watched_put(mlp):
             made = put(mlp)
@@ -72,7 +72,7 @@ class Watch:
         monkeypatch.setattr(hosting, "put", watched_put)
         monkeypatch.setattr(streamed, "through_layer", watched_through)
         monkeypatch.setattr(loop, "_narrowed", watched_narrowed)
-        monkeypatch.setattr(loop, "decode", watched_decode)
+        monkeypatch.setattr(dispatch, "decode", watched_decode)
 
     def look(self, phase: str, temporaries: int) -> None:
         live = sum(array.nbytes for array in jax.live_arrays() if id(array) not in self.before)
@@ -159,6 +159,16 @@ def test_rows_stay_where_there_is_room_for_them(monkeypatch: pytest.MonkeyPatch)
     )
     assert tight.stats.moved_bytes == first.stats.moved_bytes
     np.testing.assert_array_equal(tight.tokens, first.tokens)
+
+
+def test_a_conversation_goes_on_within_a_tight_budget() -> None:
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    needed = plan_of(params, CORE).needed
+    *_, (chunk, first) = ci.converse(params, PROMPT[0], None, CORE, max_new_tokens=4, device_memory=needed)
+    longer = [*PROMPT[0], *chunk.tokens[0].tolist(), 5, 6]
+    *_, (again, _) = ci.converse(params, longer, first, CORE, max_new_tokens=4, device_memory=needed)
+    assert again.stats.decode_steps > 0
+    assert not first.past.is_alive
 
 
 def test_a_budget_is_of_models_on_the_host() -> None:

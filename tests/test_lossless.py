@@ -278,6 +278,12 @@ def test_other_prompts_and_settings_trace_nothing() -> None:
     assert messages == []
 
 
+def test_a_model_that_keeps_all_neurons_does_not_draft_for_itself() -> None:
+    out = ci.generate(random_model(OPT), PROMPTS, ci.CoreConfig(beta=1.0), max_new_tokens=8, lossless=True)
+    assert out.stats.drafting.core_steps == 0
+    assert out.stats.drafting.core_step_milliseconds is None
+
+
 def test_lossless_is_a_flag() -> None:
     with pytest.raises(ci.CoreInferError, match="lossless='yes': give True or False"):
         ci.generate(random_model(OPT), PROMPTS, lossless="yes")

@@ -148,7 +148,7 @@ def test_only_rows_that_are_not_there_are_moved(name: str, multiple: int, monkey
             for own, there in zip(core.layers, before or core.layers, strict=True)
         ]
         assert sum(missing) * row <= moved <= (sum(missing) + 3 * max(1, kept // 16)) * row + 3
-        earlier, before = rows_of(made, indices), core.layers
+        earlier, before = rows_of(on_host, made, indices), core.layers
     earlier.release(0)
     with pytest.raises(ci.CoreInferError, match="another call has gone on"):
         ci.generate(on_host, PROMPTS, ci.CoreConfig(), max_new_tokens=9, device_rows=earlier)
@@ -273,6 +273,17 @@ def test_weights_that_are_pinned_are_read_once(tmp_path: Path, monkeypatch: pyte
     assert {leaf.pinned.sharding.memory_kind for leaf in leaves} == {"pinned_host"}
     monkeypatch.setattr(HeldFile, "read", None)
     check_same(on_host, params, PROMPTS[:1], None)
+
+
+def test_rows_of_another_model_are_refused() -> None:
+    model, core = random_model(OPT), ci.CoreConfig(beta=0.3)
+    one, other = with_mlps_on_host(model), with_mlps_on_host(model)
+    rows = ci.generate(one, PROMPTS[:1], core, max_new_tokens=3).device_rows
+    for params in (other, model):
+        with pytest.raises(ci.CoreInferError, match="device_rows: are of another model"):
+            ci.generate(params, PROMPTS[:1], core, max_new_tokens=3, device_rows=rows)
+    with pytest.raises(ci.CoreInferError, match="device_rows='x': give the device_rows of an earlier Generation"):
+        ci.generate(one, PROMPTS[:1], core, max_new_tokens=3, device_rows="x")
 
 
 def test_what_needs_all_weights_says_so() -> None:

@@ -186,6 +186,8 @@ def device_memory(options: argparse.Namespace) -> int | None:
     """The bytes of `--device-memory`, beyond which JAX then takes none of a GPU; before anything else asks for one."""
     if options.device_memory is None:
         return None
+    if getattr(options, "lossless", False):
+        raise CoreInferError("--lossless: needs all weights on the device; leave out --device-memory")
     size = parse_bytes("--device-memory", options.device_memory)
     if options.device != "cpu":
         cap_allocator(size)

@@ -42,7 +42,8 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens
     parser.add_argument(
         "--lossless",
         action="store_true",
-        help="make the full model's own tokens: core neurons and earlier words only draft (docs/guides/lossless.md)",
+        help="make the full model's own tokens: core neurons and earlier words only draft (docs/guides/lossless.md); "
+        "not with --device-memory",
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
 

@@ -89,6 +89,7 @@ def converse(
     request = make_request(params, [ids], core, options, past)
     rope = params.config.rope
     if past is not None and rope is not None and rope.is_long(request.capacity) != rope.is_long(past.cache.capacity):
+        options["device_rows"] = request.device_rows  # those before may have been given back
         request = make_request(params, [ids], core, options, None)  # its keys were rotated for shorter texts
     return ((chunk, Conversation(params, ids, known, groups, after)) for chunk, after in run(request, STREAM_CHUNK))
 

@@ -74,9 +74,10 @@ def generate(
 def stream(
     params: Params, tokens: Tokens, core: Core | Recommended = "recommended", **options: Unpack[GenerateOptions]
 ) -> Iterator[Chunk]:
-    """The tokens of `generate` as they are made: the first alone, then up to 8 per chunk; lossless, a few more.
+    """The tokens of `generate` as they are made: the first alone, then up to 8 per chunk.
 
-    Arguments and errors are those of `generate`, raised at the call; leave the loop to stop early.
+    Lossless, a chunk may hold a few more, and the one that measures what drafts cost up to 34. Arguments and errors are
+    those of `generate`, raised at the call; leave the loop to stop early.
     """
     request = make_request(params, tokens, core, options)
     return (chunk for chunk, _ in run(request, STREAM_CHUNK))
@@ -118,4 +119,5 @@ def _planned(request: Request, budget: int) -> Request:
     if plan.has_room_for(request.device_rows.nbytes):
         return request
     request.device_rows.release(*request.device_rows.mlps)
-    return replace(request, device_rows=NOTHING)
+    past = None if request.past is None else replace(request.past, device_rows=NOTHING)
+    return replace(request, device_rows=NOTHING, past=past)

@@ -104,7 +104,7 @@ def _narrowed(request: Request, chosen: Chosen) -> tuple[Params, DeviceRows, int
         return chosen.weights(params), there, 0
     moved = moved_bytes(params, chosen.indices, there)
     weights = chosen.weights(params, there)
-    return weights, rows_of(weights, chosen.indices), moved
+    return weights, rows_of(params, weights, chosen.indices), moved
 
 
 def begin(request: Request) -> Begun:

@@ -19,7 +19,7 @@ from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.sparsity.choice import Choosing, Ranked, Seen, ToNarrow
 from coreinfer_jax.sparsity.groups import Groups
-from coreinfer_jax.sparsity.moving import NOTHING, DeviceRows
+from coreinfer_jax.sparsity.moving import NOTHING, DeviceRows, check_rows
 from coreinfer_jax.sparsity.narrow import multiple_of, narrowed_bytes, padded_width
 from coreinfer_jax.sparsity.rules import Observer
 
@@ -185,7 +185,7 @@ def checked_request(
     chooser.check(params, groups, len(prompts.lengths))
     counted = chooser.counted(prompts.tokens, prompts.lengths, past.read if past else 0, params.config)
     there = device_rows or (NOTHING if past is None else past.device_rows)
-    there.check_alive()
+    check_rows(there, params)
     if lossless:
         check_on_device(params, "lossless generation")
     request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted, there, lossless)

@@ -79,8 +79,6 @@ def extend_streamed(
 ) -> tuple[Array, KVCache, list[Any]]:
     """What `model.extend` makes of tokens, with each MLP moved to the device once.
 
-    A pass over several drafted tokens per row is one of these, as is one over the last token of each.
-
     Args:
         reading: what is read.
         cache: of the tokens before, with room for these; its memory is used again.

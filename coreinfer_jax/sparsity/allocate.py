@@ -20,7 +20,7 @@ ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 # In how many equal parts a layer's neurons are handed out.
 PARTS = 64
 # What each layer gets at least of the mean, whatever its gains, where it has linear neurons: below what these cost it
-# would have none. On SmolLM2-135M less was worse at low keep ratios, and more at high ones.
+# would have none. On SmolLM2-135M 0.5 was worse below a keep ratio of 0.6, and 0.85 above it.
 LEAST_BESIDE_LINEAR = 0.7
 # Without a calibration: the share of what beta leaves out that the first layer keeps all the same.
 FIRST_KEEPS = 0.6

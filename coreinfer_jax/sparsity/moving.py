@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.host import fetch, mlp_bytes, on_hand, one_ahead, put
 from coreinfer_jax.model.weights import Linear, Mlp, Params
 from coreinfer_jax.sparsity.calibration import explained_by
@@ -27,10 +27,12 @@ class DeviceRows:
     Attributes:
         mlps: by the layers' numbers.
         kept: ascending int32 [K], which neurons these have; None for all. Sets per row are not used again.
+        model: the first layer's up projection of the model that they are of, on the host; None where there are none.
     """
 
     mlps: Mapping[int, Mlp] = field(default_factory=dict)
     kept: Mapping[int, np.ndarray | None] = field(default_factory=dict)
+    model: Any = None
 
     @property
     def whole(self) -> dict[int, Mlp]:
@@ -64,11 +66,20 @@ class DeviceRows:
 NOTHING = DeviceRows()
 
 
-def rows_of(weights: Params, indices: Indices) -> DeviceRows:
-    """What `weights`, narrowed to `indices`, hold."""
+def check_rows(rows: object, params: Params) -> None:
+    """Refuse what are no rows on the device, or not those of this model, or what another call has used up."""
+    if not isinstance(rows, DeviceRows):
+        raise CoreInferError(f"device_rows={shown(rows)}: give the device_rows of an earlier Generation, or None")
+    if rows.mlps and rows.model is not params.layers[0].mlp.up.weight:
+        raise CoreInferError("device_rows: are of another model; give those of this one, or None")
+    rows.check_alive()
+
+
+def rows_of(params: Params, weights: Params, indices: Indices) -> DeviceRows:
+    """What `weights`, `params` narrowed to `indices`, hold."""
     kept = {l: None if own is None else np.asarray(own) for l, own in enumerate(indices)}
     reused = {l: own for l, own in kept.items() if own is None or own.ndim == 1}
-    return DeviceRows({l: weights.layers[l].mlp for l in reused}, reused)
+    return DeviceRows({l: weights.layers[l].mlp for l in reused}, reused, params.layers[0].mlp.up.weight)
 
 
 def narrow_from_host(

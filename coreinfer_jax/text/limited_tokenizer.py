@@ -100,14 +100,21 @@ class LimitedTokenizer:
         Raises:
             CoreInferError: what the tokenizer refuses, or that the process has met its limits.
         """
-        told = json.loads(self._line(seconds, question) or '{"error": ""}')
-        if "error" not in told:
-            return told["value"]
-        allowed = f"{tokenizer_process.SECONDS} s or {tokenizer_process.BYTES >> 20} MiB"
-        raise CoreInferError(
-            told["error"]
-            or f"{self._directory}: its tokenizer takes more than {allowed} for a text; give another text, or take "
-            "another model"
+        line = self._line(seconds, question)
+        if not line:
+            self._end()  # now, so that the next question starts another
+            raise CoreInferError(self._no_answer("to open" if not question else "for a text"))
+        told = json.loads(line)
+        if "error" in told:
+            raise CoreInferError(told["error"])
+        return told["value"]
+
+    def _no_answer(self, asked: str) -> str:
+        seconds = tokenizer_process.SECONDS_TO_OPEN if asked == "to open" else tokenizer_process.SECONDS
+        allowed = f"{seconds} s or {tokenizer_process.BYTES >> 20} MiB"
+        return (
+            f"{self._directory}: its tokenizer takes more than {allowed} {asked}, or ended by itself; give another "
+            "text, or take another model"
         )
 
     def _line(self, seconds: float, question: str) -> str:

@@ -48,6 +48,10 @@ def _told(ask: Callable[[], Any], seconds: int = SECONDS) -> str:
         value = ask()
     except CoreInferError as error:
         return json.dumps({"error": str(error)})
+    except MemoryError:
+        raise  # a limit that is met ends the process
+    except Exception as error:  # libraries fail in as many ways as files are odd
+        return json.dumps({"error": f"{sys.argv[1]}: its tokenizer fails: {type(error).__name__}: {error}"})
     if isinstance(value, list | str) and len(value) > MOST_ANSWERED:
         return json.dumps({"error": f"{sys.argv[1]}: its tokenizer makes {len(value)} parts of a text; take another"})
     return json.dumps({"value": value})
