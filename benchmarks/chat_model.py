@@ -65,7 +65,7 @@ DRAWN: dict[str, tuple[str, str, str]] = {
 PROMPT, OTHER_PROMPTS, OF_KIND = 128, (32, 512), "encyclopedia"
 NEWS, SWITCHED = "news and dialogue", "news and dialogue, topic switched"
 TEXTS = Texts(continuation=64, texts=10)
-OWN, OWN_TEXTS = "own answers", 40
+OWN = "own answers"
 # What GRIFFIN's prior is summed up over: tokens of a text, and of all.
 PRIOR_LENGTH, PRIOR_TOKENS = 384, 8192
 # What it is asked, and how many of its answers' tokens are shown.
@@ -123,7 +123,7 @@ def _excerpts(params: Params, tokenizer: Tokenizer, kinds: Mapping[str, Document
         return SWITCHED if switched else kind, excerpts
 
     # The same half of the package's prompts that a calibration only judges by.
-    yield OWN, judged_answers(params, tokenizer, replace(TEXTS, texts=OWN_TEXTS))
+    yield OWN, judged_answers(params, tokenizer, TEXTS)
     yield from (of(kind, PROMPT) for kind in kinds)
     yield of(NEWS, PROMPT, switched=True)
     yield from (of(OF_KIND, length) for length in OTHER_PROMPTS)

@@ -33,9 +33,8 @@ def table() -> str:
     rows.append(_row("all", total | most | {"failed": sum(line["failed"] for line in lines)}))
     minutes = sum(line["seconds"] for line in lines) / 60
     told = (
-        f"Seed {lines[0]['seed']}, {minutes:.0f} minutes. {total['not_run']} more tokenizers and templates were known "
-        "for such as may have no end, and not run; one in forty such is run, in a process with limits, and counts "
-        "above. "
+        f"Seed {lines[0]['seed']}, {minutes:.0f} minutes. {total['not_run']} more tokenizers and templates may have no "
+        "end. Each would use up its seconds in a process with limits, so that only one in forty of them was tried. "
     )
     revisions = ", ".join(dict.fromkeys(line["git_revision"] for line in lines))
     return "\n".join([markdown(rows), "", told + made_on(lines[0] | {"git_revision": revisions})])
