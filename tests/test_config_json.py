@@ -650,7 +650,7 @@ STATED_TWICE = {
     **{
         f"{family} windows": (
             *(family, TYPES | {"use_sliding_window": True, "sliding_window": 64}),
-            *({"max_window_layers": 31}, {"max_window_layers": 28}),
+            *({"max_window_layers": 31}, {"max_window_layers": 30}),
         )
         for family in ("qwen2", "qwen3")
     },

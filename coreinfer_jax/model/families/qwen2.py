@@ -25,6 +25,9 @@ from coreinfer_jax.model.rotary_tables import (
     rotary_gguf,
 )
 
+# What transformers writes where nobody has said otherwise, also beside `layer_types`: there it says nothing.
+USUAL_FIRST_WINDOW = 28
+
 PROJECTIONS = ("attention.query", "attention.key", "attention.value")
 
 
@@ -50,7 +53,7 @@ WINDOWS = ConfigFields(
 
 def _other_types(fields: Fields) -> list[str]:
     """Whether `layer_types` and `max_window_layers`, in which nothing else is wrong, give windows to other layers."""
-    if "layer_types" not in fields or "max_window_layers" not in fields:
+    if "layer_types" not in fields or fields.get("max_window_layers", USUAL_FIRST_WINDOW) == USUAL_FIRST_WINDOW:
         return []
     by_number = {name: value for name, value in fields.items() if name != "layer_types"}
     if read_windows(fields) == read_windows(by_number):
@@ -65,7 +68,7 @@ def _window(fields: Fields) -> int | None:
 
 def read_windows(fields: Fields) -> tuple[int | None, ...]:
     """The windows of all layers. Without `layer_types`, those from `max_window_layers` on have one."""
-    L, first = fields["num_hidden_layers"], fields.get("max_window_layers", 28)
+    L, first = fields["num_hidden_layers"], fields.get("max_window_layers", USUAL_FIRST_WINDOW)
     types = fields.get("layer_types", [FULL if l < first else SLIDING for l in range(L)])
     return windows_of(types, _window(fields))
 
