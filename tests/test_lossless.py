@@ -209,7 +209,7 @@ def test_drawn_tokens_have_the_full_models_distribution() -> None:
         fates += [np.array(counted)[CORE, 0] for counted in (state.reached, state.accepted)]
     assert 0.1 < fates[1] / fates[0] < 0.9  # drafts of both fates
     texts = [[3, 4, a, b, 0] for a in range(V) for b in range(V)]
-    logits = np.asarray(ci.forward(params, texts)[:, 1:4]) / temperature
+    logits = np.asarray(ci.forward(params, texts)[:, 1:4], np.float64) / temperature
     chances = np.exp(logits - logits.max(axis=-1, keepdims=True))
     chances /= chances.sum(axis=-1, keepdims=True)
     a, b = np.divmod(np.arange(V * V), V)
