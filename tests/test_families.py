@@ -186,7 +186,14 @@ def only(kept: np.ndarray):
     return hook
 
 
-@pytest.mark.parametrize(("family", "chooser"), choices(every=3))
+# All ways of choosing are tried on the stand-ins of tests/test_on_host.py.
+IN_TURN = [
+    pytest.param(family, tuple(CHOOSERS)[-i % len(CHOOSERS)], marks=[] if i % 3 == 0 else [pytest.mark.slow])
+    for i, family in enumerate(CHOSEN)
+]
+
+
+@pytest.mark.parametrize(("family", "chooser"), IN_TURN)
 def test_mlps_that_stay_on_the_host_change_nothing(family: str, chooser: str) -> None:
     params, core, tokens = pair(family)[1], CHOOSERS[chooser], prompt(23)
     on_host = with_mlps_on_host(params)
