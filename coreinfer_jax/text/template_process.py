@@ -6,6 +6,7 @@ Reads a JSON object from standard input and writes another to standard output: `
 import json
 import resource
 import sys
+from typing import Any
 
 # Of the processor; of memory, the libraries' included; of what is rendered.
 SECONDS, BYTES, CHARACTERS = 5, 1 << 30, 1 << 24
@@ -15,7 +16,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 def main() -> None:
     """Render what standard input asks for."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # templates need none, and importing it takes seconds
+    modules: dict[str, Any] = sys.modules
+    modules["torch"] = None  # templates need none, and importing it takes seconds
     from transformers import PreTrainedTokenizerBase
 
     asked = json.load(sys.stdin)

@@ -19,7 +19,8 @@ SECONDS_TO_OPEN, SECONDS, BYTES, MOST_ANSWERED = 30, 5, 1 << 30, 1 << 24
 
 def main() -> None:
     """Answer until standard input ends."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # tokenizers need none, and importing it takes seconds
+    modules: dict[str, Any] = sys.modules
+    modules["torch"] = None  # tokenizers need none, and importing it takes seconds
     sys.path.append(str(Path(__file__).parents[2]))  # the package that has started this
     from coreinfer_jax.text.with_transformers import TransformersTokenizer
 
