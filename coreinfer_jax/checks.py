@@ -63,7 +63,11 @@ def parse_bytes(name: str, value: object) -> int:
     Raises:
         CoreInferError: none of these, or nothing.
     """
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(value)) if not isinstance(value, bool) else None
+    found = (
+        re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(value))
+        if not isinstance(value, bool)
+        else None
+    )
     unit = None if found is None else _UNITS.get(found[2].lower())
     size = 0 if found is None or unit is None else int(float(found[1]) * unit)
     if size < 1:
