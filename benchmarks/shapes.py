@@ -63,6 +63,9 @@ SHAPES: dict[str, Fields] = {
         rope_theta=500000.0,
         rope_scaling=_LLAMA_31_ROPE,
     ),
+    "smollm2-135m": _llama(
+        576, 1536, 30, 9, 3, 49152, max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True
+    ),
 }
 
 # Values repeat after this many: as good as any for speed, and quick to make.
