@@ -106,6 +106,7 @@ def test_shapes_are_the_published_ones():
         "llama-2-7b": 6_738_415_616,
         "llama-2-70b": 68_976_648_192,
         "llama-3.1-8b": 8_030_261_248,
+        "smollm2-135m": 134_515_008,
     }
     for model, count in parameters.items():
         leaves = shapes.named_leaves(abstract_params(shape_config(SHAPES[model]), jnp.dtype("bfloat16")))

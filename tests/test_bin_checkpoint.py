@@ -51,6 +51,13 @@ def test_tensors_that_share_memory(tmp_path):
     assert_leaves(ci.load(hub, "float32")[0], weights(OPT))
 
 
+def test_bin_of_another_pickle_protocol(tmp_path):
+    """PyTorch warns of it, though it reads it."""
+    save = partial(torch.save, pickle_protocol=3)
+    hub = write_bin(tmp_path / "hub", OPT, torch_tensors(hub_tensors(OPT)), save=save)
+    assert_leaves(ci.load(hub, "float32")[0], weights(OPT))
+
+
 def test_safetensors_go_first(tmp_path):
     hub = write_hub(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
     (hub / "pytorch_model.bin").write_bytes(b"never opened")

@@ -1,6 +1,7 @@
 """Reading the tensors of a checkpoint one at a time: safetensors, PyTorch's `.bin`, sharded or not."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -147,18 +148,26 @@ def _load_bin(held: HeldFile) -> Mapping[str, Any]:
             f"{file}: reading .bin needs PyTorch; pip install 'coreinfer_jax[torch]', or use a safetensors checkpoint"
         ) from error
     try:
-        try:
-            state = torch.load(held.handle, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
-            state = torch.load(held.handle, map_location="cpu", weights_only=True)
+        # PyTorch warns of unusual versions of pickle, whether or not it can read them.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            state = _load_state(held)
     except Exception as error:  # damaged files make PyTorch raise all kinds, AssertionError and struct.error too
         raise _no_state_dict(file, error) from error
     if not isinstance(state, Mapping):
         raise CoreInferError(f"{file}: holds a {type(state).__name__}, not a state dict")
     return state
+
+
+def _load_state(held: HeldFile) -> Any:
+    import torch
+
+    try:
+        return torch.load(held.handle, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
+        return torch.load(held.handle, map_location="cpu", weights_only=True)
 
 
 def _no_state_dict(file: Path, error: Exception) -> CoreInferError:
