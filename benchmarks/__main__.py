@@ -19,6 +19,7 @@ from benchmarks import (
     keep_ratio,
     kernels,
     linear_neurons,
+    long_prompts,
     lossless,
     prediction,
     profile,
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(required=True, metavar="NAME")
     _add(commands, "decode", "decoding side by side with other libraries", _decode, _add_decode_options)
+    _add(commands, "long-prompts", "time to the first token beside transformers", lambda _: long_prompts.measure())
     _add(commands, "sweep", "cost against one thing that grows", _sweep, _add_sweep_options)
     _add(commands, "profile", "where the time of a decode step goes", _profile, _add_profile_options)
     _add(commands, "kernels", "forms of one row times a weight", _kernels, _add_kernels_options)

@@ -18,6 +18,7 @@ from benchmarks import (
     gpu_aims,
     kernels,
     linear_neurons,
+    long_prompts,
     model_card,
     performance,
     quality_page,
@@ -59,6 +60,7 @@ def current() -> dict[Path, str]:
             "gpu aims": gpu_aims.section,
             "compile": compiled.table,
             "kernels": kernels.table,
+            "long prompts": long_prompts.table,
         },
         quality_page.PAGE: {
             **quality_page.sections(),
