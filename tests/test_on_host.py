@@ -109,7 +109,7 @@ def test_a_pass_over_several_tokens_moves_each_mlp_once() -> None:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_conversations_go_on_and_use_rows_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_conversations_go_on_and_use_rows_again() -> None:
     params = random_model(OPT)
     on_host, past, before = with_mlps_on_host(params), None, None
     tokens: list[int] = []
@@ -125,7 +125,6 @@ def test_conversations_go_on_and_use_rows_again(capsys: pytest.CaptureFixture[st
         tokens += reply
         moved, before = last.stats.moved_bytes, before or last.stats.moved_bytes
     assert moved < before
-    assert capsys.readouterr().err.count("on the device") == 1  # the plan of the first turn
 
 
 @pytest.mark.parametrize(("name", "multiple"), [("opt", 1), ("llama", 1), ("opt", 20)])

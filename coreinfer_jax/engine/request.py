@@ -96,8 +96,13 @@ class Request:
 
     @property
     def capacity(self) -> int:
-        """Positions per row of its cache (S)."""
+        """Positions per row that its cache needs."""
         return bucket(self.cached + int(self.prompts.lengths.max()) + self.max_new_tokens)
+
+    @property
+    def positions(self) -> int:
+        """Positions per row of its cache (S): those that it needs, or those of its past's where that has more."""
+        return max(self.capacity, 0 if self.past is None else self.past.cache.capacity)
 
     @property
     def looks_back(self) -> bool:
@@ -137,8 +142,7 @@ class Request:
     @property
     def filled(self) -> int:
         """Positions that its prefill attends to, at least all that are filled then."""
-        had = 0 if self.past is None else self.past.cache.capacity
-        return min(max(self.capacity, had), bucket(self.cached + self.prompts.tokens.shape[1]))
+        return min(self.positions, bucket(self.cached + self.prompts.tokens.shape[1]))
 
     @cached_property
     def gathered(self) -> tuple[tuple[int, ...], int]:
