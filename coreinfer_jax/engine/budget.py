@@ -1,7 +1,9 @@
 """The memory of a call whose MLPs stay on the host, laid out before it begins: what is on the device, and what moves.
 
 Arrays are counted from their shapes. What programs need besides is what the compiler says of them
-(`memory_analysis`), of the very programs that the call runs; for small steps between them there are bounds.
+(`memory_analysis`), of the very programs that the call runs; for small steps between them there are bounds. A later
+turn of a conversation is planned with what the turns before have left: their cache, where that is the larger one, and
+one array of it beside its successor where it is outgrown.
 """
 
 from dataclasses import dataclass, replace
@@ -26,10 +28,11 @@ from coreinfer_jax.sparsity.choice import AllNeurons, Chooser, ToNarrow
 from coreinfer_jax.sparsity.narrow import narrowed_shapes
 from coreinfer_jax.sparsity.stability import CoreConfig
 
+# Of a call, in this order: the full model reads the prompts; chosen neurons are gathered and moved; tokens are made.
 PHASES = ("prefill", "compaction", "decode")
 # Parts that are of any call's prefill, whatever it is asked for.
 _OF_ANY_CALL = ("embeddings", "attention and norms", "calibration", "two MLPs on their way")
-# Keep ratios that are tried for the largest that fits.
+# The largest keep ratio that fits is looked for in steps of one hundredth.
 RATIOS = 100
 
 
@@ -78,7 +81,11 @@ class Plan:
         return max(map(self.phase_bytes, PHASES))
 
     def has_room_for(self, rows: int) -> bool:
-        """Whether `rows` bytes of an earlier prompt's neurons may stay until they are used again."""
+        """Whether `rows` bytes of an earlier prompt's neurons may stay until they are used again.
+
+        They stand beside the whole prefill. Then they make room layer by layer, so that only what they have more than
+        the new ones is there besides. Where every token moves all MLPs they are of no use.
+        """
         more = max(0, rows - self.per_set)
         fits = max(self.phase_bytes("prefill") + rows, self.phase_bytes("compaction") + more) <= self.budget
         return fits and not self.per_token
@@ -134,7 +141,8 @@ def plan_request(request: Request, budget: int) -> Plan:
     params, narrowing = shapes_on_host(request.params), request.to_narrow
     weights = _narrowed(params, narrowing)
     kept_dense = [l for l, kept in enumerate(narrowing.kept) if kept is None]
-    streams = len(kept_dense) == len(narrowing.kept)  # then nothing is kept of it: every step moves all
+    # Where no layer is narrowed no MLP stays on the device: every step moves all.
+    streams = len(kept_dense) == len(narrowing.kept)
     prefill = _prefill_of(request, params)
     whole = [mlp_bytes(layer.mlp) for layer in params.layers]
     narrowed = [0 if l in kept_dense else mlp_bytes(layer.mlp) for l, layer in enumerate(weights.layers)]
@@ -182,7 +190,10 @@ def check_plan(request: Request, plan: Plan) -> None:
 
 
 def _remedy(request: Request, plan: Plan) -> str:
-    """What to ask for instead of a larger budget: nothing that would not help."""
+    """What to ask for instead of a larger budget: nothing that would not help.
+
+    Every prefill moves whole MLPs, so that core neurons, and fewer of them, help only where a later phase is too large.
+    """
     shorter = "ask for fewer rows or tokens"
     if sum(part.nbytes for part in plan.parts if "prefill" in part.phases and part.name in _OF_ANY_CALL) > plan.budget:
         wide = request.params.dtype.itemsize > 2
@@ -225,7 +236,7 @@ def _ratios(chooser: Chooser, request: Request) -> dict[str, float]:
 
 
 def _least_of_compaction(params: Params, narrowing: ToNarrow) -> int:
-    """Bytes of all MLPs that a request decodes with, and of its largest gather."""
+    """Bytes of all MLPs that a request decodes with, and of its largest gather: what compaction needs at least."""
     layers = [mlp_bytes(layer.mlp) for layer in _narrowed(params, narrowing).layers]
     gathered = [size for size, kept in zip(layers, narrowing.kept, strict=True) if kept is not None]
     return sum(layers) + 2 * max(gathered, default=0)
@@ -295,7 +306,7 @@ def _prefill_of(request: Request, params: Params) -> _Prefill:
     sampling = make_sampling(config, request.rows, request.drawing, request.max_new_tokens)
     last = (rest, x, ints, ints, cache, sampling, history)
     rows, logits = first_token.eval_shape(*last)
-    # By then no MLP is on its way.
+    # By then no MLP is on its way: the two that the phase counts make room for as many bytes of temporaries.
     drawing = temporary_bytes(first_token, *last) - 2 * mlp_bytes(params.layers[0].mlp)
     return _Prefill(
         rows=rows,
@@ -349,7 +360,7 @@ def _own(observer: Any) -> Any:
 
 
 def _step_temporaries(params: Params, weights: Params, rows: Rows, streams: bool) -> int:
-    """Bytes that a decode step needs besides weights and rows."""
+    """Bytes that a decode step needs besides weights and rows; one that `streams` goes through a program per layer."""
     if not streams:
         return temporary_bytes(decode, weights, rows, _shape((), jnp.int32))
     rest, B = without_layers(params), rows.token.shape[0]
