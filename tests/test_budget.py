@@ -6,6 +6,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +16,18 @@ import pytest
 import coreinfer_jax as ci
 from coreinfer_jax import device
 from coreinfer_jax.checks import parse_bytes
+from coreinfer_jax.cli import arguments as cli_arguments
 from coreinfer_jax.cli import main
 from coreinfer_jax.engine import dispatch, loop, streamed
-from coreinfer_jax.engine.budget import Plan, plan_request, temporary_bytes
+from coreinfer_jax.engine.budget import Part, Plan, check_plan, plan_request, temporary_bytes
 from coreinfer_jax.engine.generation import make_request
+from coreinfer_jax.engine.request import Past, Request
+from coreinfer_jax.io import loading
 from coreinfer_jax.io.mapping import leaf_shapes
 from coreinfer_jax.io.native import write_native
+from coreinfer_jax.model import cache
 from coreinfer_jax.model import host as hosting
+from coreinfer_jax.model.cache import bucket
 from coreinfer_jax.model.weights import named_leaves
 from tests.stand_ins import write_shallow
 from tests.support import LLAMA, OPT, random_model, with_mlps_on_host
@@ -39,11 +46,12 @@ def plan_of(params: ci.Params, core: object, budget: int = 2**30, **settings: ob
 class Watch:
     """The largest number of bytes on the device in each phase of a call: arrays, and programs' temporaries."""
 
-    def __init__(self, params: ci.Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, params: ci.Params, monkeypatch: pytest.MonkeyPatch, past: Past | None = None) -> None:
         gc.collect()
         leaves = [leaf for _, leaf in named_leaves(params) if isinstance(leaf, jax.Array)]
         calibration = jax.tree.leaves(params.calibration)
-        self.own = {id(leaf) for leaf in [*leaves, *calibration]}
+        read = [] if past is None else jax.tree.leaves((past.cache, past.sums))
+        self.own = {id(leaf) for leaf in [*leaves, *calibration, *read]}
         self.before = {id(array): array for array in jax.live_arrays() if id(array) not in self.own}
         self.most = dict.fromkeys(("prefill", "compaction", "decode"), 0)
         self.phase, self.temporaries = "prefill", 0
@@ -135,8 +143,57 @@ def test_what_cannot_work_is_refused_with_what_would(capsys: pytest.CaptureFixtu
         ci.generate(params, PROMPT, ci.CoreConfig(beta=fitting), max_new_tokens=12, device_memory=most)
     assert plan_of(params, ci.CoreConfig(beta=ratio + 0.01)).needed > budget
     assert "narrowed MLPs" in capsys.readouterr().err
-    with pytest.raises(ci.CoreInferError, match="no keep ratio fits"):
+    with pytest.raises(ci.CoreInferError, match="take a smaller model or a 16-bit dtype"):
         ci.generate(params, PROMPT, wide, max_new_tokens=12, device_memory="100KiB")
+
+
+@pytest.mark.parametrize("core", [None, ci.CoreConfig(beta=1.0), ci.CoreConfig(beta=0.2)], ids=["dense", "all", "few"])
+def test_no_keep_ratio_is_named_where_the_prefill_does_not_fit(core: object) -> None:
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    request = make_request(params, PROMPT, core, {"max_new_tokens": 12})
+    plan = plan_request(request, 1)
+    told = refusal_of(request, replace(plan, budget=plan.phase_bytes("prefill") - 1))
+    assert told.endswith("or ask for fewer rows or tokens, as the prefill moves whole MLPs, whatever is kept")
+
+
+def refusal_of(request: Request, plan: Plan) -> str:
+    with pytest.raises(ci.CoreInferError) as refused:
+        check_plan(request, plan)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("core", [None, ci.CoreConfig(beta=1.0)], ids=["dense", "all"])
+def test_steps_that_move_too_much_are_told_of_core_neurons(core: object) -> None:
+    """No model that is read here has such steps: what they need besides is made up."""
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    request, budget = make_request(params, PROMPT, core, {"max_new_tokens": 12}), plan_of(params, CORE).needed
+    plan = plan_request(request, budget)
+    told = refusal_of(request, replace(plan, parts=(*plan.parts, Part("made up", budget, ("decode",)))))
+    named = "choose core neurons" if core is None else "keep less"
+    ratio = float(re.search(f"{named}, beta=([\\d.]+) fits", told)[1])
+    assert (
+        plan_of(params, ci.CoreConfig(beta=ratio)).needed
+        <= budget
+        < plan_of(params, ci.CoreConfig(beta=ratio + 0.01)).needed
+    )
+
+
+def test_all_ratios_that_are_too_large_are_named() -> None:
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    tight = plan_of(params, ci.Auto(beta=0.45)).needed
+    groups: Any = SimpleNamespace(narrowed=(), clusters=SimpleNamespace(layer=0))  # all that a plan asks of groups
+    for beta, gamma, named in ((0.9, 0.8, {"beta", "gamma"}), (0.9, 0.1, {"beta"}), (0.1, 0.9, {"gamma"})):
+        core = ci.Auto(beta=beta, gamma=gamma)
+        request = replace(make_request(params, PROMPT, ci.Auto(), {"max_new_tokens": 12}), chooser=core, groups=groups)
+        told = refusal_of(request, plan_request(request, tight))
+        lower = {name: float(ratio) for name, ratio in re.findall(r"(beta|gamma)=([\d.]+)", told)}
+        assert set(lower) == named
+        fitting = replace(request, chooser=replace(core, **lower))
+        assert plan_request(fitting, tight).needed <= tight
+        ratio = max(lower.values())
+        assert ratio > 0.4
+        more = replace(request, chooser=replace(core, **dict.fromkeys(lower, ratio + 0.01)))
+        assert plan_request(more, tight).needed > tight
 
 
 def test_more_tokens_than_a_budget_has_room_for_are_refused() -> None:
@@ -159,6 +216,42 @@ def test_rows_stay_where_there_is_room_for_them(monkeypatch: pytest.MonkeyPatch)
     )
     assert tight.stats.moved_bytes == first.stats.moved_bytes
     np.testing.assert_array_equal(tight.tokens, first.tokens)
+
+
+@pytest.mark.parametrize(("before", "new"), [(12, 60), (80, 4)], ids=["outgrown", "larger"])
+def test_a_later_turn_is_planned_with_the_cache_that_it_finds(
+    before: int, new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    chunk, first = next(iter(ci.converse(params, PROMPT[0], None, CORE, max_new_tokens=before)))
+    longer = [*PROMPT[0], *chunk.tokens[0].tolist(), 5, 6]
+    assert (first.past.cache.capacity, bucket(len(longer) + new)) == ((64, 128) if before < new else (128, 64))
+    plan = plan_request(make_request(params, [longer], CORE, {"max_new_tokens": new}, first.past), 2**30)
+    watch = Watch(params, monkeypatch, first.past)
+    *_, (_, last) = ci.converse(params, longer, first, CORE, max_new_tokens=new)
+    assert last.past.cache.capacity == 128
+    assert all(array.is_deleted() for array in first.past.cache.keys)
+    for phase in ("prefill", "decode"):
+        assert watch.most[phase] == pytest.approx(plan.phase_bytes(phase), rel=0.01)
+
+
+def test_an_outgrown_cache_goes_as_its_successor_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    before = cache.init_cache(params.config, 1, 64, params.dtype)
+    grown, seen = cache._grown, []
+
+    def watched(array, capacity):
+        made = grown(array, capacity)
+        seen.append(sum(one.nbytes for one in jax.live_arrays() if one.ndim == 4) - others)
+        return made
+
+    others = sum(one.nbytes for one in jax.live_arrays() if one.ndim == 4) - sum(
+        a.nbytes for a in jax.tree.leaves(before)
+    )
+    monkeypatch.setattr(cache, "_grown", watched)
+    after = cache.with_capacity(before, 128)
+    one = after.keys[0].nbytes
+    assert max(seen) == 2 * len(after.keys) * one + one // 2
 
 
 def test_a_conversation_goes_on_within_a_tight_budget() -> None:
@@ -205,6 +298,57 @@ def test_the_command_plans_before_it_loads(tmp_path: Path, capsys: pytest.Captur
     streamed_too = capsys.readouterr()
     assert streamed_too.out == text
     assert streamed_too.err.startswith("on the device")
+
+
+def test_a_planned_command_says_what_it_says_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_shallow("opt", tmp_path)
+    (model / "generation_config.json").write_text('{"do_sample": true, "typical_p": 0.9, "eos_token_id": 2}')
+    loaded, load_tokenizer = [], loading.load_tokenizer
+    monkeypatch.setattr(loading, "load_tokenizer", lambda path: loaded.append(path) or load_tokenizer(path))
+    once = ["generate", "Once upon a time", "--model", str(model), "--beta", "0.4", "--max-new-tokens", "8"]
+    said = []
+    for options in ([], ["--device-memory", "64MiB"]):
+        assert main([*once, *options]) == 0
+        said.append(capsys.readouterr().err.splitlines())
+    plan = [line for line in said[1] if not line.startswith("[")]
+    assert len(said[1]) == len(said[0]) + len(plan)
+    assert [line.partition("; prefill")[0] for line in said[1] if line.startswith("[")] == [
+        line.partition("; prefill")[0] for line in said[0]
+    ]
+    assert sum("not honoured" in line for line in said[1]) == 1
+    assert len(loaded) == 2  # once per command
+
+
+def test_chat_plans_its_first_turn_before_it_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, typed = str(write_shallow("opt", tmp_path)), iter(["Once upon a time"])
+    events: list[str] = []
+    load_params = loading.load_params
+
+    def typing(prompt: str = "") -> str:
+        events.append("asked")
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        return line
+
+    def loads(*arguments, **settings):
+        events.append("loaded" if "together" in capsys.readouterr().err else "loaded without a plan")
+        return load_params(*arguments, **settings)
+
+    monkeypatch.setattr("builtins.input", typing)
+    monkeypatch.setattr(cli_arguments, "load_params", loads)
+    chat = ["chat", "--model", model, "--beta", "0.4", "--max-new-tokens", "8", "--device-memory"]
+    assert main([*chat, "1MiB"]) == 2
+    assert "this call needs" in capsys.readouterr().err
+    assert events == []
+    assert main([*chat, "64MiB"]) == 0
+    assert events == ["loaded", "asked", "asked"]
+    told = capsys.readouterr()
+    assert told.out.strip()
+    assert "together" not in told.err  # the plan is told once
 
 
 def test_a_gpus_allocator_is_capped_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ import pytest
 from scipy.stats import chisquare
 
 import coreinfer_jax as ci
+from coreinfer_jax.cli import main
+from coreinfer_jax.cli.reply import Reply
+from coreinfer_jax.engine import lossless
 from coreinfer_jax.engine.drafting import BEST, CORE, LOOKUP, Trust, look_up, no_experience, plan_next
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.loop import begin
@@ -287,3 +291,29 @@ def test_a_model_that_keeps_all_neurons_does_not_draft_for_itself() -> None:
 def test_lossless_is_a_flag() -> None:
     with pytest.raises(ci.CoreInferError, match="lossless='yes': give True or False"):
         ci.generate(random_model(OPT), PROMPTS, lossless="yes")
+
+
+def test_a_stop_string_anywhere_in_a_draft_ends_the_text_there(
+    shallow: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lossless, "BEST", 1 + SIZE)  # every pass verifies a draft, whatever that costs
+    model, text = str(shallow["opt"]), "Once upon a time"
+    params, tokenizer = ci.load(model)
+    prompt = tokenizer.encode(text)
+    tokens = ci.generate(params, [prompt], None, max_new_tokens=24).tokens[0].tolist()
+    full = tokenizer.decode([*prompt, *tokens])[len(tokenizer.decode(prompt)) :]
+    chunks = list(ci.stream(params, [prompt], ci.CoreConfig(beta=0.9), max_new_tokens=24, lossless=True))
+    assert sum(chunks[-1].stats.drafting.accepted["core"]) > 6
+    for start in range(len(full) - 3):
+        stop = full[start : start + 3]
+        reply, shown = Reply(tokenizer, prompt, [stop]), ""
+        for chunk in chunks:
+            shown += reply.add(chunk)
+            if reply.stopped:
+                break
+        assert reply.stopped
+        assert shown + reply.finish() == full[: full.index(stop)]
+    options = ["--beta", "0.9", "--max-new-tokens", "24", "--temperature", "0", "--lossless"]
+    stop = full[len(full) // 2 :][:3]
+    assert main(["generate", text, "--model", model, *options, "--stop", stop]) == 0
+    assert capsys.readouterr().out == f"{text}{full[: full.index(stop)]}\n"

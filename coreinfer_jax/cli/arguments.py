@@ -12,7 +12,7 @@ from coreinfer_jax.device import cap_allocator
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io import load
 from coreinfer_jax.io.embedded import DEFAULT
-from coreinfer_jax.io.loading import load_uncalibrated, model_path, unloaded
+from coreinfer_jax.io.loading import load_params, load_uncalibrated, model_path, unloaded
 from coreinfer_jax.io.mapping import DTYPES
 from coreinfer_jax.lab.clustering import load_clusters
 from coreinfer_jax.lab.evaluation.comparison import Texts
@@ -200,13 +200,16 @@ def unloaded_model(options: argparse.Namespace) -> tuple[Params, Tokenizer]:
     return _with_tokenizer(options, *unloaded(options.model, options.dtype))
 
 
-def load_model(
-    options: argparse.Namespace, calibrated: bool = True, mlps_on_host: bool = False
-) -> tuple[Params, Tokenizer]:
+def planned_model(options: argparse.Namespace) -> Params:
+    """The model that `unloaded_model` stood for, its MLPs on the host."""
+    return load_params(options.model, options.dtype, mlps_on_host=True)
+
+
+def load_model(options: argparse.Namespace, calibrated: bool = True) -> tuple[Params, Tokenizer]:
     """The model and tokenizer that the options name, with the calibration beside them or whatever lies there."""
     choose_device(options.device)
     if calibrated:
-        params, tokenizer = load(options.model, options.dtype, mlps_on_host=mlps_on_host)
+        params, tokenizer = load(options.model, options.dtype)
     else:
         params, tokenizer = load_uncalibrated(model_path(options.model), options.dtype)
     return _with_tokenizer(options, params, tokenizer)
@@ -323,6 +326,12 @@ def labels(cores: Sequence[Mapping[str, Any] | None]) -> list[str]:
         )
         for core in cores
     ]
+
+
+def core_and_groups(options: argparse.Namespace, params: Params) -> tuple[Chooser | Recommended | None, Groups | None]:
+    """`core_config` and `load_groups` of `params`."""
+    core = core_config(options, params)
+    return core, load_groups(options, params, core)
 
 
 def load_groups(options: argparse.Namespace, params: Params, core: Chooser | Recommended | None) -> Groups | None:

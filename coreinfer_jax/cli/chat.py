@@ -12,6 +12,7 @@ from types import FrameType
 from coreinfer_jax.cli import arguments, drawing
 from coreinfer_jax.cli.reply import Reply, facts
 from coreinfer_jax.engine.conversation import Conversation, converse
+from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.options import GenerateOptions
 from coreinfer_jax.engine.prompts import check_length
 from coreinfer_jax.errors import CoreInferError, one_line
@@ -74,24 +75,32 @@ def _run(options: argparse.Namespace) -> None:
     if options.system is not None:
         arguments.check_text("system message", options.system)
     budget = arguments.device_memory(options)
-    params, tokenizer = arguments.load_model(options, mlps_on_host=budget is not None)
-    core = arguments.core_config(options, params)
-    groups = arguments.load_groups(options, params, core)
+    open_model = arguments.load_model if budget is None else arguments.unloaded_model
+    params, tokenizer = open_model(options)
     check_length(1, _most(options), params.config)
     drawn = drawing.sampling(options, params.config, tokenizer, is_chat=True)
-    if budget is not None:
-        drawn["device_memory"] = budget
-    model = _Model(params, tokenizer, core, groups, drawn)
-    if find_spec("readline"):
-        import readline  # noqa: F401 - gives input() editing and history
+    model = _Model(params, tokenizer, *arguments.core_and_groups(options, params), drawn)
     opening = () if options.system is None else ({"role": "system", "content": options.system},)
     if not tokenizer.has_chat_template:
         if opening:
             raise CoreInferError("--system: this model has no chat template to put it in; leave the option out")
         _say("[no chat template: what you write and what the model answers is one text that it continues]")
+    if budget is not None:
+        drawn["device_memory"] = budget
+        _plan(options, model, opening)
+        params = arguments.planned_model(options)
+        model = _Model(params, tokenizer, *arguments.core_and_groups(options, params), drawn)
+    if find_spec("readline"):
+        import readline  # noqa: F401 - gives input() editing and history
     _say(f"[{RESET} forgets the conversation, {END} or Ctrl-D ends, Ctrl-C stops a reply]")
     with _handler(signal.default_int_handler):
         _converse(options, model, opening)
+
+
+def _plan(options: argparse.Namespace, model: _Model, opening: tuple[Message, ...]) -> None:
+    """Say on standard error what a first turn takes that is as short as any, or refuse it."""
+    prompt = _encode(model.tokenizer, (*opening, {"role": "user", "content": "?"}))
+    make_request(model.params, [prompt], model.core, _wanted(options, model, prompt))
 
 
 def _converse(options: argparse.Namespace, model: _Model, opening: tuple[Message, ...]) -> None:
@@ -148,10 +157,7 @@ def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: s
     if options.when_full == "trim":
         messages = _trimmed(messages, model, _most(options))
     prompt = _encode(tokenizer, messages)
-    new = min(_most(options), arguments.most_new_tokens(params.config, len(prompt)))
-    key = (options.seed or 0) + turn
-    wanted = model.drawn | {"key": key % 2**63, "groups": model.groups, "max_new_tokens": new}
-    chunks = converse(params, prompt, session.conversation, model.core, **wanted)
+    chunks = converse(params, prompt, session.conversation, model.core, **_wanted(options, model, prompt, turn))
     reply = Reply(tokenizer, prompt, options.stop)
     with _interruptible() as interrupted:
         for chunk, latest in chunks:
@@ -169,6 +175,13 @@ def _turn(options: argparse.Namespace, model: _Model, session: _Session, line: s
     return replace(
         session, messages=(*messages, {"role": "assistant", "content": reply.text}), conversation=conversation
     )
+
+
+def _wanted(options: argparse.Namespace, model: _Model, prompt: list[int], turn: int = 0) -> GenerateOptions:
+    """What `converse` is given in a turn besides the model and the tokens."""
+    new = min(_most(options), arguments.most_new_tokens(model.params.config, len(prompt)))
+    key = (options.seed or 0) + turn
+    return model.drawn | {"key": key % 2**63, "groups": model.groups, "max_new_tokens": new}
 
 
 def _trimmed(messages: tuple[Message, ...], model: _Model, reply_tokens: int) -> tuple[Message, ...]:

@@ -11,9 +11,7 @@ from coreinfer_jax.engine.generation import make_request, stream
 from coreinfer_jax.engine.options import GenerateOptions
 from coreinfer_jax.errors import CoreInferError, shown_name
 from coreinfer_jax.files import read_bytes, to_path
-from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.choice import Chooser
-from coreinfer_jax.sparsity.choosers import Recommended
+from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.text import Tokenizer
 
 HELP = "continue a prompt"
@@ -43,14 +41,16 @@ def _run(options: argparse.Namespace) -> None:
     arguments.core_config(options)
     drawing.check_stops(options)
     budget = arguments.device_memory(options)
+    open_model = arguments.load_model if budget is None else arguments.unloaded_model
+    params, tokenizer = open_model(options)
+    core, groups = arguments.core_and_groups(options, params)
+    prompt, settings = _call(options, params.config, tokenizer, text, messages)
     if budget is not None:
         # On standard error, before anything is loaded.
-        unloaded, tokenizer = arguments.unloaded_model(options)
-        prompt, core, settings = _call(options, unloaded, tokenizer, text, messages)
-        make_request(unloaded, [prompt], core, settings | {"device_memory": budget})
-    params, tokenizer = arguments.load_model(options, mlps_on_host=budget is not None)
-    prompt, core, settings = _call(options, params, tokenizer, text, messages)
-    groups = settings["groups"]
+        make_request(params, [prompt], core, settings | {"groups": groups, "device_memory": budget})
+        params = arguments.planned_model(options)
+        core, groups = arguments.core_and_groups(options, params)
+    settings["groups"] = groups
     chunks = stream(params, [prompt], core, **settings)
 
     def show(text: str) -> None:
@@ -73,16 +73,14 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _call(
-    options: argparse.Namespace, params: Params, tokenizer: Tokenizer, text: str, messages: list[dict[str, str]]
-) -> tuple[list[int], Chooser | Recommended | None, GenerateOptions]:
-    """What `stream` is given: the prompt, how core neurons are chosen, and the options."""
-    core = arguments.core_config(options, params)
+    options: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, text: str, messages: list[dict[str, str]]
+) -> tuple[list[int], GenerateOptions]:
+    """What `stream` is given besides model and core neurons: the prompt, and the options."""
     prompt = tokenizer.encode_chat(messages) if options.chat else tokenizer.encode(text)
     asked = options.max_new_tokens
-    new = min(NEW_TOKENS, arguments.most_new_tokens(params.config, len(prompt))) if asked is None else asked
-    drawn = drawing.sampling(options, params.config, tokenizer, options.chat)
-    groups = arguments.load_groups(options, params, core)
-    return prompt, core, drawn | {"groups": groups, "max_new_tokens": new}
+    new = min(NEW_TOKENS, arguments.most_new_tokens(config, len(prompt))) if asked is None else asked
+    drawn = drawing.sampling(options, config, tokenizer, options.chat)
+    return prompt, drawn | {"max_new_tokens": new}
 
 
 def _prompt(options: argparse.Namespace) -> str:

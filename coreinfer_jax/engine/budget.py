@@ -1,7 +1,9 @@
 """The memory of a call whose MLPs stay on the host, laid out before it begins: what is on the device, and what moves.
 
 Arrays are counted from their shapes. What programs need besides is what the compiler says of them
-(`memory_analysis`), of the very programs that the call runs; for small steps between them there are bounds.
+(`memory_analysis`), of the very programs that the call runs; for small steps between them there are bounds. A later
+turn of a conversation is planned with what the turns before have left: their cache, where that is the larger one, and
+one array of it beside its successor where it is outgrown.
 """
 
 from dataclasses import dataclass, replace
@@ -22,12 +24,15 @@ from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.decoder import first_alike
 from coreinfer_jax.model.host import mlp_bytes, shapes_on_host, without_layers
 from coreinfer_jax.model.weights import Mlp, Params, leaf_bytes
-from coreinfer_jax.sparsity.choice import Chooser, ToNarrow
+from coreinfer_jax.sparsity.choice import AllNeurons, Chooser, ToNarrow
 from coreinfer_jax.sparsity.narrow import narrowed_shapes
-from coreinfer_jax.sparsity.similarity import Similarity
+from coreinfer_jax.sparsity.stability import CoreConfig
 
+# Of a call, in this order: the full model reads the prompts; chosen neurons are gathered and moved; tokens are made.
 PHASES = ("prefill", "compaction", "decode")
-# Keep ratios that are tried for the largest that fits.
+# Parts that are of any call's prefill, whatever it is asked for.
+_OF_ANY_CALL = ("embeddings", "attention and norms", "calibration", "two MLPs on their way")
+# The largest keep ratio that fits is looked for in steps of one hundredth.
 RATIOS = 100
 
 
@@ -76,7 +81,11 @@ class Plan:
         return max(map(self.phase_bytes, PHASES))
 
     def has_room_for(self, rows: int) -> bool:
-        """Whether `rows` bytes of an earlier prompt's neurons may stay until they are used again."""
+        """Whether `rows` bytes of an earlier prompt's neurons may stay until they are used again.
+
+        They stand beside the whole prefill. Then they make room layer by layer, so that only what they have more than
+        the new ones is there besides. Where every token moves all MLPs they are of no use.
+        """
         more = max(0, rows - self.per_set)
         fits = max(self.phase_bytes("prefill") + rows, self.phase_bytes("compaction") + more) <= self.budget
         return fits and not self.per_token
@@ -132,7 +141,8 @@ def plan_request(request: Request, budget: int) -> Plan:
     params, narrowing = shapes_on_host(request.params), request.to_narrow
     weights = _narrowed(params, narrowing)
     kept_dense = [l for l, kept in enumerate(narrowing.kept) if kept is None]
-    streams = len(kept_dense) == len(narrowing.kept)  # then nothing is kept of it: every step moves all
+    # Where no layer is narrowed no MLP stays on the device: every step moves all.
+    streams = len(kept_dense) == len(narrowing.kept)
     prefill = _prefill_of(request, params)
     whole = [mlp_bytes(layer.mlp) for layer in params.layers]
     narrowed = [0 if l in kept_dense else mlp_bytes(layer.mlp) for l, layer in enumerate(weights.layers)]
@@ -168,7 +178,8 @@ def check_plan(request: Request, plan: Plan) -> None:
     """Refuse a plan that its budget has no room for.
 
     Raises:
-        CoreInferError: naming the smallest budget that would do, and the largest keep ratio that fits.
+        CoreInferError: naming the smallest budget that would do, and what else would: the largest keep ratio that fits,
+            where one does.
     """
     if plan.needed <= plan.budget:
         return
@@ -179,34 +190,56 @@ def check_plan(request: Request, plan: Plan) -> None:
 
 
 def _remedy(request: Request, plan: Plan) -> str:
-    """What to ask for instead of a larger budget."""
-    chooser, name = request.chooser, "gamma" if isinstance(request.chooser, Similarity) else "beta"
-    if not isinstance(chooser, Chooser):
-        return "ask for fewer rows or tokens"
-    ratio = _largest_ratio(request, plan, chooser, name)
-    if ratio is None:
-        return "ask for fewer rows or tokens, as no keep ratio fits"
-    return f"keep less, {name}={ratio:g} fits"
+    """What to ask for instead of a larger budget: nothing that would not help.
 
-
-def _largest_ratio(request: Request, plan: Plan, chooser: Chooser, name: str) -> float | None:
-    """The largest keep ratio, in hundredths below the chooser's own, at which a request fits; None where there is none.
-
-    A smaller ratio is taken to need no more temporaries.
+    Every prefill moves whole MLPs, so that core neurons, and fewer of them, help only where a later phase is too large.
     """
-    params, others = shapes_on_host(request.params), {"narrowed MLPs", "MLPs kept dense", "one layer's gather"}
-    fixed = {p: sum(part.nbytes for part in plan.parts if p in part.phases and part.name not in others) for p in PHASES}
-    if fixed["prefill"] > plan.budget:
-        return None
-    for hundredth in range(ceil(getattr(chooser, name) * RATIOS) - 1, 0, -1):
-        ratio = hundredth / RATIOS
-        lower: dict[str, Any] = {name: ratio}
-        narrowing = replace(request, chooser=replace(chooser, **lower)).to_narrow
-        layers = [mlp_bytes(layer.mlp) for layer in _narrowed(params, narrowing).layers]
-        gathered = [size for size, kept in zip(layers, narrowing.kept, strict=True) if kept is not None]
-        if max(fixed["compaction"] + 2 * max(gathered), fixed["decode"]) + sum(layers) <= plan.budget:
-            return ratio
+    shorter = "ask for fewer rows or tokens"
+    if sum(part.nbytes for part in plan.parts if "prefill" in part.phases and part.name in _OF_ANY_CALL) > plan.budget:
+        wide = request.params.dtype.itemsize > 2
+        return f"take a smaller model{' or a 16-bit dtype' if wide else ''}, as any prefill of this one needs more"
+    if plan.phase_bytes("prefill") > plan.budget:
+        return f"{shorter}, as the prefill moves whole MLPs, whatever is kept"
+    if not isinstance(request.chooser, Chooser | AllNeurons):
+        return f"give fewer neurons, or {shorter}"
+    chooser = request.chooser if isinstance(request.chooser, Chooser) else CoreConfig(beta=1.0)
+    lower = _largest_ratios(request, plan, chooser)
+    if lower is None:
+        return f"{shorter}, as no keep ratio fits"
+    ratios = " with ".join(f"{name}={ratio:g}" for name, ratio in lower.items())
+    return f"{'keep less' if chooser is request.chooser else 'choose core neurons'}, {ratios} fits"
+
+
+def _largest_ratios(request: Request, plan: Plan, chooser: Chooser) -> dict[str, float] | None:
+    """The largest keep ratios, in hundredths below the chooser's own, at which a request fits; None where none does.
+
+    Where a chooser has several, none is above the one that is tried, and only those that it lowers are named.
+    """
+    params, common = shapes_on_host(request.params), sum(p.nbytes for p in plan.parts if p.phases == PHASES)
+    own = _ratios(chooser, request)
+    for hundredth in range(ceil(max(own.values()) * RATIOS) - 1, 0, -1):
+        lower: dict[str, Any] = {name: hundredth / RATIOS for name, ratio in own.items() if ratio > hundredth / RATIOS}
+        narrower = replace(request, chooser=replace(chooser, **lower))
+        # Few ratios pass this and do not fit, so that few programs are compiled.
+        if common + _least_of_compaction(params, narrower.to_narrow) > plan.budget:
+            continue
+        if plan_request(narrower, plan.budget).needed <= plan.budget:
+            return lower
     return None
+
+
+def _ratios(chooser: Chooser, request: Request) -> dict[str, float]:
+    """The keep ratios that a request's weights depend on, by the names of the chooser's settings."""
+    named = {name: getattr(chooser, name, None) for name in ("beta", "gamma")}
+    in_use = named if request.groups is not None else {"beta": named["beta"]}
+    return {name: ratio for name, ratio in in_use.items() if ratio is not None}
+
+
+def _least_of_compaction(params: Params, narrowing: ToNarrow) -> int:
+    """Bytes of all MLPs that a request decodes with, and of its largest gather: what compaction needs at least."""
+    layers = [mlp_bytes(layer.mlp) for layer in _narrowed(params, narrowing).layers]
+    gathered = [size for size, kept in zip(layers, narrowing.kept, strict=True) if kept is not None]
+    return sum(layers) + 2 * max(gathered, default=0)
 
 
 def _bytes(tree: Any) -> int:
@@ -236,6 +269,11 @@ def _shape(shape: tuple[int, ...], dtype: Any) -> Array:
     return stands
 
 
+def _shapes_of(tree: Any) -> Any:
+    """Shapes and types in place of the arrays of a tree."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
 @dataclass(frozen=True)
 class _Prefill:
     """The shapes and the temporaries of a request's prefill.
@@ -259,33 +297,45 @@ def _prefill_of(request: Request, params: Params) -> _Prefill:
     """The prefill of a request, `params` being shapes."""
     config, prompts, rest = params.config, request.prompts, without_layers(params)
     ints, tokens = _shape((request.rows,), jnp.int32), _shape(prompts.tokens.shape, jnp.int32)
-    past = (_shape((request.rows, config.num_kv_heads, request.capacity, config.head_size), params.dtype),) * 2
-    x = embed_tokens.eval_shape(rest, tokens, ints, capacity=request.capacity)
-    layers = [_layer_of_prefill(request, params, l, x, past) for l in range(config.num_layers)]
+    past = (_shape((request.rows, config.num_kv_heads, request.positions, config.head_size), params.dtype),) * 2
+    x = embed_tokens.eval_shape(rest, tokens, ints, capacity=request.positions)
+    earlier = {} if request.past is None else dict(zip(request.observed, _shapes_of(request.past.sums), strict=True))
+    layers = [_layer_of_prefill(request, params, l, x, past, earlier.get(l)) for l in range(config.num_layers)]
     cache = KVCache((past[0],) * config.num_layers, (past[1],) * config.num_layers)
-    history = _shape((request.rows, request.capacity), jnp.int32) if request.drawing.penalises else None
+    history = _shape((request.rows, request.positions), jnp.int32) if request.drawing.penalises else None
     sampling = make_sampling(config, request.rows, request.drawing, request.max_new_tokens)
     last = (rest, x, ints, ints, cache, sampling, history)
     rows, logits = first_token.eval_shape(*last)
-    # By then no MLP is on its way.
+    # By then no MLP is on its way: the two that the phase counts make room for as many bytes of temporaries.
     drawing = temporary_bytes(first_token, *last) - 2 * mlp_bytes(params.layers[0].mlp)
     return _Prefill(
         rows=rows,
         logits=_bytes(logits),
         hidden=_bytes(x),
         sums=sum(sums for sums, _ in layers),
-        temporaries=max(drawing, *(temporaries for _, temporaries in layers)),
+        temporaries=max(drawing, _outgrown(request), *(temporaries for _, temporaries in layers)),
     )
 
 
-def _layer_of_prefill(request: Request, params: Params, l: int, x: Array, past: tuple[Array, Array]) -> tuple[int, int]:
-    """Bytes of the sums of layer `l`, and of the temporaries of reading and ranking it."""
+def _outgrown(request: Request) -> int:
+    """Bytes of an earlier turn's cache that are there beside its successor: one array's, where that has no room."""
+    cache = None if request.past is None else request.past.cache
+    return 0 if cache is None or cache.capacity >= request.capacity else leaf_bytes(cache.keys[0])
+
+
+def _layer_of_prefill(
+    request: Request, params: Params, l: int, x: Array, past: tuple[Array, Array], earlier: Any
+) -> tuple[int, int]:
+    """Bytes of the sums of layer `l`, and of the temporaries of reading and ranking it.
+
+    `earlier` are the sums of the turns before, which the program is compiled for; None for none.
+    """
     layer, seen, observer = params.layers[l], l in request.observed, request.observer
     ints = _shape((request.rows,), jnp.int32)
     tokens, lengths = request.prompts.tokens, request.prompts.lengths
     reading = pass_of_prefill(params, tokens, lengths, lengths, observer, request.observed, request.filled, {})
     own = observer.of_layer(l) if observer is not None and seen else None
-    arguments = (without_layers(params), layer, x, past, None, ints, ints, own)
+    arguments = (without_layers(params), layer, x, past, earlier, ints, ints, own)
     static = {"like": first_alike(params.config)[l], "filled": reading.filled, "size": reading.size}
     sums = _bytes(through_layer.eval_shape(*arguments, **static)[2]) if seen else 0
     return sums, max(temporary_bytes(through_layer, *arguments, **static), _ranking_bound(layer.mlp, sums))
@@ -310,7 +360,7 @@ def _own(observer: Any) -> Any:
 
 
 def _step_temporaries(params: Params, weights: Params, rows: Rows, streams: bool) -> int:
-    """Bytes that a decode step needs besides weights and rows."""
+    """Bytes that a decode step needs besides weights and rows; one that `streams` goes through a program per layer."""
     if not streams:
         return temporary_bytes(decode, weights, rows, _shape((), jnp.int32))
     rest, B = without_layers(params), rows.token.shape[0]

@@ -86,11 +86,12 @@ def converse(
     there = conversation.past.device_rows if conversation is not None and conversation.params is params else NOTHING
     if there.is_alive:
         options.setdefault("device_rows", there)  # of use whatever is read anew
-    request = make_request(params, [ids], core, options, past)
+    request = make_request(params, [ids], core, options, past, tells=False)
     rope = params.config.rope
     if past is not None and rope is not None and rope.is_long(request.capacity) != rope.is_long(past.cache.capacity):
         options["device_rows"] = request.device_rows  # those before may have been given back
-        request = make_request(params, [ids], core, options, None)  # its keys were rotated for shorter texts
+        # Its keys were rotated for shorter texts.
+        request = make_request(params, [ids], core, options, None, tells=False)
     return ((chunk, Conversation(params, ids, known, groups, after)) for chunk, after in run(request, STREAM_CHUNK))
 
 

@@ -84,11 +84,16 @@ def stream(
 
 
 def make_request(
-    params: Params, tokens: Tokens, core: Core | Recommended, options: GenerateOptions, past: Past | None = None
+    params: Params,
+    tokens: Tokens,
+    core: Core | Recommended,
+    options: GenerateOptions,
+    past: Past | None = None,
+    tells: bool = True,
 ) -> Request:
     """A call to generate, checked, so that mistakes surface at the call and not when the first chunk is asked for.
 
-    Tokens are whole prompts, whatever of them `past` has read.
+    Tokens are whole prompts, whatever of them `past` has read. With a budget it `tells` the plan on standard error.
     """
     check_dense(params)
     drawing, lossless = drawing_of(options, params.config), options.get("lossless", False)
@@ -100,11 +105,11 @@ def make_request(
     there = options.get("device_rows")
     request = checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past, there, lossless)
     budget = options.get("device_memory")
-    return request if budget is None else _planned(request, parse_bytes("device_memory", budget))
+    return request if budget is None else _planned(request, parse_bytes("device_memory", budget), tells)
 
 
-def _planned(request: Request, budget: int) -> Request:
-    """A request that has room in a budget. Its plan is printed, in a conversation that of the first turn.
+def _planned(request: Request, budget: int, tells: bool) -> Request:
+    """A request that has room in a budget.
 
     Rows of an earlier call that have no room beside the prefill are given back.
     """
@@ -113,7 +118,7 @@ def _planned(request: Request, budget: int) -> Request:
             f"device_memory={budget}: is of models that stay on the host; load with mlps_on_host=True, or leave it out"
         )
     plan = plan_request(request, budget)
-    if request.past is None:
+    if tells:
         print(plan.told(), file=sys.stderr)
     check_plan(request, plan)
     if plan.has_room_for(request.device_rows.nbytes):

@@ -40,8 +40,9 @@ class GenerateOptions(TypedDict, total=False):
         eos_ids: a row ends after any of these, looked for among new tokens only; () never stops, the default.
         key: `jax.random.key` or int seed, needed to draw; row i draws its t-th token with
             fold_in(fold_in(key, i), t).
-        device_memory: of params with MLPs on the host, bytes of the device that the call may use, such as `"12GiB"`; a
-            plan of them is printed first, on standard error, and what cannot work is refused. None plans nothing.
+        device_memory: of params with MLPs on the host, bytes of the device that the call may use, such as `"12GiB"`;
+            what cannot work is refused. `generate` and `stream` print a plan of them first, on standard error. None
+            plans nothing.
         device_rows: of params with MLPs on the host, what an earlier `Generation` left on the device; it is used up.
         lossless: make the full model's own tokens, greedy or drawn: core neurons, and what followed the same words
             earlier in the text, only draft, and the full model keeps what it agrees with; False.

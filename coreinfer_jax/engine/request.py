@@ -96,8 +96,13 @@ class Request:
 
     @property
     def capacity(self) -> int:
-        """Positions per row of its cache (S)."""
+        """Positions per row that its cache needs."""
         return bucket(self.cached + int(self.prompts.lengths.max()) + self.max_new_tokens)
+
+    @property
+    def positions(self) -> int:
+        """Positions per row of its cache (S): those that it needs, or those of its past's where that has more."""
+        return max(self.capacity, 0 if self.past is None else self.past.cache.capacity)
 
     @property
     def looks_back(self) -> bool:
@@ -113,7 +118,7 @@ class Request:
         """The layers that it observes."""
         return self.chooser.observed_layers(self.params.config, self.groups)
 
-    @property
+    @cached_property
     def to_narrow(self) -> ToNarrow:
         """What its weights will be narrowed to."""
         return self.chooser.to_narrow(self.params, self.groups, self.rows)
@@ -121,13 +126,13 @@ class Request:
     def seen(self, sums: Sequence[Any], ranked: Mapping[int, Ranked] = MappingProxyType({})) -> Seen:
         """What it chooses from, once there are `sums` of the observed layers."""
         by_layer = dict(zip(self.observed, sums, strict=True))
-        return Seen(self.params, self.groups, by_layer, self.counted.sum(axis=1), ranked)
+        return Seen(self.params, self.groups, by_layer, self.counted.sum(axis=1), self.to_narrow, ranked)
 
     def ranked(self, l: int, layer: Layer, sums: Any) -> Ranked | None:
         """What its chooser makes of a layer whose weights come and go."""
         layers = tuple(layer if own == l else other for own, other in enumerate(self.params.layers))
         there = replace(self.params, layers=layers)
-        return self.chooser.rank_layer(Seen(there, self.groups, {l: sums}, self.counted.sum(axis=1)), l)
+        return self.chooser.rank_layer(Seen(there, self.groups, {l: sums}, self.counted.sum(axis=1), self.to_narrow), l)
 
     @cached_property
     def observer(self) -> Observer | None:
@@ -137,8 +142,12 @@ class Request:
     @property
     def filled(self) -> int:
         """Positions that its prefill attends to, at least all that are filled then."""
-        had = 0 if self.past is None else self.past.cache.capacity
-        return min(max(self.capacity, had), bucket(self.cached + self.prompts.tokens.shape[1]))
+        return min(self.positions, bucket(self.cached + self.prompts.tokens.shape[1]))
+
+    @cached_property
+    def gathered(self) -> tuple[tuple[int, ...], int]:
+        """What its weights will take at least: neurons gathered per layer, 0 where none are, and how many sets."""
+        return self.chooser.gathered(self.params, self.groups, self.rows)
 
     @property
     def _new_cache_bytes(self) -> int:
@@ -150,7 +159,7 @@ class Request:
     def added_bytes(self) -> int:
         """Bytes of the cache and of narrowed weights that the call makes: at least so many."""
         config = self.params.config
-        kept, sets = self.chooser.gathered(self.params, self.groups, self.rows)
+        kept, sets = self.gathered
         multiple = multiple_of(self.params)
         widths = [padded_width(neurons, config.mlp_size, multiple) for neurons in kept]
         narrowed = (narrowed_bytes(self.params, (l,), width, sets) for l, width in enumerate(widths))
@@ -189,7 +198,7 @@ def checked_request(
     if lossless:
         check_on_device(params, "lossless generation")
     request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted, there, lossless)
-    narrows = any(chooser.gathered(params, groups, request.rows)[0])
+    narrows = any(request.gathered[0])
     check_memory(
         request.needed_bytes,
         f"a cache of {request.capacity} positions, its prefill and narrowed weights for {request.rows} rows",

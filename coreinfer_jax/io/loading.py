@@ -56,12 +56,20 @@ def load(
             reached, or refuses.
     """
     path = model_path(DEFAULT if model is None else model)
+    return _calibrated(path, dtype, mlps_on_host), load_tokenizer(path)
+
+
+def load_params(model: str | os.PathLike[str], dtype: object = None, *, mlps_on_host: bool = False) -> Params:
+    """The parameters of `load` without the tokenizer."""
+    return _calibrated(model_path(model), dtype, mlps_on_host)
+
+
+def _calibrated(path: Path, dtype: object, mlps_on_host: bool) -> Params:
     opened = open_model(path)
     check_flag("mlps_on_host", mlps_on_host)
-    params, tokenizer = _loaded(path, *opened, dtype, mlps_on_host)
+    params = _loaded(path, *opened, dtype, mlps_on_host)
     # Of the files that the weights were read from, whatever lies there by now.
-    calibration = read_calibration(path, params.config, lambda: stored_fingerprint(*opened))
-    return replace(params, calibration=calibration), tokenizer
+    return replace(params, calibration=read_calibration(path, params.config, lambda: stored_fingerprint(*opened)))
 
 
 def unloaded(model: str | os.PathLike[str], dtype: object = None) -> tuple[Params, Tokenizer | None]:
@@ -81,12 +89,12 @@ def unloaded(model: str | os.PathLike[str], dtype: object = None) -> tuple[Param
 
 def load_uncalibrated(path: Path, dtype: object) -> tuple[Params, Tokenizer | None]:
     """`load` of a directory, whatever calibration lies in it."""
-    return _loaded(path, *open_model(path), dtype)
+    return _loaded(path, *open_model(path), dtype), load_tokenizer(path)
 
 
 def _loaded(
     path: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: object, mlps_on_host: bool = False
-) -> tuple[Params, Tokenizer | None]:
+) -> Params:
     wanted = default_dtype() if dtype is None else parse_dtype(dtype)
     shapes = abstract_params(config, jnp.dtype(wanted))
     sizes = {name: leaf_bytes(leaf) for name, leaf in named_leaves(shapes)}
@@ -102,7 +110,7 @@ def _loaded(
         return host_array(tensors[name], wanted, kept)
 
     arrays = {name: leaf(name) for name in progress(list(sizes), desc="loading", unit="tensor")}
-    return with_leaves(shapes, arrays.__getitem__), load_tokenizer(path)
+    return with_leaves(shapes, arrays.__getitem__)
 
 
 def stored_fingerprint(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> str:

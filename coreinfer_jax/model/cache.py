@@ -51,14 +51,25 @@ def cache_bytes(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype)
 
 
 def with_capacity(cache: KVCache, capacity: int) -> KVCache:
-    """`cache` with room for at least `capacity` positions per row."""
-    return cache if cache.capacity >= capacity else _grown(cache, capacity)
+    """`cache` with room for at least `capacity` positions per row; one with less room is used up.
+
+    Its arrays are given back one by one, so that no more than one of them is there beside its successors.
+    """
+    if cache.capacity >= capacity:
+        return cache
+
+    def successor(array: Array) -> Array:
+        grown = jax.block_until_ready(_grown(array, capacity))
+        array.delete()
+        return grown
+
+    made: KVCache = jax.tree.map(successor, cache)
+    return made
 
 
 @partial(jax.jit, static_argnames="capacity")
-def _grown(cache: KVCache, capacity: int) -> KVCache:
-    added = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
-    return jax.tree.map(lambda array: jnp.pad(array, added), cache)
+def _grown(array: Array, capacity: int) -> Array:
+    return jnp.pad(array, ((0, 0), (0, 0), (0, capacity - array.shape[2]), (0, 0)))
 
 
 def bucket(length: int, least: int = MIN_BUCKET) -> int:

@@ -56,29 +56,6 @@ class Choice:
     group: int | None = None
 
 
-# The best neurons of a layer [R, K], and what is added to the MLP's output for all others: [R, D], or None for nothing.
-Ranked = tuple[Array, Array | None]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What there is to choose from after a prefill.
-
-    Attributes:
-        params: dense weights, with what is known of their neurons.
-        groups: groups of texts, or None.
-        sums: of each observed layer, over B prompts.
-        counted: int [B], tokens that counted per row.
-        ranked: of layers whose weights are not at hand any more, what `Choosing.rank_layer` made of them.
-    """
-
-    params: Params
-    groups: Groups | None
-    sums: Mapping[int, Any]
-    counted: np.ndarray
-    ranked: Mapping[int, Ranked] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class ToNarrow:
     """What the weights will be narrowed to, as far as it is known before a prompt is read: all but which neurons.
@@ -94,6 +71,31 @@ class ToNarrow:
     sets: int
     offsets: tuple[bool, ...]
     linear: tuple[bool, ...]
+
+
+# The best neurons of a layer [R, K], and what is added to the MLP's output for all others: [R, D], or None for nothing.
+Ranked = tuple[Array, Array | None]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What there is to choose from after a prefill.
+
+    Attributes:
+        params: dense weights, with what is known of their neurons.
+        groups: groups of texts, or None.
+        sums: of each observed layer, over B prompts.
+        counted: int [B], tokens that counted per row.
+        narrowing: what the chooser's `to_narrow` said.
+        ranked: of layers whose weights are not at hand any more, what `Choosing.rank_layer` made of them.
+    """
+
+    params: Params
+    groups: Groups | None
+    sums: Mapping[int, Any]
+    counted: np.ndarray
+    narrowing: ToNarrow
+    ranked: Mapping[int, Ranked] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

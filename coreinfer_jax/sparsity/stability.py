@@ -104,40 +104,37 @@ class CoreConfig(Chooser):
         least = 0.0 if self._explained(params) is None else LEAST_BESIDE_LINEAR
         return allocate(self, params.config, gains_of(params), least)
 
+    def _widths_and_linear(self, params: Params) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Per layer, neurons kept besides linear ones, and whether there are linear ones."""
+        shares, known = self._shares(params), self._explained(params)
+        if known is None:
+            return shares, (False,) * len(shares)
+        worth, most = linear_worth(params), known.up_to * params.config.mlp_size
+        linear = tuple(worth < share <= most for share in shares)
+        return tuple(share - worth * beside for share, beside in zip(shares, linear, strict=True)), linear
+
     def linear_layers(self, params: Params) -> tuple[bool, ...]:
         """In which layers linear neurons stand beside those that are kept."""
-        known = self._explained(params)
-        if known is None:
-            return (False,) * params.config.num_layers
-        worth, most = linear_worth(params), known.up_to * params.config.mlp_size
-        return tuple(worth < share <= most for share in self._shares(params))
+        return self._widths_and_linear(params)[1]
 
-    def fits(self, params: Params) -> tuple[LinearFit | None, ...]:
-        """The fits of these layers, None of all others."""
-        known = explained_by(params)
-        of_layers = enumerate(self.linear_layers(params))
-        return tuple(known.fits[l] if known is not None and linear else None for l, linear in of_layers)
+    def widths(self, params: Params) -> tuple[int, ...]:
+        """Neurons kept per layer besides linear ones, F where a layer stays dense."""
+        return self._widths_and_linear(params)[0]
 
-    def prior(self, params: Params) -> tuple[Sums, ...] | None:
+    def _prior(self, params: Params, linear: tuple[bool, ...]) -> tuple[Sums, ...] | None:
         """Of each layer, the sums over other texts that count beside the prompt's; None for none."""
         known, left = calibration_of(params), explained_by(params)
         if known is None or not self._knows_texts:
             return None
-        of_layers = enumerate(self.linear_layers(params))
-        return tuple(left.prior[l] if left is not None and linear else known.prior[l] for l, linear in of_layers)
+        of_layers = enumerate(linear)
+        return tuple(left.prior[l] if left is not None and beside else known.prior[l] for l, beside in of_layers)
 
     def observer(self, counted: np.ndarray, params: Params) -> Observer:
         """That of the rule, of what linear neurons leave."""
-        rule, F = self.ranking, params.config.mlp_size
-        if isinstance(rule, Contribution) and any(self.linear_layers(params)):
-            return rule.observer(counted, F, self.fits(params))
+        rule, F, linear = self.ranking, params.config.mlp_size, self.linear_layers(params)
+        if isinstance(rule, Contribution) and any(linear):
+            return rule.observer(counted, F, _fits(params, linear))
         return rule.observer(counted, F)
-
-    def widths(self, params: Params) -> tuple[int, ...]:
-        """Neurons kept per layer besides linear ones, F where a layer stays dense."""
-        shares, worth = self._shares(params), linear_worth(params)
-        beside = zip(shares, self.linear_layers(params), strict=True)
-        return tuple(share - worth if linear else share for share, linear in beside)
 
     def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
         """What is kept in layers that do not keep all, linear neurons as so many others."""
@@ -146,32 +143,29 @@ class CoreConfig(Chooser):
 
     def to_narrow(self, params: Params, groups: Groups | None, rows: int) -> ToNarrow:
         """The widths of layers that do not keep all."""
-        kept = tuple(None if width == params.config.mlp_size else width for width in self.widths(params))
-        linear = self.linear_layers(params)
+        widths, linear = self._widths_and_linear(params)
+        kept = tuple(None if width == params.config.mlp_size else width for width in widths)
         own = zip(kept, linear, strict=True)
         offsets = tuple(width is not None and (self.compensation > 0 or beside) for width, beside in own)
         return ToNarrow(kept, self.sets(rows), offsets, linear)
 
     def rank_layer(self, seen: Seen, l: int) -> Ranked | None:
         """The best neurons of a layer that does not keep all."""
-        if self.widths(seen.params)[l] == seen.params.config.mlp_size:
-            return None
-        return self._ranked(seen, [l])[l]
+        return None if seen.narrowing.kept[l] is None else self._ranked(seen, [l])[l]
 
     def choose(self, seen: Seen) -> Chosen:
         """The neurons that the prompt itself ranks highest, the others at a share of their mean."""
-        params, kept = seen.params, self.widths(seen.params)
         # A layer that keeps all is read as it is.
-        narrowed = [l for l in self.observed_layers(params.config, None) if kept[l] < params.config.mlp_size]
+        narrowed = [l for l, width in enumerate(seen.narrowing.kept) if width is not None]
         ranked = seen.ranked or self._ranked(seen, narrowed)
         indices, offsets = [ranked[l][0] for l in narrowed], [ranked[l][1] for l in narrowed]
         choices = (Choice("stability"),) * self.sets(len(seen.counted))
-        return to_gather(narrowed, indices, offsets, params.config, choices, self.linear_layers(params))
+        return to_gather(narrowed, indices, offsets, seen.params.config, choices, seen.narrowing.linear)
 
     def _ranked(self, seen: Seen, layers: list[int]) -> dict[int, Ranked]:
-        """The best neurons of some layers."""
-        params, kept = seen.params, self.widths(seen.params)
-        fits, prior = self.fits(params), self.prior(params)
+        """The best neurons of some layers that do not keep all."""
+        params, linear = seen.params, seen.narrowing.linear
+        fits, prior = _fits(params, linear), self._prior(params, linear)
         sums, _ = by_set(self, seen)
         indices, offsets = rank(
             [sums[l] for l in layers],
@@ -181,7 +175,13 @@ class CoreConfig(Chooser):
             np.float32(self.ranking.prior_tokens),
             np.float32(self.compensation),
             rule=type(self.ranking),
-            kept=tuple(kept[l] for l in layers),
+            kept=tuple(width for l in layers if (width := seen.narrowing.kept[l]) is not None),
             compensated=self.compensation > 0,
         )
         return dict(zip(layers, zip(indices, offsets, strict=True), strict=True))
+
+
+def _fits(params: Params, linear: tuple[bool, ...]) -> tuple[LinearFit | None, ...]:
+    """The fits of layers with `linear` neurons, None of all others."""
+    known = explained_by(params)
+    return tuple(known.fits[l] if known is not None and beside else None for l, beside in enumerate(linear))
