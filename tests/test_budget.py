@@ -18,7 +18,7 @@ from coreinfer_jax import device
 from coreinfer_jax.checks import parse_bytes
 from coreinfer_jax.cli import arguments as cli_arguments
 from coreinfer_jax.cli import main
-from coreinfer_jax.engine import dispatch, loop, streamed
+from coreinfer_jax.engine import dispatch, loop, streamed, streamed_verification
 from coreinfer_jax.engine.budget import Part, Plan, check_plan, plan_request, temporary_bytes
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.request import Past, Request
@@ -55,6 +55,7 @@ class Watch:
         self.before = {id(array): array for array in jax.live_arrays() if id(array) not in self.own}
         self.most = dict.fromkeys(("prefill", "compaction", "decode"), 0)
         self.phase, self.temporaries = "prefill", 0
+        draft, keep = streamed_verification.draft_next, streamed_verification.keep
         put, through, decode, narrowed = hosting.put, streamed.through_layer, dispatch.decode, loop._narrowed
 
         def watched_put(mlp):
@@ -73,6 +74,14 @@ class Watch:
             self.phase, self.temporaries = "decode", 0
             return made
 
+        def watched_draft(*arguments, **static):
+            self.look("decode", temporary_bytes(draft, *arguments, **static))
+            return draft(*arguments, **static)
+
+        def watched_keep(*arguments):
+            self.look("decode", temporary_bytes(keep, *arguments))
+            return keep(*arguments)
+
         def watched_decode(*arguments):
             self.look("decode", temporary_bytes(decode, *arguments))
             return decode(*arguments)
@@ -81,6 +90,8 @@ class Watch:
         monkeypatch.setattr(streamed, "through_layer", watched_through)
         monkeypatch.setattr(loop, "_narrowed", watched_narrowed)
         monkeypatch.setattr(dispatch, "decode", watched_decode)
+        monkeypatch.setattr(streamed_verification, "draft_next", watched_draft)
+        monkeypatch.setattr(streamed_verification, "keep", watched_keep)
 
     def look(self, phase: str, temporaries: int) -> None:
         live = sum(array.nbytes for array in jax.live_arrays() if id(array) not in self.before)
@@ -88,31 +99,34 @@ class Watch:
 
 
 @pytest.mark.parametrize(
-    ("name", "core"),
+    ("name", "core", "lossless"),
     [
-        ("opt", CORE),
-        ("llama", ci.CoreConfig(beta=0.4, layers=(0.3, 1.0))),
-        ("linear", ci.CoreConfig(beta=0.5, allocation="equal")),
-        ("opt", None),
+        ("opt", CORE, False),
+        ("llama", ci.CoreConfig(beta=0.4, layers=(0.3, 1.0)), False),
+        ("linear", ci.CoreConfig(beta=0.5, allocation="equal"), False),
+        ("opt", None, False),
+        ("llama", CORE, True),
+        ("opt", None, True),
     ],
-    ids=["narrowed", "some-layers", "linear", "dense"],
+    ids=["narrowed", "some-layers", "linear", "dense", "lossless", "lossless-lookup"],
 )
-def test_planned_bytes_are_live_bytes(name: str, core: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planned_bytes_are_live_bytes(name: str, core: object, lossless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(LLAMA if name == "llama" else OPT, **SIZES)
     linear = name == "linear"  # learnt from few tokens, so of a small hidden size
     params = explained(random_model(replace(OPT, mlp_size=1536))) if linear else random_model(config)
     on_host = with_mlps_on_host(params)
-    plan = plan_of(on_host, core)
+    plan = plan_of(on_host, core, lossless=lossless)
     watch = Watch(on_host, monkeypatch)
-    out = ci.generate(on_host, PROMPT, core, max_new_tokens=12)
+    out = ci.generate(on_host, PROMPT, core, max_new_tokens=12, lossless=lossless)
     gather = {part.name: part.nbytes for part in plan.parts}.get("one layer's gather", 0)
     assert watch.most["prefill"] == pytest.approx(plan.phase_bytes("prefill"), rel=0.01)
     assert watch.most["decode"] == pytest.approx(plan.phase_bytes("decode"), rel=0.01)
     if core is not None:
         assert watch.most["compaction"] == pytest.approx(plan.phase_bytes("compaction") - gather, rel=0.01)
-        assert out.stats.moved_bytes == pytest.approx(plan.per_prompt + plan.per_set, rel=0.01)
-    else:
-        assert out.stats.moved_bytes == plan.per_prompt + 11 * plan.per_token  # the first token is the prefill's
+    # The first token is the prefill's; each pass after it moves as much, also one that makes several tokens.
+    moved = plan.per_prompt + plan.per_set + out.stats.decode_steps * plan.per_pass
+    assert out.stats.moved_bytes == pytest.approx(moved, rel=0.01)
+    assert (plan.per_pass > 0) == (lossless or core is None)
 
 
 def test_a_plan_is_made_of_shapes_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +312,15 @@ def test_the_command_plans_before_it_loads(tmp_path: Path, capsys: pytest.Captur
     streamed_too = capsys.readouterr()
     assert streamed_too.out == text
     assert streamed_too.err.startswith("on the device")
+    # The full model's text, by a plan that says so.
+    assert main(["plan", model, "--device-memory", "64MiB", "--prompt-tokens", "20", *core, "--lossless"]) == 0
+    assert re.search(
+        r"Lossless, each pass of the full model moves .*, and makes 1 to 4 tokens", capsys.readouterr().out
+    )
+    assert main([*once[:4], "--max-new-tokens", "8", "--method", "dense"]) == 0
+    full = capsys.readouterr().out
+    assert main([*once, "--device-memory", "64MiB", "--lossless"]) == 0
+    assert capsys.readouterr().out == full
 
 
 def test_a_planned_command_says_what_it_says_once(

@@ -182,12 +182,19 @@ def add_device_memory(parser: argparse.ArgumentParser, required: bool = False) -
     )
 
 
+def add_lossless(parser: argparse.ArgumentParser) -> None:
+    """Whether the full model decides."""
+    parser.add_argument(
+        "--lossless",
+        action="store_true",
+        help="make the full model's own tokens: core neurons and earlier words only draft (docs/guides/lossless.md)",
+    )
+
+
 def device_memory(options: argparse.Namespace) -> int | None:
     """The bytes of `--device-memory`, beyond which JAX then takes none of a GPU; before anything else asks for one."""
     if options.device_memory is None:
         return None
-    if getattr(options, "lossless", False):
-        raise CoreInferError("--lossless: needs all weights on the device; leave out --device-memory")
     size = parse_bytes("--device-memory", options.device_memory)
     if options.device != "cpu":
         cap_allocator(size)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from coreinfer_jax.cli.arguments import check_text
+from coreinfer_jax.cli.arguments import add_lossless, check_text
 from coreinfer_jax.engine.options import GenerateOptions, drawing_of
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io.generation_config import Recommended, read_recommended
@@ -39,12 +39,7 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens
         "--no-repeat-ngram-size", type=int, metavar="N", help=f"no N tokens stand twice in the text; {usual}"
     )
     parser.add_argument("--seed", type=int, help="for temperatures above 0 (default 0)")
-    parser.add_argument(
-        "--lossless",
-        action="store_true",
-        help="make the full model's own tokens: core neurons and earlier words only draft (docs/guides/lossless.md); "
-        "not with --device-memory",
-    )
+    add_lossless(parser)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
 
 

@@ -8,6 +8,7 @@ from coreinfer_jax.checks import check_whole
 from coreinfer_jax.cli import arguments
 from coreinfer_jax.engine.budget import check_plan, plan_request
 from coreinfer_jax.engine.generation import make_request
+from coreinfer_jax.engine.options import GenerateOptions
 from coreinfer_jax.io.loading import unloaded
 
 HELP = "say what a model takes of a device that it does not fit, and what is moved there"
@@ -22,6 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of each row (%(default)s)")
     parser.add_argument("--rows", type=int, default=1, metavar="N", help="prompts at a time (%(default)s)")
     arguments.add_core(parser)
+    arguments.add_lossless(parser)
     parser.set_defaults(run=_run)
 
 
@@ -36,7 +38,12 @@ def _run(options: argparse.Namespace) -> None:
     core = arguments.core_config(options, params)
     groups = arguments.load_groups(options, params, core)
     prompts = np.zeros((options.rows, options.prompt_tokens), np.int32)
-    request = make_request(params, prompts, core, {"groups": groups, "max_new_tokens": options.max_new_tokens})
+    asked: GenerateOptions = {
+        "groups": groups,
+        "max_new_tokens": options.max_new_tokens,
+        "lossless": options.lossless,
+    }
+    request = make_request(params, prompts, core, asked)
     plan = plan_request(request, budget)
     print(plan.told())
     check_plan(request, plan)

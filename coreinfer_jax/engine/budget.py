@@ -19,7 +19,10 @@ from coreinfer_jax.engine.request import Request
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.sampling import make_sampling
 from coreinfer_jax.engine.streamed import embed_tokens, first_token, next_token, pass_of_prefill, through_layer
+from coreinfer_jax.engine.streamed_verification import NO_CACHE, begun, draft_next, keep, without_cache
+from coreinfer_jax.engine.verification import nothing_drafted
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.model.backends import draft_size
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.decoder import first_alike
 from coreinfer_jax.model.host import mlp_bytes, shapes_on_host, without_layers
@@ -61,7 +64,8 @@ class Plan:
         model_bytes: all weights of the model.
         per_prompt: bytes of MLPs that a prefill moves.
         per_set: bytes of core neurons that are moved after it, at most: what a later prompt shares stays.
-        per_token: bytes that each decode step moves; 0 with core neurons.
+        per_pass: bytes that each pass of decoding moves; 0 where core neurons decide.
+        drafted: tokens that core neurons or earlier words draft for such a pass, at most; 0 without drafts.
     """
 
     budget: int
@@ -69,7 +73,8 @@ class Plan:
     model_bytes: int
     per_prompt: int
     per_set: int
-    per_token: int
+    per_pass: int
+    drafted: int = 0
 
     def phase_bytes(self, phase: str) -> int:
         """Bytes on the device in a phase, at its largest."""
@@ -88,7 +93,7 @@ class Plan:
         """
         more = max(0, rows - self.per_set)
         fits = max(self.phase_bytes("prefill") + rows, self.phase_bytes("compaction") + more) <= self.budget
-        return fits and not self.per_token
+        return fits and self.per_set > 0
 
     def told(self) -> str:
         """The plan as a user reads it: a table of what is on the device in each phase, then what moves."""
@@ -113,16 +118,25 @@ class Plan:
         if self.needed + self.model_bytes <= self.budget:
             told.append("The budget has room for all of them: without it nothing would be moved.")
         told.append(f"A prompt moves {shown_bytes(self.per_prompt)} of MLPs, layer by layer.")
-        if self.per_token:
-            told.append(f"Each new token moves {shown_bytes(self.per_token)}: core neurons would move none.")
-            return told
-        told.append(f"Its core neurons move {shown_bytes(self.per_set)} more, and then no token moves any.")
-        again = (
-            "stay and are used again"
-            if self.has_room_for(self.per_set)
-            else "have no room beside the next prompt's prefill"
-        )
-        return [*told, f"Rows that a later prompt shares {again}."]
+        if self.per_set:
+            then = "" if self.per_pass else ", and then no token moves any"
+            told.append(f"Its core neurons move {shown_bytes(self.per_set)} more{then}.")
+        if self.per_pass:
+            told.append(self._of_each_pass())
+        if self.per_set:
+            is_again = self.has_room_for(self.per_set)
+            again = "stay and are used again" if is_again else "have no room beside the next prompt's prefill"
+            told.append(f"Rows that a later prompt shares {again}.")
+        return told
+
+    def _of_each_pass(self) -> str:
+        size = shown_bytes(self.per_pass)
+        if self.drafted:
+            return (
+                f"Lossless, each pass of the full model moves {size}, and makes 1 to {self.drafted + 1} tokens of a "
+                "row: core neurons alone would move none."
+            )
+        return f"Each new token moves {size}: core neurons would move none."
 
 
 def shown_bytes(size: float) -> str:
@@ -142,13 +156,17 @@ def plan_request(request: Request, budget: int) -> Plan:
     weights = _narrowed(params, narrowing)
     kept_dense = [l for l, kept in enumerate(narrowing.kept) if kept is None]
     # Where no layer is narrowed no MLP stays on the device: every step moves all.
-    streams = len(kept_dense) == len(narrowing.kept)
+    is_dense = len(kept_dense) == len(narrowing.kept)
+    streams, drafted = is_dense or request.lossless, _drafted(request)
     prefill = _prefill_of(request, params)
     whole = [mlp_bytes(layer.mlp) for layer in params.layers]
     narrowed = [0 if l in kept_dense else mlp_bytes(layer.mlp) for l, layer in enumerate(weights.layers)]
-    dense = 0 if streams else sum(whole[l] for l in kept_dense)
+    dense = 0 if is_dense else sum(whole[l] for l in kept_dense)
     rows = prefill.rows
-    step = _step_temporaries(params, weights, rows, streams)
+    if request.lossless:
+        step = _drafting_temporaries(params, None if is_dense else weights, rows, drafted)
+    else:
+        step = _streamed_temporaries(params, rows) if streams else _step_temporaries(weights, rows)
     parts = [
         Part("embeddings", _bytes(without_layers(params))),
         Part("attention and norms", sum(_bytes(layer) - mlp_bytes(layer.mlp) for layer in params.layers)),
@@ -170,7 +188,8 @@ def plan_request(request: Request, budget: int) -> Plan:
         model_bytes=sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params.weights)),
         per_prompt=sum(whole),
         per_set=sum(narrowed) + dense,
-        per_token=sum(whole) if streams else 0,
+        per_pass=sum(whole) - dense if streams else 0,
+        drafted=drafted,
     )
 
 
@@ -302,7 +321,7 @@ def _prefill_of(request: Request, params: Params) -> _Prefill:
     earlier = {} if request.past is None else dict(zip(request.observed, _shapes_of(request.past.sums), strict=True))
     layers = [_layer_of_prefill(request, params, l, x, past, earlier.get(l)) for l in range(config.num_layers)]
     cache = KVCache((past[0],) * config.num_layers, (past[1],) * config.num_layers)
-    history = _shape((request.rows, request.positions), jnp.int32) if request.drawing.penalises else None
+    history = _shape((request.rows, request.positions), jnp.int32) if request.looks_back else None
     sampling = make_sampling(config, request.rows, request.drawing, request.max_new_tokens)
     last = (rest, x, ints, ints, cache, sampling, history)
     rows, logits = first_token.eval_shape(*last)
@@ -359,19 +378,44 @@ def _own(observer: Any) -> Any:
     return replace(observer, fits=None) if getattr(observer, "fits", None) is not None else observer
 
 
-def _step_temporaries(params: Params, weights: Params, rows: Rows, streams: bool) -> int:
-    """Bytes that a decode step needs besides weights and rows; one that `streams` goes through a program per layer."""
-    if not streams:
-        return temporary_bytes(decode, weights, rows, _shape((), jnp.int32))
+def _drafted(request: Request) -> int:
+    """Tokens that are drafted for a verification at most."""
+    return draft_size(request.params.token_embedding, request.rows, streams=True) if request.lossless else 0
+
+
+def _step_temporaries(weights: Params, rows: Rows) -> int:
+    """Bytes that a decode step of weights on the device needs besides these and rows."""
+    return temporary_bytes(decode, weights, rows, _shape((), jnp.int32))
+
+
+def _streamed_temporaries(params: Params, rows: Rows) -> int:
+    """Bytes that a decode step needs whose MLPs are moved, besides weights and rows."""
+    x, layer = _streamed_layer(params, rows, 1)
+    last = temporary_bytes(next_token, without_layers(params), replace(rows, cache=NO_CACHE), rows.cache, x)
+    return _bytes(x) + max(layer, last - 2 * mlp_bytes(params.layers[0].mlp))
+
+
+def _drafting_temporaries(params: Params, narrow: Params | None, rows: Rows, size: int) -> int:
+    """Bytes that drafting `size` tokens and verifying them needs besides weights and rows."""
+    loop = begun.eval_shape(nothing_drafted(rows, size), size=size)
+    drafting = (narrow, loop, _shape((2,), jnp.float32), _shape((), jnp.int32))
+    drafted, *made = draft_next.eval_shape(*drafting, size=size)
+    x, layer = _streamed_layer(params, rows, size + 1)
+    kept = temporary_bytes(keep, without_layers(params), without_cache(drafted), *made, rows.cache, x)
+    # No MLP is on its way while something is drafted or kept.
+    alone = max(temporary_bytes(draft_next, *drafting, size=size), _bytes((made, x)) + kept)
+    reading = _bytes((made, x)) + layer
+    return _bytes(loop) - _bytes(rows) + max(reading, alone - 2 * mlp_bytes(params.layers[0].mlp))
+
+
+def _streamed_layer(params: Params, rows: Rows, tokens: int) -> tuple[Array, int]:
+    """The hidden states of a streamed pass over so many tokens per row, and the bytes that a layer of it needs."""
     rest, B = without_layers(params), rows.token.shape[0]
     ints = _shape((B,), jnp.int32)
-    x = embed_tokens.eval_shape(rest, _shape((B, 1), jnp.int32), ints, capacity=rows.cache.capacity)
+    x = embed_tokens.eval_shape(rest, _shape((B, tokens), jnp.int32), ints, capacity=rows.cache.capacity)
     past = rows.cache.keys[0], rows.cache.values[0]
-    layer = temporary_bytes(
-        through_layer, rest, params.layers[0], x, past, None, ints, ints, None, like=0, filled=None, size=1
-    )
-    last = temporary_bytes(next_token, rest, replace(rows, cache=KVCache((), ())), rows.cache, x)
-    return _bytes(x) + max(layer, last - 2 * mlp_bytes(params.layers[0].mlp))
+    static = {"like": 0, "filled": None, "size": tokens}
+    return x, temporary_bytes(through_layer, rest, params.layers[0], x, past, None, ints, ints, None, **static)
 
 
 def temporary_bytes(program: Any, *arguments: Any, **static: Any) -> int:

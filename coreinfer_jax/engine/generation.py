@@ -76,8 +76,9 @@ def stream(
 ) -> Iterator[Chunk]:
     """The tokens of `generate` as they are made: the first alone, then up to 8 per chunk.
 
-    Lossless, a chunk may hold a few more, and the one that measures what drafts cost up to 34. Arguments and errors are
-    those of `generate`, raised at the call; leave the loop to stop early.
+    Lossless, a chunk may hold a few more, and the one that measures what drafts cost up to 34, or 66 where MLPs stay on
+    the host of an accelerator. Arguments and errors are those of `generate`, raised at the call; leave the loop to stop
+    early.
     """
     request = make_request(params, tokens, core, options)
     return (chunk for chunk, _ in run(request, STREAM_CHUNK))

@@ -74,7 +74,7 @@ def run(request: Request, tokens_per_dispatch: int) -> Iterator[tuple[Chunk, Pas
     if request.lossless:
         # The full model does not draft for itself.
         narrow = None if core is None or all(own is None for own in core.layers) else weights
-        dispatches = drafted(request.params, narrow, rows, tokens_per_dispatch)
+        dispatches = drafted(request.params, narrow, there.whole, rows, tokens_per_dispatch)
     else:
         dispatches = undrafted(weights, rows, tokens_per_dispatch)
     began = perf_counter()
@@ -204,6 +204,6 @@ def _prefilled_from_host(request: Request) -> tuple[Rows, list[Any], Array, Mapp
         return best
 
     x, cache, sums = extend_streamed(reading, cache, sums, rank)
-    history = request.history(cache.capacity) if request.drawing.penalises else None
+    history = request.history(cache.capacity) if request.looks_back else None
     rows, logits = first_token(without_layers(params), x, prompts.lengths, start, cache, sampling, history)
     return rows, sums, logits, ranked

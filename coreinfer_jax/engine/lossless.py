@@ -1,7 +1,8 @@
 """Lossless decoding from the host: measure what passes cost, then verify drafts, dispatch by dispatch."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 
 import jax
@@ -13,9 +14,11 @@ from coreinfer_jax.engine.dispatch import Dispatch, bytes_read_per_token
 from coreinfer_jax.engine.drafting import BEST, DRAFTERS
 from coreinfer_jax.engine.results import Drafting
 from coreinfer_jax.engine.rows import Rows
+from coreinfer_jax.engine.streamed_verification import decode_drafted_streamed
 from coreinfer_jax.engine.verification import Drafted, decode_drafted, nothing_drafted
 from coreinfer_jax.model.backends import draft_size
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.host import is_on_host, mlp_bytes
+from coreinfer_jax.model.weights import Mlp, Params
 
 # The cost of what there is not.
 NEVER = 1e9
@@ -52,10 +55,22 @@ class Seconds:
 
 @dataclass(frozen=True)
 class _Run:
-    """The two models, and a state with the tokens that were made since it was last shown."""
+    """The two models, and a state with the tokens that were made since it was last shown.
+
+    Attributes:
+        params: the full model.
+        narrow: the one that drafts, or None.
+        moved: bytes that a pass of the full model moves to the device.
+        decode: of a state, some tokens, costs and what is forced: `decode_drafted` of these models.
+        size: tokens that are drafted at most (n).
+        state: of the rows.
+        tokens: of each row, since the state was last shown.
+    """
 
     params: Params
     narrow: Params | None
+    moved: int
+    decode: Callable[[Drafted, np.int32, Array, np.int32], tuple[Drafted, Array, Array]]
     size: int
     state: Drafted
     tokens: tuple[tuple[int, ...], ...]
@@ -66,14 +81,14 @@ class _Run:
 
     def on(self, tokens: int, costs: Array, forced: int) -> "_Run":
         """Up to `tokens` more; the state of this one is used up."""
-        state, made, count = decode_drafted(
-            self.params, self.narrow, self.state, np.int32(tokens), costs, np.int32(forced), size=self.size
-        )
+        state, made, count = self.decode(self.state, np.int32(tokens), costs, np.int32(forced))
         new = zip(self.tokens, np.array(made), np.array(count), strict=True)
-        return _Run(self.params, self.narrow, self.size, state, tuple((*old, *row[:n]) for old, row, n in new))
+        return replace(self, state=state, tokens=tuple((*old, *row[:n]) for old, row, n in new))
 
 
-def drafted(params: Params, narrow: Params | None, rows: Rows, tokens_per_dispatch: int) -> Iterator[Dispatch]:
+def drafted(
+    params: Params, narrow: Params | None, there: Mapping[int, Mlp], rows: Rows, tokens_per_dispatch: int
+) -> Iterator[Dispatch]:
     """Dispatches of about so many tokens of the full model per row, until every row is done.
 
     The first one measures: it makes a few tokens in each way that there is, one after the other.
@@ -81,12 +96,16 @@ def drafted(params: Params, narrow: Params | None, rows: Rows, tokens_per_dispat
     Args:
         params: dense weights.
         narrow: the same narrowed to core neurons, or None to draft by prompt lookup alone.
+        there: where MLPs stay on the host, those that are on the device all the same, by the layers' numbers.
         rows: that hold their history.
         tokens_per_dispatch: of the row that makes most; up to a draft's tokens more.
     """
-    size = draft_size(params.token_embedding, rows.token.shape[0])
+    streams, full = is_on_host(params), params.weights
+    size = draft_size(params.token_embedding, rows.token.shape[0], streams)
+    moved = sum(mlp_bytes(layer.mlp) for l, layer in enumerate(params.layers) if l not in there) if streams else 0
+    decode = partial(decode_drafted_streamed, full, narrow, there) if streams else partial(decode_drafted, full, narrow)
     nothing = ((),) * rows.token.shape[0]
-    run = _Run(params.weights, narrow, size, nothing_drafted(rows, size), nothing)
+    run = _Run(full, narrow, moved, partial(decode, size=size), size, nothing_drafted(rows, size), nothing)
     run, seconds = _measured(run)
     costs, made = seconds.costs(size), 0
     while True:
@@ -94,7 +113,7 @@ def drafted(params: Params, narrow: Params | None, rows: Rows, tokens_per_dispat
         yield _dispatch(run, seconds, made)
         if run.is_over:
             return
-        run = _Run(run.params, run.narrow, size, run.state, nothing).on(tokens_per_dispatch, costs, BEST)
+        run = replace(run, tokens=nothing).on(tokens_per_dispatch, costs, BEST)
 
 
 def _measured(run: _Run) -> tuple[_Run, Seconds]:
@@ -135,7 +154,8 @@ def _dispatch(run: _Run, seconds: Seconds, made: int) -> Dispatch:
     if run.narrow is not None:
         read += int(state.core_steps) * bytes_read_per_token(run.narrow, state.rows.cache)
     lengths = np.array([len(new) for new in run.tokens], np.int32)
-    return Dispatch(state.rows, tokens, lengths, passes, read * rows / max(made, 1), _drafting(run, seconds, made))
+    drafting = _drafting(run, seconds, made)
+    return Dispatch(state.rows, tokens, lengths, passes, read * rows / max(made, 1), drafting, run.moved * passes)
 
 
 def _drafting(run: _Run, seconds: Seconds, made: int) -> Drafting:

@@ -15,7 +15,6 @@ from coreinfer_jax.engine.programs import prefill_bytes
 from coreinfer_jax.engine.prompts import Prompts, without_first
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes
-from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.sparsity.choice import Choosing, Ranked, Seen, ToNarrow
 from coreinfer_jax.sparsity.groups import Groups
@@ -195,8 +194,6 @@ def checked_request(
     counted = chooser.counted(prompts.tokens, prompts.lengths, past.read if past else 0, params.config)
     there = device_rows or (NOTHING if past is None else past.device_rows)
     check_rows(there, params)
-    if lossless:
-        check_on_device(params, "lossless generation")
     request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted, there, lossless)
     narrows = any(request.gathered[0])
     check_memory(

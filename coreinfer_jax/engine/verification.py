@@ -95,8 +95,6 @@ def decode_drafted(
     Returns:
         The state; the new tokens of each row, int32 [B, 64 + n], from the left; how many they are, int32 [B].
     """
-    rows = state.rows.token.shape[0]
-    made = jnp.broadcast_to(state.rows.sampling.fill[:, None], (rows, DISPATCH + size))
 
     def planned(loop: Progress) -> tuple[Plan, Array]:
         return planned_next(loop.state, costs, forced, size)
@@ -109,22 +107,16 @@ def decode_drafted(
         return read_drafts(params, loop, plan, drafts[:, :0], jnp.zeros_like(loop.count))
 
     def verify(loop: Progress) -> Progress:
-        plan, drafts = planned(loop)
-        rows, valid = loop.state.rows, jnp.where(plan.looks_up, size, 0)
-        if narrow is not None:
-            cache, by_core = draft_by_core(narrow, rows, plan.core_steps, size)
-            loop = replace(loop, state=replace(loop.state, rows=replace(rows, cache=cache)))
-            drafts = jnp.where(plan.looks_up[:, None], drafts, by_core)
-            valid = jnp.where(plan.looks_up, size, plan.core_steps)
-        return read_drafts(params, loop, plan, drafts, jnp.where(rows.done, 0, valid))
+        plan, looked_up = planned(loop)
+        state, drafts, valid = draft(narrow, loop.state, plan, looked_up)
+        return read_drafts(params, replace(loop, state=state), plan, drafts, valid)
 
     # Two loops in a loop: XLA's CPU code copies the whole cache for the branches of a conditional.
     def go_on(loop: Progress) -> Progress:
         loop = lax.while_loop(lambda loop: unfinished(loop) & ~planned(loop)[0].verifies, read_one, loop)
         return lax.while_loop(lambda loop: unfinished(loop) & planned(loop)[0].verifies, verify, loop)
 
-    state = replace(state, rows=replace(state.rows, history=with_token(state.rows)))
-    loop = lax.while_loop(unfinished, go_on, Progress(state, made, jnp.zeros(rows, jnp.int32)))
+    loop = lax.while_loop(unfinished, go_on, no_progress(state, size))
     return loop.state, loop.made, loop.count
 
 
@@ -137,6 +129,14 @@ class Progress:
     count: Array
 
 
+def no_progress(state: Drafted, size: int) -> Progress:
+    """The begin of a dispatch that drafts `size` (n) tokens at most."""
+    rows = state.rows
+    made = jnp.broadcast_to(rows.sampling.fill[:, None], (len(rows.token), DISPATCH + size))
+    state = replace(state, rows=replace(rows, history=with_token(rows)))
+    return Progress(state, made, jnp.zeros(len(rows.token), jnp.int32))
+
+
 def planned_next(state: Drafted, costs: Array, forced: Array | np.integer, size: int) -> tuple[Plan, Array]:
     """What comes next, and what was looked up, int32 [B, n]."""
     assert state.rows.history is not None, "rows that verify drafts hold their texts"
@@ -144,10 +144,50 @@ def planned_next(state: Drafted, costs: Array, forced: Array | np.integer, size:
     return plan_next(state.trust, found, state.rows.done, costs, forced, size), drafts
 
 
+def draft(narrow: Params | None, state: Drafted, plan: Plan, looked_up: Array) -> tuple[Drafted, Array, Array]:
+    """What is drafted by a plan, where [B, n] tokens were looked up.
+
+    Returns:
+        The state, its cache with what narrowed weights wrote; the drafts, int32 [B, n]; how many of them, int32 [B].
+    """
+    rows, size = state.rows, looked_up.shape[1]
+    drafts, valid = looked_up, jnp.where(plan.looks_up, size, 0)
+    if narrow is not None:
+        cache, by_core = draft_by_core(narrow, rows, plan.core_steps, size)
+        state = replace(state, rows=replace(rows, cache=cache))
+        drafts = jnp.where(plan.looks_up[:, None], looked_up, by_core)
+        valid = jnp.where(plan.looks_up, size, plan.core_steps)
+    return state, drafts, jnp.where(rows.done, 0, valid)
+
+
 def read_drafts(params: Params, loop: Progress, plan: Plan, drafts: Array, valid: Array) -> Progress:
-    """`loop` after one pass of the full model over each row's token and its drafts [B, m], `valid` [B] of them."""
-    rows, m = loop.state.rows, drafts.shape[1]
-    cache, new, finite = _read(params, rows, drafts)
+    """`loop` after one pass of the full model over each row's token and its drafts [B, m], `valid` [B] of them.
+
+    Its keys and values replace those that narrowed weights wrote for the drafts.
+    """
+    rows = loop.state.rows
+    tokens = jnp.concatenate([rows.token[:, None], drafts], axis=1)
+    hidden, cache, _ = extend(params, tokens, rows.cache, rows.position, observe_nothing)
+    return keep_agreed(params, loop, plan, tokens, valid, cache, hidden)
+
+
+def keep_agreed(
+    params: Params, loop: Progress, plan: Plan, tokens: Array, valid: Array, cache: KVCache, hidden: Array
+) -> Progress:
+    """`loop` with the drafts that a pass of the full model agreed with, and the token that it made after them.
+
+    Args:
+        params: dense weights; layers are not looked at.
+        loop: before the pass, its cache aside.
+        plan: of the drafts.
+        tokens: int32 [B, m + 1], each row's token and its drafts.
+        valid: int32 [B], how many drafts these are.
+        cache: that the pass left.
+        hidden: what it made of the tokens, [B, m + 1, E], for `unembed`.
+    """
+    rows, drafts = loop.state.rows, tokens[:, 1:]
+    m = drafts.shape[1]
+    new, finite = _made(params, rows, tokens, hidden)
     index = jnp.arange(m)[None, :]
     agrees = (drafts == new[:, :m]) & (index < valid[:, None])
     agreed = jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(axis=1)
@@ -161,17 +201,13 @@ def read_drafts(params: Params, loop: Progress, plan: Plan, drafts: Array, valid
     return Progress(state, made, loop.count + kept)
 
 
-def _read(params: Params, rows: Rows, drafts: Array) -> tuple[KVCache, Array, Array]:
-    """What the full model makes after each row's token and after each of its drafts [B, m].
-
-    Its keys and values replace those that narrowed weights wrote for them.
+def _made(params: Params, rows: Rows, tokens: Array, hidden: Array) -> tuple[Array, Array]:
+    """What the full model makes after each of tokens [B, m + 1], of which it made `hidden`.
 
     Returns:
-        The cache; the tokens, int32 [B, m + 1]; whether their logits are finite, bool [B, m + 1].
+        The tokens, int32 [B, m + 1]; whether their logits are finite, bool [B, m + 1].
     """
     assert rows.history is not None, "rows that verify drafts hold their texts"
-    tokens = jnp.concatenate([rows.token[:, None], drafts], axis=1)
-    hidden, cache, _ = extend(params, tokens, rows.cache, rows.position, observe_nothing)
     logits = unembed(params, hidden)
     history = put_tokens(rows.history, rows.position, tokens)
     places = jnp.arange(tokens.shape[1])[None, :]
@@ -179,7 +215,7 @@ def _read(params: Params, rows: Rows, drafts: Array) -> tuple[KVCache, Array, Ar
         logits, rows.sampling, history, rows.position[:, None] + 1 + places
     )
     new = jax.vmap(draw, (1, None, 1), 1)(lowered, rows.sampling, rows.length[:, None] + places)
-    return cache, new, jnp.isfinite(logits).all(axis=-1)
+    return new, jnp.isfinite(logits).all(axis=-1)
 
 
 def _ends_at(new: Array, rows: Rows) -> Array:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,10 @@ def _open_bins(files: list[Path]) -> StoredTensors:
 def _load_bin(held: HeldFile) -> Mapping[str, Any]:
     """The state dict in a `.bin` file. `weights_only` admits tensors and refuses everything pickle could run."""
     file = held.path
-    try:
-        import torch
-    except ImportError as error:
+    if find_spec("torch") is None:
         raise CoreInferError(
             f"{file}: reading .bin needs PyTorch; pip install 'coreinfer_jax[torch]', or use a safetensors checkpoint"
-        ) from error
+        )
     try:
         # PyTorch warns of unusual versions of pickle, whether or not it can read them.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
