@@ -79,6 +79,8 @@ def _run(options: argparse.Namespace) -> None:
     params, tokenizer = open_model(options)
     check_length(1, _most(options), params.config)
     drawn = drawing.sampling(options, params.config, tokenizer, is_chat=True)
+    if budget is not None:
+        drawn["device_memory"] = budget
     model = _Model(params, tokenizer, *arguments.core_and_groups(options, params), drawn)
     opening = () if options.system is None else ({"role": "system", "content": options.system},)
     if not tokenizer.has_chat_template:
@@ -86,7 +88,6 @@ def _run(options: argparse.Namespace) -> None:
             raise CoreInferError("--system: this model has no chat template to put it in; leave the option out")
         _say("[no chat template: what you write and what the model answers is one text that it continues]")
     if budget is not None:
-        drawn["device_memory"] = budget
         _plan(options, model, opening)
         params = arguments.planned_model(options)
         model = _Model(params, tokenizer, *arguments.core_and_groups(options, params), drawn)

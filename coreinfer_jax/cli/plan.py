@@ -35,8 +35,7 @@ def _run(options: argparse.Namespace) -> None:
     assert budget is not None, "the option is required"
     arguments.choose_device(options.device)
     params, _ = unloaded(options.model, options.dtype)
-    core = arguments.core_config(options, params)
-    groups = arguments.load_groups(options, params, core)
+    core, groups = arguments.core_and_groups(options, params)
     prompts = np.zeros((options.rows, options.prompt_tokens), np.int32)
     asked: GenerateOptions = {
         "groups": groups,

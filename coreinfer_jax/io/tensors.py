@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +141,14 @@ def _open_bins(files: list[Path]) -> StoredTensors:
 def _load_bin(held: HeldFile) -> Mapping[str, Any]:
     """The state dict in a `.bin` file. `weights_only` admits tensors and refuses everything pickle could run."""
     file = held.path
-    if find_spec("torch") is None:
-        raise CoreInferError(
-            f"{file}: reading .bin needs PyTorch; pip install 'coreinfer_jax[torch]', or use a safetensors checkpoint"
-        )
     try:
         # PyTorch warns of unusual versions of pickle, whether or not it can read them.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             state = _load_state(held)
+    except ImportError as error:
+        raise CoreInferError(
+            f"{file}: reading .bin needs PyTorch; pip install 'coreinfer_jax[torch]', or use a safetensors checkpoint"
+        ) from error
     except Exception as error:  # damaged files make PyTorch raise all kinds, AssertionError and struct.error too
         raise _no_state_dict(file, error) from error
     if not isinstance(state, Mapping):
