@@ -28,6 +28,7 @@ from coreinfer_jax.io.native import write_native
 from coreinfer_jax.model import cache
 from coreinfer_jax.model import host as hosting
 from coreinfer_jax.model.cache import bucket
+from coreinfer_jax.model.config import Rope
 from coreinfer_jax.model.weights import named_leaves
 from tests.stand_ins import write_shallow
 from tests.support import LLAMA, OPT, random_model, with_mlps_on_host
@@ -247,6 +248,27 @@ def test_a_later_turn_is_planned_with_the_cache_that_it_finds(
     assert all(array.is_deleted() for array in first.past.cache.keys)
     for phase in ("prefill", "decode"):
         assert watch.most[phase] == pytest.approx(plan.phase_bytes(phase), rel=0.01)
+
+
+@pytest.mark.parametrize("why", ["other-tokens", "long-rope"])
+def test_a_conversation_that_is_read_anew_leaves_its_memory(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = {"short_factors": (1.0,) * 16, "long_factors": (2.0,) * 16}
+    rope = Rope(scaling="longrope", original_max_positions=64, **factors)
+    params = with_mlps_on_host(random_model(replace(LLAMA, **SIZES, rope=rope)))
+    chunk, first = next(iter(ci.converse(params, PROMPT[0], None, CORE, max_new_tokens=12)))
+    goes_on = [*PROMPT[0], *chunk.tokens[0].tolist(), 5]
+    tokens, new = (goes_on, 60) if why == "long-rope" else (PROMPT[0][::-1], 4)
+    plan = plan_request(make_request(params, [tokens], CORE, {"max_new_tokens": new}), 2**30)
+    with pytest.raises(ci.CoreInferError, match="this call needs"):
+        ci.converse(params, tokens, first, CORE, max_new_tokens=new, device_memory=plan.needed // 2)
+    assert first.past.is_alive
+    watch = Watch(params, monkeypatch, first.past)
+    chunks = list(ci.converse(params, tokens, first, CORE, max_new_tokens=new, device_memory="1GiB"))
+    assert chunks[-1][0].stats.cached_tokens == (0,)
+    for phase in ("prefill", "decode"):
+        assert watch.most[phase] == pytest.approx(plan.phase_bytes(phase), rel=0.01)
+    with pytest.raises(ci.CoreInferError, match="another turn has gone on from it"):
+        ci.converse(params, goes_on, first, CORE, max_new_tokens=4)
 
 
 def test_an_outgrown_cache_goes_as_its_successor_comes(monkeypatch: pytest.MonkeyPatch) -> None:
