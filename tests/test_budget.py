@@ -18,6 +18,7 @@ from coreinfer_jax import device
 from coreinfer_jax.checks import parse_bytes
 from coreinfer_jax.cli import arguments as cli_arguments
 from coreinfer_jax.cli import main
+from coreinfer_jax.engine import budget as budgeting
 from coreinfer_jax.engine import dispatch, loop, streamed, streamed_verification
 from coreinfer_jax.engine.budget import Part, Plan, check_plan, plan_request, temporary_bytes
 from coreinfer_jax.engine.generation import make_request
@@ -209,6 +210,31 @@ def test_all_ratios_that_are_too_large_are_named() -> None:
         assert ratio > 0.4
         more = replace(request, chooser=replace(core, **dict.fromkeys(lower, ratio + 0.01)))
         assert plan_request(more, tight).needed > tight
+
+
+@pytest.mark.parametrize(("step", "most"), [(0, 1), (0.25, 12), (4, 12)], ids=["bound", "some", "none"])
+def test_a_lossless_refusal_compiles_few_programs(step: float, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What drafting needs besides is made up: `step` MLPs beyond the two that have gone."""
+    params, compiled = with_mlps_on_host(random_model(replace(OPT, **SIZES))), []
+    whole = hosting.mlp_bytes(params.layers[0].mlp)
+
+    def made_up(program, *arguments, **static):
+        compiled.append(program)
+        return int((2 + step) * whole) if program is streamed_verification.draft_next else 0
+
+    monkeypatch.setattr(budgeting, "temporary_bytes", made_up)
+    request = make_request(params, PROMPT, ci.CoreConfig(beta=0.9), {"max_new_tokens": 12, "lossless": True})
+    plan = plan_request(request, 1)
+    budget = plan.phase_bytes("prefill") + whole
+    compiled.clear()
+    told = refusal_of(request, replace(plan, budget=budget))
+    assert 1 <= compiled.count(streamed_verification.draft_next) <= most
+    found = re.search(r"beta=([\d.]+) fits", told)
+    assert (found is None) == (step > 1)
+    if found is not None:
+        ratio = float(found[1])
+        fitting, more = (plan_of(params, ci.CoreConfig(beta=r), lossless=True).needed for r in (ratio, ratio + 0.01))
+        assert fitting <= budget < more
 
 
 def test_more_tokens_than_a_budget_has_room_for_are_refused() -> None:
