@@ -297,6 +297,25 @@ def test_a_conversation_that_is_read_anew_leaves_its_memory(why: str, monkeypatc
         ci.converse(params, goes_on, first, CORE, max_new_tokens=4)
 
 
+def test_a_cache_that_grows_is_planned_before_any_mlp_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With arrays of the cache so large that no later moment of the prefill takes as much."""
+    config = replace(OPT, **{**SIZES, "mlp_size": 32}, num_layers=1, max_positions=2048)
+    params = with_mlps_on_host(random_model(config))
+    chunk, first = next(iter(ci.converse(params, PROMPT[0], None, None, max_new_tokens=900)))
+    longer = [*PROMPT[0], *chunk.tokens[0].tolist(), 5, 6]
+    plan = plan_request(make_request(params, [longer], None, {"max_new_tokens": 1100}, first.past), 2**30)
+    grown, watch = cache._grown, Watch(params, monkeypatch, first.past)
+
+    def watched(array, capacity):
+        made = grown(array, capacity)
+        watch.look("prefill", 0)
+        return made
+
+    monkeypatch.setattr(cache, "_grown", watched)
+    next(iter(ci.converse(params, longer, first, None, max_new_tokens=1100)))
+    assert watch.most["prefill"] == pytest.approx(plan.phase_bytes("prefill"), rel=0.01)
+
+
 def test_an_outgrown_cache_goes_as_its_successor_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
     before = cache.init_cache(params.config, 1, 64, params.dtype)

@@ -341,13 +341,16 @@ def _prefill_of(request: Request, params: Params) -> _Prefill:
     last = (rest, x, ints, ints, cache, sampling, history)
     rows, logits = first_token.eval_shape(*last)
     # By then no MLP is on its way: the two that the phase counts make room for as many bytes of temporaries.
-    drawing = temporary_bytes(first_token, *last) - 2 * mlp_bytes(params.layers[0].mlp)
+    moving = 2 * mlp_bytes(params.layers[0].mlp)
+    drawing = temporary_bytes(first_token, *last) - moving
+    # And when a cache grows, none is yet, nor are there hidden states.
+    growing = _outgrown(request) - moving - _bytes(x)
     return _Prefill(
         rows=rows,
         logits=_bytes(logits),
         hidden=_bytes(x),
         sums=sum(sums for sums, _ in layers),
-        temporaries=max(drawing, _outgrown(request), *(temporaries for _, temporaries in layers)),
+        temporaries=max(drawing, growing, *(temporaries for _, temporaries in layers)),
     )
 
 
