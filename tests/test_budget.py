@@ -237,6 +237,18 @@ def test_a_lossless_refusal_compiles_few_programs(step: float, most: int, monkey
         assert fitting <= budget < more
 
 
+def test_leaving_out_lossless_is_named_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgeting, "temporary_bytes", lambda *arguments, **static: 0)  # compiles nothing
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    core = ci.CoreConfig(beta=0.7)
+    request = make_request(params, PROMPT, core, {"max_new_tokens": 12, "lossless": True})
+    plan, budget = plan_request(request, 1), plan_of(params, core).needed
+    assert budget < plan.needed
+    assert refusal_of(request, replace(plan, budget=budget)).endswith("; or leave out lossless")
+    for too_small in (budget - 1, plan.phase_bytes("prefill") - 1):
+        assert "leave out" not in refusal_of(request, replace(plan, budget=too_small))
+
+
 def test_more_tokens_than_a_budget_has_room_for_are_refused() -> None:
     params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
     plan = plan_of(params, CORE)

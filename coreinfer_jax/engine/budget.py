@@ -200,14 +200,21 @@ def check_plan(request: Request, plan: Plan) -> None:
 
     Raises:
         CoreInferError: naming the smallest budget that would do, and what else would: the largest keep ratio that fits,
-            where one does.
+            where one does, and that lossless be left out, where that helps.
     """
     if plan.needed <= plan.budget:
         return
     raise CoreInferError(
         f"device_memory={plan.budget} ({shown_bytes(plan.budget)}): this call needs {shown_bytes(plan.needed)}; give "
-        f"device_memory={plan.needed} or more; or {_remedy(request, plan)}"
+        f"device_memory={plan.needed} or more; or {_remedy(request, plan)}{_or_not_lossless(request, plan.budget)}"
     )
+
+
+def _or_not_lossless(request: Request, budget: int) -> str:
+    """That a lossless request fits if it is not lossless, where it does."""
+    if not request.lossless or plan_request(replace(request, lossless=False), budget).needed > budget:
+        return ""
+    return "; or leave out lossless"
 
 
 def _remedy(request: Request, plan: Plan) -> str:
