@@ -18,6 +18,7 @@ from coreinfer_jax import device
 from coreinfer_jax.checks import parse_bytes
 from coreinfer_jax.cli import arguments as cli_arguments
 from coreinfer_jax.cli import main
+from coreinfer_jax.engine import budget as budgeting
 from coreinfer_jax.engine import dispatch, loop, streamed, streamed_verification
 from coreinfer_jax.engine.budget import Part, Plan, check_plan, plan_request, temporary_bytes
 from coreinfer_jax.engine.generation import make_request
@@ -28,6 +29,7 @@ from coreinfer_jax.io.native import write_native
 from coreinfer_jax.model import cache
 from coreinfer_jax.model import host as hosting
 from coreinfer_jax.model.cache import bucket
+from coreinfer_jax.model.config import Rope
 from coreinfer_jax.model.weights import named_leaves
 from tests.stand_ins import write_shallow
 from tests.support import LLAMA, OPT, random_model, with_mlps_on_host
@@ -210,6 +212,43 @@ def test_all_ratios_that_are_too_large_are_named() -> None:
         assert plan_request(more, tight).needed > tight
 
 
+@pytest.mark.parametrize(("step", "most"), [(0, 1), (0.25, 12), (4, 12)], ids=["bound", "some", "none"])
+def test_a_lossless_refusal_compiles_few_programs(step: float, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What drafting needs besides is made up: `step` MLPs beyond the two that have gone."""
+    params, compiled = with_mlps_on_host(random_model(replace(OPT, **SIZES))), []
+    whole = hosting.mlp_bytes(params.layers[0].mlp)
+
+    def made_up(program, *arguments, **static):
+        compiled.append(program)
+        return int((2 + step) * whole) if program is streamed_verification.draft_next else 0
+
+    monkeypatch.setattr(budgeting, "temporary_bytes", made_up)
+    request = make_request(params, PROMPT, ci.CoreConfig(beta=0.9), {"max_new_tokens": 12, "lossless": True})
+    plan = plan_request(request, 1)
+    budget = plan.phase_bytes("prefill") + whole
+    compiled.clear()
+    told = refusal_of(request, replace(plan, budget=budget))
+    assert 1 <= compiled.count(streamed_verification.draft_next) <= most
+    found = re.search(r"beta=([\d.]+) fits", told)
+    assert (found is None) == (step > 1)
+    if found is not None:
+        ratio = float(found[1])
+        fitting, more = (plan_of(params, ci.CoreConfig(beta=r), lossless=True).needed for r in (ratio, ratio + 0.01))
+        assert fitting <= budget < more
+
+
+def test_leaving_out_lossless_is_named_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgeting, "temporary_bytes", lambda *arguments, **static: 0)  # compiles nothing
+    params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
+    core = ci.CoreConfig(beta=0.7)
+    request = make_request(params, PROMPT, core, {"max_new_tokens": 12, "lossless": True})
+    plan, budget = plan_request(request, 1), plan_of(params, core).needed
+    assert budget < plan.needed
+    assert refusal_of(request, replace(plan, budget=budget)).endswith("; or leave out lossless")
+    for too_small in (budget - 1, plan.phase_bytes("prefill") - 1):
+        assert "leave out" not in refusal_of(request, replace(plan, budget=too_small))
+
+
 def test_more_tokens_than_a_budget_has_room_for_are_refused() -> None:
     params = with_mlps_on_host(random_model(replace(OPT, **SIZES)))
     plan = plan_of(params, CORE)
@@ -247,6 +286,46 @@ def test_a_later_turn_is_planned_with_the_cache_that_it_finds(
     assert all(array.is_deleted() for array in first.past.cache.keys)
     for phase in ("prefill", "decode"):
         assert watch.most[phase] == pytest.approx(plan.phase_bytes(phase), rel=0.01)
+
+
+@pytest.mark.parametrize("why", ["other-tokens", "long-rope"])
+def test_a_conversation_that_is_read_anew_leaves_its_memory(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = {"short_factors": (1.0,) * 16, "long_factors": (2.0,) * 16}
+    rope = Rope(scaling="longrope", original_max_positions=64, **factors)
+    params = with_mlps_on_host(random_model(replace(LLAMA, **SIZES, rope=rope)))
+    chunk, first = next(iter(ci.converse(params, PROMPT[0], None, CORE, max_new_tokens=12)))
+    goes_on = [*PROMPT[0], *chunk.tokens[0].tolist(), 5]
+    tokens, new = (goes_on, 60) if why == "long-rope" else (PROMPT[0][::-1], 4)
+    plan = plan_request(make_request(params, [tokens], CORE, {"max_new_tokens": new}), 2**30)
+    with pytest.raises(ci.CoreInferError, match="this call needs"):
+        ci.converse(params, tokens, first, CORE, max_new_tokens=new, device_memory=plan.needed // 2)
+    assert first.past.is_alive
+    watch = Watch(params, monkeypatch, first.past)
+    chunks = list(ci.converse(params, tokens, first, CORE, max_new_tokens=new, device_memory="1GiB"))
+    assert chunks[-1][0].stats.cached_tokens == (0,)
+    for phase in ("prefill", "decode"):
+        assert watch.most[phase] == pytest.approx(plan.phase_bytes(phase), rel=0.01)
+    with pytest.raises(ci.CoreInferError, match="another turn has gone on from it"):
+        ci.converse(params, goes_on, first, CORE, max_new_tokens=4)
+
+
+def test_a_cache_that_grows_is_planned_before_any_mlp_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With arrays of the cache so large that no later moment of the prefill takes as much."""
+    config = replace(OPT, **{**SIZES, "mlp_size": 32}, num_layers=1, max_positions=2048)
+    params = with_mlps_on_host(random_model(config))
+    chunk, first = next(iter(ci.converse(params, PROMPT[0], None, None, max_new_tokens=900)))
+    longer = [*PROMPT[0], *chunk.tokens[0].tolist(), 5, 6]
+    plan = plan_request(make_request(params, [longer], None, {"max_new_tokens": 1100}, first.past), 2**30)
+    grown, watch = cache._grown, Watch(params, monkeypatch, first.past)
+
+    def watched(array, capacity):
+        made = grown(array, capacity)
+        watch.look("prefill", 0)
+        return made
+
+    monkeypatch.setattr(cache, "_grown", watched)
+    next(iter(ci.converse(params, longer, first, None, max_new_tokens=1100)))
+    assert watch.most["prefill"] == pytest.approx(plan.phase_bytes("prefill"), rel=0.01)
 
 
 def test_an_outgrown_cache_goes_as_its_successor_comes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,18 +212,23 @@ def open_weights(directory: Path) -> list[str]:
     return sorted(name for name in descriptors if name.startswith(os.path.realpath(directory)))
 
 
-@pytest.mark.parametrize(("core", "cancel_at"), [("dense", 2), ("dense", 5), ("stability", 2)])
+@pytest.mark.parametrize(
+    ("core", "cancel_at", "lossless"),
+    [("dense", 2, False), ("dense", 5, False), ("stability", 2, False), ("stability", 8, True)],
+)
 def test_a_call_that_is_cancelled_leaves_nothing_behind(
-    core: str, cancel_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    core: str, cancel_at: int, lossless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of a prefill, or of a step that moves all MLPs."""
+    """In the middle of a prefill, of a step that moves all MLPs, or of a pass that verifies drafts."""
     params, _ = ci.load(write_random(tmp_path), "float32", mlps_on_host=True)
-    expected = ci.generate(params, PROMPTS[:1], CORES[core], max_new_tokens=4).tokens
+    settings = {"max_new_tokens": 12 if lossless else 4, "lossless": lossless}
+    expected = ci.generate(params, PROMPTS[:1], CORES[core], **settings).tokens
     through, calls = streamed.through_layer, []
 
     def cancelled(*arguments, **static):
         calls.append(1)
         if len(calls) == cancel_at:
+            assert not lossless or arguments[2].shape[1] > 1  # drafts are verified
             raise KeyboardInterrupt
         return through(*arguments, **static)
 
@@ -232,12 +237,12 @@ def test_a_call_that_is_cancelled_leaves_nothing_behind(
     assert files
     monkeypatch.setattr(streamed, "through_layer", cancelled)
     with pytest.raises(KeyboardInterrupt):
-        ci.generate(params, PROMPTS[:1], CORES[core], max_new_tokens=4)
+        ci.generate(params, PROMPTS[:1], CORES[core], **settings)
     gc.collect()
     assert len(jax.live_arrays()) <= live
     assert (open_weights(tmp_path), threading.active_count()) == (files, threads)
     monkeypatch.undo()
-    np.testing.assert_array_equal(ci.generate(params, PROMPTS[:1], CORES[core], max_new_tokens=4).tokens, expected)
+    np.testing.assert_array_equal(ci.generate(params, PROMPTS[:1], CORES[core], **settings).tokens, expected)
     del params
     gc.collect()
     assert open_weights(tmp_path) == []

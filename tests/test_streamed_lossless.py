@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
+from coreinfer_jax.engine.drafting import CORE
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.loop import begin
 from coreinfer_jax.engine.streamed_verification import decode_drafted_streamed
@@ -74,9 +75,13 @@ def test_what_is_always_accepted_moves_weights_once_per_block() -> None:
 
 
 def test_what_is_always_rejected_costs_no_token() -> None:
-    made, _, state = drafted_for_itself(random_model(LLAMA, seed=1), 2)
+    full = random_model(LLAMA)
+    # What the full model finds most likely, this drafter finds least likely.
+    made, _, state = drafted_for_itself(replace(full, unembedding=-full.unembedding), 2)
     np.testing.assert_array_equal(made[:, : NEW - 1], dense("llama", NEW).tokens[:, 1:])
     assert int(state.core_steps) == 2 * int(state.verified)
+    assert np.array(state.reached[CORE]).sum() > 0
+    assert np.array(state.accepted[CORE]).sum() == 0
 
 
 def test_rows_end_within_a_draft() -> None:

@@ -6,6 +6,8 @@ turn of a conversation is planned with what the turns before have left: their ca
 one array of it beside its successor where it is outgrown.
 """
 
+import functools
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -198,14 +200,21 @@ def check_plan(request: Request, plan: Plan) -> None:
 
     Raises:
         CoreInferError: naming the smallest budget that would do, and what else would: the largest keep ratio that fits,
-            where one does.
+            where one does, and that lossless be left out, where that helps.
     """
     if plan.needed <= plan.budget:
         return
     raise CoreInferError(
         f"device_memory={plan.budget} ({shown_bytes(plan.budget)}): this call needs {shown_bytes(plan.needed)}; give "
-        f"device_memory={plan.needed} or more; or {_remedy(request, plan)}"
+        f"device_memory={plan.needed} or more; or {_remedy(request, plan)}{_or_not_lossless(request, plan.budget)}"
     )
+
+
+def _or_not_lossless(request: Request, budget: int) -> str:
+    """That a lossless request fits if it is not lossless, where it does."""
+    if not request.lossless or plan_request(replace(request, lossless=False), budget).needed > budget:
+        return ""
+    return "; or leave out lossless"
 
 
 def _remedy(request: Request, plan: Plan) -> str:
@@ -230,21 +239,32 @@ def _remedy(request: Request, plan: Plan) -> str:
 
 
 def _largest_ratios(request: Request, plan: Plan, chooser: Chooser) -> dict[str, float] | None:
-    """The largest keep ratios, in hundredths below the chooser's own, at which a request fits; None where none does.
+    """Keep ratios, in hundredths below the chooser's own, at which a request fits; None where none does.
 
-    Where a chooser has several, none is above the one that is tried, and only those that it lowers are named.
+    They are the largest, as larger ratios need more. Where a chooser has several, none is above the one that is tried,
+    and only those that it lowers are named.
     """
     params, common = shapes_on_host(request.params), sum(p.nbytes for p in plan.parts if p.phases == PHASES)
     own = _ratios(chooser, request)
-    for hundredth in range(ceil(max(own.values()) * RATIOS) - 1, 0, -1):
-        lower: dict[str, Any] = {name: hundredth / RATIOS for name, ratio in own.items() if ratio > hundredth / RATIOS}
-        narrower = replace(request, chooser=replace(chooser, **lower))
-        # Few ratios pass this and do not fit, so that few programs are compiled.
-        if common + _least_of_compaction(params, narrower.to_narrow) > plan.budget:
-            continue
-        if plan_request(narrower, plan.budget).needed <= plan.budget:
-            return lower
-    return None
+
+    def lower(hundredth: int) -> dict[str, Any]:
+        return {name: hundredth / RATIOS for name, ratio in own.items() if ratio > hundredth / RATIOS}
+
+    def narrower(hundredth: int) -> Request:
+        return replace(request, chooser=replace(chooser, **lower(hundredth)))
+
+    @functools.cache
+    def fits(hundredth: int) -> bool:
+        return plan_request(narrower(hundredth), plan.budget).needed <= plan.budget
+
+    tried = range(ceil(max(own.values()) * RATIOS) - 1, 0, -1)
+    possible = [h for h in tried if common + _least_after_prefill(params, narrower(h)) <= plan.budget]
+    # Each that is tried compiles programs. One of the first fits in most cases; else they are halved.
+    reach = 1
+    while reach < len(possible) and not fits(possible[reach - 1]):
+        reach *= 2
+    place = bisect_left(possible, True, reach // 2, min(reach, len(possible)), key=fits)
+    return lower(possible[place]) if place < len(possible) else None
 
 
 def _ratios(chooser: Chooser, request: Request) -> dict[str, float]:
@@ -254,11 +274,13 @@ def _ratios(chooser: Chooser, request: Request) -> dict[str, float]:
     return {name: ratio for name, ratio in in_use.items() if ratio is not None}
 
 
-def _least_of_compaction(params: Params, narrowing: ToNarrow) -> int:
-    """Bytes of all MLPs that a request decodes with, and of its largest gather: what compaction needs at least."""
+def _least_after_prefill(params: Params, request: Request) -> int:
+    """Bytes that compaction and decoding need at least: all MLPs that a request decodes with, and what moves beside."""
+    narrowing = request.to_narrow
     layers = [mlp_bytes(layer.mlp) for layer in _narrowed(params, narrowing).layers]
     gathered = [size for size, kept in zip(layers, narrowing.kept, strict=True) if kept is not None]
-    return sum(layers) + 2 * max(gathered, default=0)
+    whole = [mlp_bytes(layer.mlp) for layer in params.layers] if request.lossless else []
+    return (sum(layers) if gathered else 0) + 2 * max([*gathered, *whole], default=0)
 
 
 def _bytes(tree: Any) -> int:
@@ -326,13 +348,16 @@ def _prefill_of(request: Request, params: Params) -> _Prefill:
     last = (rest, x, ints, ints, cache, sampling, history)
     rows, logits = first_token.eval_shape(*last)
     # By then no MLP is on its way: the two that the phase counts make room for as many bytes of temporaries.
-    drawing = temporary_bytes(first_token, *last) - 2 * mlp_bytes(params.layers[0].mlp)
+    moving = 2 * mlp_bytes(params.layers[0].mlp)
+    drawing = temporary_bytes(first_token, *last) - moving
+    # And when a cache grows, none is yet, nor are there hidden states.
+    growing = _outgrown(request) - moving - _bytes(x)
     return _Prefill(
         rows=rows,
         logits=_bytes(logits),
         hidden=_bytes(x),
         sums=sum(sums for sums, _ in layers),
-        temporaries=max(drawing, _outgrown(request), *(temporaries for _, temporaries in layers)),
+        temporaries=max(drawing, growing, *(temporaries for _, temporaries in layers)),
     )
 
 

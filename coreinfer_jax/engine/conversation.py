@@ -71,7 +71,8 @@ def converse(
 
     Yields:
         A chunk of one row, and the conversation to go on from. Only the latest is alive: the memory of the ones
-        before it, and of the argument, is used again.
+        before it, and of the argument, is used again; with `device_memory` the argument's goes also where all is read
+        from the start.
 
     Raises:
         CoreInferError: as `generate`; a conversation that another turn has gone on from already.
@@ -92,6 +93,8 @@ def converse(
         options["device_rows"] = request.device_rows  # those before may have been given back
         # Its keys were rotated for shorter texts.
         request = make_request(params, [ids], core, options, None, tells=False)
+    if conversation is not None and request.past is None and options.get("device_memory") is not None:
+        conversation.past.release()  # the plan has no room for it
     return ((chunk, Conversation(params, ids, known, groups, after)) for chunk, after in run(request, STREAM_CHUNK))
 
 

@@ -116,6 +116,8 @@ def extend_streamed(
             if l in observed:
                 made[l] = own
                 of_weights = None if at_hand is None else at_hand(l, layer, own)
+    # What comes next is planned with the room of both MLPs: it must not start while the last layer's is in use.
+    jax.block_until_ready((x, of_weights))
     return x, KVCache(tuple(keys), tuple(values)), [made[l] for l in observed]
 
 
