@@ -45,25 +45,26 @@ def table() -> str:
         f"keep {KEEP:g}, s",
         "transformers, s",
         "all neurons: times as fast",
+        "rounds",
     ]
     rows = [head]
     for model, tokens in PROMPTS:
-        ours, narrowed, theirs = (
-            newest[model, tokens, *who]["first_token_seconds"]
-            for who in (("coreinfer", None), ("coreinfer", KEEP), (THEIRS, None))
-        )
-        rows.append(
-            [model, str(tokens), *(shown_range(one, 2) for one in (ours, narrowed, theirs)), _ratio(ours, theirs)]
-        )
+        of = [newest[model, tokens, *who] for who in (("coreinfer", None), ("coreinfer", KEEP), (THEIRS, None))]
+        rows.append([model, str(tokens), *map(_seconds, of), _ratio(*of[::2]), str(of[0]["rounds"])])
     results = list(newest.values())
-    return f"{markdown(rows)}\n\nfloat32, random weights, {results[0]['rounds']} rounds; {made_on(*results)}"
+    return f"{markdown(rows)}\n\nfloat32, random weights; {made_on(*results)}"
 
 
 def _case(result: _Result) -> tuple[str, int, str, float | None]:
     return result["model"], result["prompt_tokens"], result["contender"], result["keep"]
 
 
-def _ratio(ours: dict[str, float], theirs: dict[str, float]) -> str:
-    """Of the medians, then the least and the most that the ranges allow."""
+def _seconds(result: _Result) -> str:
+    return shown_range(result["first_token_seconds"], 2)
+
+
+def _ratio(one: _Result, other: _Result) -> str:
+    """How many times as fast `one` is: of the medians, then the least and the most that the ranges allow."""
+    ours, theirs = one["first_token_seconds"], other["first_token_seconds"]
     least, most = theirs["min"] / ours["max"], theirs["max"] / ours["min"]
     return f"{theirs['median'] / ours['median']:.2f} ({least:.2f} .. {most:.2f})"

