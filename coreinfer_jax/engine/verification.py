@@ -130,7 +130,7 @@ class Progress:
 
 
 def no_progress(state: Drafted, size: int) -> Progress:
-    """The begin of a dispatch that drafts `size` (n) tokens at most."""
+    """A dispatch that drafts `size` (n) tokens at most, before its first pass."""
     rows = state.rows
     made = jnp.broadcast_to(rows.sampling.fill[:, None], (len(rows.token), DISPATCH + size))
     state = replace(state, rows=replace(rows, history=with_token(rows)))
