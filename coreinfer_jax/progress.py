@@ -58,4 +58,5 @@ def progress(
         mininterval=SECONDS,
         miniters=1,
         bar_format=_LINE,
+        position=0,  # with other bars open, too: below them it would move the cursor, and a log has none
     )

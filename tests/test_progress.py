@@ -1,5 +1,6 @@
 """What long work says of its progress, in a terminal and in a log."""
 
+import contextlib
 import io
 import sys
 
@@ -13,10 +14,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_gets_a_line_for_each_state_it_is_due(monkeypatch, capsys):
-    monkeypatch.setattr(shown, "SECONDS", 0)
-    assert list(shown.progress("abc", desc="reading", unit="text")) == ["a", "b", "c"]
-    written = capsys.readouterr().err
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_log_gets_a_line_for_each_state_it_is_due(monkeypatch, capsys, others):
+    with contextlib.ExitStack() as unfinished:
+        for _ in range(others):
+            unfinished.enter_context(shown.progress([], total=2, desc="around", unit="text"))
+        monkeypatch.setattr(shown, "SECONDS", 0)
+        assert list(shown.progress("abc", desc="reading", unit="text")) == ["a", "b", "c"]
+        written = capsys.readouterr().err
     assert "\r" not in written
     lines = written.splitlines()
     assert [line.partition(" (text), ")[0] for line in lines][-3:] == [f"reading: {i} of 3" for i in (1, 2, 3)]
