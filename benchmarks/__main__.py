@@ -25,6 +25,7 @@ from benchmarks import (
     profile,
     quality,
     report,
+    shares,
     shipped_calibrations,
     static_argument,
     suite,
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         lambda o: linear_neurons.measure(o.texts),
         _add_texts,
     )
+    _add(commands, "shares", "what it costs that devices keep their own", lambda o: shares.measure(o.texts), _add_texts)
     _add(commands, "lossless", "drafts that the full model verifies", _lossless, _add_lossless_options)
     _add(
         commands,

@@ -10,6 +10,8 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io import convert, load
 from coreinfer_jax.lab.clustering import build_clusters, import_published, inspect_clusters, load_clusters
 from coreinfer_jax.model.config import ModelConfig, Rope
+from coreinfer_jax.model.shards import make_mesh
+from coreinfer_jax.model.spread import spread
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity import rules
 from coreinfer_jax.sparsity.choice import Choice
@@ -55,10 +57,12 @@ __all__ = [
     "inspect_clusters",
     "load",
     "load_clusters",
+    "make_mesh",
     "prepare_groups",
     "read_documents",
     "rules",
     "score_continuations",
     "select_core_neurons",
+    "spread",
     "stream",
 ]

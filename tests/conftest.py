@@ -36,6 +36,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
+# Of this machine's processors JAX makes so many devices, for models that are spread over several.
+jax.config.update("jax_num_cpu_devices", 8)
+
+
 def share_programs() -> None:
     """Compile equal programs once for all processes of a run: the workers of xdist, and commands that tests start."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:

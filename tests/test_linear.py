@@ -166,7 +166,7 @@ def test_what_is_left_to_write_is_what_those_left_out_write() -> None:
     )
     kept = np.sort(generator.choice(F, 30, replace=False))
     others = np.setdiff1d(np.arange(F), kept)
-    found = own.left_to_write(jnp.asarray(down[:, kept], jnp.float32), jnp.asarray(kept))
+    found = own.left_to_write(jnp.asarray(down[:, kept], jnp.float32), jnp.asarray(kept), size=5)
     np.testing.assert_allclose(found, down[:, others] @ slopes[:, others].T, rtol=1e-4, atol=1e-4)
 
 

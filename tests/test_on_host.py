@@ -139,7 +139,7 @@ def test_only_rows_that_are_not_there_are_moved(name: str, multiple: int, monkey
     earlier, before = NOTHING, None
     for seed, kept in ((0, 48), (1, 48), (1, 48), (2, 32)):
         core = random_core(params.config, kept, seed)
-        indices, offsets = on_device(core)
+        indices, offsets = on_device(params, core)
         moved = moved_bytes(on_host, indices, earlier)
         made = narrow_from_host(on_host, indices, offsets, linear, earlier)
         expected = narrow(params, indices, offsets)

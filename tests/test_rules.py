@@ -159,10 +159,15 @@ def test_places_go_to_the_lower_index_first():
     assert places(jnp.asarray([[1.0, 3.0, 3.0, 2.0]])).tolist() == [[3, 0, 1, 2]]
 
 
+def test_places_of_parts_go_to_the_best_of_each_first():
+    assert places(jnp.asarray([[4.0, 3.0, 1.0, 2.0]]), 2).tolist() == [[0, 2, 3, 1]]
+
+
+@pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_layers_are_ranked_at_once_as_each_alone(rule: type[Rule]) -> None:
+def test_layers_are_ranked_at_once_as_each_alone(rule: type[Rule], shards: int) -> None:
     """As GPUs do, and as CPUs do."""
-    kept, rng = (40, 7, 7), np.random.default_rng(0)
+    kept, rng = (40, 8, 8), np.random.default_rng(0)
 
     def drawn(*shape: int) -> jax.Array:
         return jnp.asarray(rng.integers(1, 6, shape).astype(np.float32))  # with ties
@@ -174,8 +179,8 @@ def test_layers_are_ranked_at_once_as_each_alone(rule: type[Rule]) -> None:
     ]
     # The last layer as beside linear neurons, where no share of a mean stands.
     arguments = sums, [drawn(96) for _ in kept], [jnp.float32(share) for share in (0.5, 0.5, 0.0)]
-    alone = _each_alone(*arguments, rule=rule, kept=kept)
-    at_once = _all_at_once(*arguments, rule=rule, kept=kept)
+    alone = _each_alone(*arguments, rule=rule, kept=kept, shards=shards)
+    at_once = _all_at_once(*arguments, rule=rule, kept=kept, shards=shards)
     assert [best.shape for best in alone[0]] == [(2, K) for K in kept]
     for expected, found in zip(jax.tree.leaves(alone), jax.tree.leaves(at_once), strict=True):
         np.testing.assert_array_equal(found, expected)

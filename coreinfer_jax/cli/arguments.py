@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from coreinfer_jax.checks import check_fraction, parse_bytes
+from coreinfer_jax.cli import processes
 from coreinfer_jax.device import cap_allocator
-from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.io import load
 from coreinfer_jax.io.embedded import DEFAULT
 from coreinfer_jax.io.loading import load_params, load_uncalibrated, model_path, unloaded
@@ -17,6 +19,7 @@ from coreinfer_jax.io.mapping import DTYPES
 from coreinfer_jax.lab.clustering import load_clusters
 from coreinfer_jax.lab.evaluation.comparison import Texts
 from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.shards import AXIS, make_mesh
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import ALLOCATIONS
 from coreinfer_jax.sparsity.calibration import PRIOR_RULE, calibration_of
@@ -66,6 +69,30 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     """In which type, and on which device."""
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default float32 on CPU, bfloat16 on GPU and TPU")
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: the fastest there is")
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Over which devices."""
+    parser.add_argument(
+        "--mesh", metavar="tensor=N", help="spread heads and neurons over N devices (docs/guides/several-devices.md)"
+    )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Over which devices, of which processes."""
+    add_mesh(parser)
+    processes.add_distributed(parser)
+
+
+def mesh_of(options: argparse.Namespace) -> Mesh | None:
+    """The devices of `--mesh`; None for the default one."""
+    asked = getattr(options, "mesh", None)
+    if asked is None:
+        return None
+    name, _, size = asked.partition("=")
+    if name != AXIS or not (size.isascii() and size.isdigit()):
+        raise CoreInferError(f"--mesh {shown(asked)}: give tensor=N, N devices to spread heads and neurons over")
+    return make_mesh(int(size))
 
 
 def add_documents(parser: argparse.ArgumentParser, required: bool = True, default: str = "") -> None:
@@ -204,6 +231,8 @@ def device_memory(options: argparse.Namespace) -> int | None:
 def unloaded_model(options: argparse.Namespace) -> tuple[Params, Tokenizer]:
     """`load_model` with all weights where they are, to plan with."""
     choose_device(options.device)
+    if getattr(options, "mesh", None) is not None:
+        raise CoreInferError(f"--mesh {options.mesh}: is of models that fit their devices; leave out --device-memory")
     return _with_tokenizer(options, *unloaded(options.model, options.dtype))
 
 
@@ -214,9 +243,10 @@ def planned_model(options: argparse.Namespace) -> Params:
 
 def load_model(options: argparse.Namespace, calibrated: bool = True) -> tuple[Params, Tokenizer]:
     """The model and tokenizer that the options name, with the calibration beside them or whatever lies there."""
+    processes.join(options)
     choose_device(options.device)
     if calibrated:
-        params, tokenizer = load(options.model, options.dtype)
+        params, tokenizer = load(options.model, options.dtype, mesh=mesh_of(options))
     else:
         params, tokenizer = load_uncalibrated(model_path(options.model), options.dtype)
     return _with_tokenizer(options, params, tokenizer)

@@ -55,6 +55,7 @@ class _Session:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     arguments.add_model(parser)
+    arguments.add_mesh(parser)
     arguments.add_device_memory(parser)
     arguments.add_core(parser)
     drawing.add_sampling(parser, temperature=0.7, new_tokens=NEW_TOKENS)

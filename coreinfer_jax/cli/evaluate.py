@@ -28,6 +28,7 @@ OF_TEXTS = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     arguments.add_model(parser)
+    arguments.add_processes(parser)
     arguments.add_documents(parser, required=False)
     eval_tasks.add_options(parser)
     parser.add_argument(

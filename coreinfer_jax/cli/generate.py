@@ -27,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a question: apply the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: what the template puts before the question")
     arguments.add_model(parser)
+    arguments.add_processes(parser)
     arguments.add_device_memory(parser)
     arguments.add_core(parser)
     drawing.add_sampling(parser, temperature=0.0, new_tokens=NEW_TOKENS)

@@ -21,6 +21,7 @@ from coreinfer_jax.cli import (
     generate,
     info,
     plan,
+    processes,
     train,
 )
 from coreinfer_jax.errors import CoreInferError, one_line, shown, shown_name
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Here, because at its exit Python could only complain.
         sys.stdout.flush()
         sys.stderr.flush()
+        processes.leave(status)
     except BrokenPipeError:  # the reader went away, as `head` does
         _discard_output()
         return 141
@@ -107,7 +109,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return 130
     except (MemoryError, RuntimeError, AssertionError) as error:
-        mistake = _mistake_about_devices(error)
+        mistake = processes.lost(error) or _mistake_about_devices(error)
         if mistake is None:
             raise
         print(f"coreinfer: error: {mistake}", file=sys.stderr)

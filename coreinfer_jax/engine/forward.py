@@ -9,8 +9,9 @@ from coreinfer_jax.checks import check_finite
 from coreinfer_jax.engine.prompts import pad_prompts
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model import extend, observe_nothing, unembed
-from coreinfer_jax.model.cache import init_cache
+from coreinfer_jax.model.cache import KVCache, init_cache
 from coreinfer_jax.model.host import check_on_device
+from coreinfer_jax.model.shards import WHOLE, over_shards
 from coreinfer_jax.model.weights import Params, check_params
 from coreinfer_jax.sparsity.narrow import check_core, compact
 from coreinfer_jax.sparsity.neurons import CoreNeurons
@@ -61,6 +62,10 @@ def forward(params: Params, tokens: ArrayLike, core: CoreNeurons | None = None) 
 @jax.jit
 def _logits(params: Params, tokens: Array) -> Array:
     B, T = tokens.shape
-    cache = init_cache(params.config, B, T, params.dtype)
-    hidden, _, _ = extend(params, tokens, cache, jnp.zeros(B, jnp.int32), observe_nothing)
+    cache = init_cache(params.config, B, T, params.dtype, params.mesh)
+    return over_shards(_read_all, params.mesh, results=WHOLE)(params, tokens, cache)
+
+
+def _read_all(params: Params, tokens: Array, cache: KVCache) -> Array:
+    hidden, _, _ = extend(params, tokens, cache, jnp.zeros(len(tokens), jnp.int32), observe_nothing)
     return unembed(params, hidden)

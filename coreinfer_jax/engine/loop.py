@@ -153,9 +153,10 @@ def _prefilled(request: Request) -> tuple[Rows, list[Any], Array, Mapping[int, R
     params, prompts, observed = request.params.weights, request.prompts, request.observed
     observer = request.observer
     if request.past is None:
-        cache = init_cache(params.config, request.rows, request.capacity, params.dtype)
-        nothing = observer is None
-        sums = [] if nothing else no_sums(observer, params.layers[0], prompts.tokens, layers=len(observed))
+        cache = init_cache(params.config, request.rows, request.capacity, params.dtype, params.mesh)
+        sums = []
+        if observer is not None:
+            sums = no_sums(observer, params.layers[0], prompts.tokens, layers=len(observed), mesh=params.mesh)
     else:
         request.past.check_alive()  # another request may have gone on from it since
         cache, sums = with_capacity(request.past.cache, request.capacity), request.past.sums

@@ -18,6 +18,7 @@ from coreinfer_jax.engine.streamed_verification import decode_drafted_streamed
 from coreinfer_jax.engine.verification import Drafted, decode_drafted, nothing_drafted
 from coreinfer_jax.model.backends import draft_size
 from coreinfer_jax.model.host import is_on_host, mlp_bytes
+from coreinfer_jax.model.shards import agreed
 from coreinfer_jax.model.weights import Mlp, Params
 
 # The cost of what there is not.
@@ -107,7 +108,7 @@ def drafted(
     nothing = ((),) * rows.token.shape[0]
     run = _Run(full, narrow, moved, partial(decode, size=size), size, nothing_drafted(rows, size), nothing)
     run, seconds = _measured(run)
-    costs, made = seconds.costs(size), 0
+    costs, made = agreed(seconds.costs(size), params.mesh), 0
     while True:
         made += sum(map(len, run.tokens))
         yield _dispatch(run, seconds, made)
@@ -162,8 +163,8 @@ def _drafting(run: _Run, seconds: Seconds, made: int) -> Drafting:
     state = run.state
     by_place = zip(DRAFTERS, np.array(state.reached).tolist(), np.array(state.accepted).tolist(), strict=True)
     reached, accepted = {}, {}
-    for name, said, agreed in by_place:
-        reached[name], accepted[name] = tuple(said), tuple(agreed)
+    for name, said, kept in by_place:
+        reached[name], accepted[name] = tuple(said), tuple(kept)
     return Drafting(
         tokens=made,
         single_passes=int(state.single),

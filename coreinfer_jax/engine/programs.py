@@ -1,5 +1,6 @@
 """The compiled programs of generating: prefill, insert a request into a row, decode steps, read given tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd, prod
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from coreinfer_jax.engine.penalties import penalised
 from coreinfer_jax.engine.rows import Rows, first_drawn, is_over, put_row, with_token
@@ -18,8 +20,9 @@ from coreinfer_jax.model.backends import ANY_ORDER, DECODE_OPTIONS, PIECES_OPTIO
 from coreinfer_jax.model.cache import KVCache, bucket
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.layers import KEYS_PER_BLOCK
+from coreinfer_jax.model.shards import WHOLE, constrained, over_shards, specs
 from coreinfer_jax.model.weights import Layer, Mlp, Params
-from coreinfer_jax.sparsity.rules import Observer
+from coreinfer_jax.sparsity.rules import Observer, Summed
 
 # Tokens a decode dispatch has room for. How many it makes is data, so streaming in small chunks and generating in
 # large ones share a program.
@@ -30,8 +33,8 @@ BLOCK = 64
 PIECE, LEAST_PIECE = 512, 64
 
 
-@partial(jax.jit, static_argnames="layers")
-def no_sums(observer: Observer, layer: Layer, tokens: Array, *, layers: int) -> list[Any]:
+@partial(jax.jit, static_argnames=("layers", "mesh"))
+def no_sums(observer: Observer, layer: Layer, tokens: Array, *, layers: int, mesh: Mesh | None = None) -> list[Any]:
     """What `observer` has summed up of `layers` layers, such as `layer`, before any of tokens [B, T]: zeros."""
 
     def of_size(size: int) -> Any:
@@ -39,7 +42,9 @@ def no_sums(observer: Observer, layer: Layer, tokens: Array, *, layers: int) -> 
 
     seen = MlpPass(of_size(layer.mlp.up.size_in), *[of_size(layer.mlp.width)] * 2)
     shapes = jax.eval_shape(partial(observer, 0), layer, seen)
-    return [jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes) for _ in range(layers)]
+    nothing = [jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes) for _ in range(layers)]
+    made: list[Any] = constrained(Summed(nothing), mesh).sums
+    return made
 
 
 # Cache and sums of earlier tokens are donated: the prompt's are added to them in place.
@@ -78,15 +83,36 @@ def prefill(
         observed: layers.
         filled: at least start + T of every row, the positions to attend to.
     """
-    reading = Reading(params, tokens, start, observer, observed)
+    add = over_shards(
+        partial(_prefill, observed=observed, filled=filled),
+        params.mesh,
+        results=(WHOLE, specs(cache), specs(Summed(sums))),
+    )
+    logits, cache, summed = add(params, tokens, lengths, start, cache, Summed(sums), observer)
+    first = draw(penalised(logits, sampling, history, start + lengths), sampling, jnp.zeros_like(lengths))
+    return first_drawn(cache, logits, first, start + lengths, sampling, history), summed.sums, logits
+
+
+def _prefill(
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    start: Array,
+    cache: KVCache,
+    summed: Summed,
+    observer: Observer | None,
+    *,
+    observed: tuple[int, ...],
+    filled: int,
+) -> tuple[Array, KVCache, Summed]:
+    """What `prefill` reads: logits float32 [B, V] of each row's last token, the extended cache, and the sums."""
+    reading, sums = Reading(params, tokens, start, observer, observed), summed.sums
     if reads_at_once(tokens.shape, filled, observer):
         hidden, cache, sums = _add_piece(reading, cache, sums, filled=filled)
         last = hidden[jnp.arange(tokens.shape[0]), lengths - 1]
     else:
         last, cache, sums = _add_pieces(reading, lengths, cache, sums)
-    logits = unembed(params, last[:, None])[:, 0]
-    first = draw(penalised(logits, sampling, history, start + lengths), sampling, jnp.zeros_like(lengths))
-    return first_drawn(cache, logits, first, start + lengths, sampling, history), sums, logits
+    return unembed(params, last[:, None])[:, 0], cache, Summed(sums)
 
 
 @dataclass(frozen=True)
@@ -193,6 +219,13 @@ def decode(params: Params, rows: Rows, steps: Array | np.integer) -> tuple[Rows,
     Returns:
         The rows, the tokens drawn, int32 [B, 64], and how many steps were run, int32 [].
     """
+    run: Callable[..., tuple[Rows, Array, Array]] = over_shards(
+        _decode, params.mesh, results=(specs(rows), WHOLE, WHOLE)
+    )
+    return run(params, rows, steps)
+
+
+def _decode(params: Params, rows: Rows, steps: Array | np.integer) -> tuple[Rows, Array, Array]:
     drawn = jnp.zeros((rows.token.shape[0], DISPATCH), jnp.int32)
 
     def unfinished(loop: tuple[Array, Rows, Array]) -> Array:
@@ -245,6 +278,10 @@ def score_given(params: Params, cache: KVCache, start: Array, first: Array, toke
         first: float32 [B, V], logits of the first one.
         tokens: int32 [B, T], padded, T a power of two.
     """
+    return over_shards(_score_given, params.mesh, results=(WHOLE, WHOLE))(params, cache, start, first, tokens)
+
+
+def _score_given(params: Params, cache: KVCache, start: Array, first: Array, tokens: Array) -> tuple[Array, Array]:
     B, T = tokens.shape
     hidden, _, _ = extend(params, tokens, cache, start, observe_nothing)
     block = min(T, BLOCK)

@@ -75,7 +75,7 @@ def start(
         weights = narrow(params, indices, offsets, linear)
     # Arrays of their own: `insert` is given the memory of each.
     free = Rows(
-        cache=init_cache(config, rows, capacity, params.dtype),
+        cache=init_cache(config, rows, capacity, params.dtype, params.mesh),
         token=jnp.zeros(rows, jnp.int32),
         position=jnp.zeros(rows, jnp.int32),
         length=jnp.zeros(rows, jnp.int32),
@@ -134,7 +134,7 @@ def _where(linear: tuple[bool, ...]) -> list[int]:
 
 def _with_set(running: Running, row: int, core: CoreNeurons) -> Params:
     """The weights of `running`, in row `row` those of the single set `core`."""
-    indices, offsets = on_device(core)
+    indices, offsets = on_device(running.params, core)
     nothing = jnp.zeros(running.params.config.hidden_size, jnp.float32)
     narrowed = [l for l, own in enumerate(indices) if own is not None]
     # A state has offsets in any case, so that requests with and without them fit.

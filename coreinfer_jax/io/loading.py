@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from coreinfer_jax.checks import check_flag
 from coreinfer_jax.device import check_memory, pinned_memory
@@ -22,9 +23,11 @@ from coreinfer_jax.io.gguf_folder import WEIGHTS, gguf_of_package, unpacked
 from coreinfer_jax.io.hub import fetch, looks_like_hub_id
 from coreinfer_jax.io.mapping import host_array, map_tensors, parse_dtype, read_as
 from coreinfer_jax.io.native import MANIFEST, is_native, open_native
+from coreinfer_jax.io.parts import load_spread
 from coreinfer_jax.io.tensors import StoredTensor, open_checkpoint
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint_of, thinned
+from coreinfer_jax.model.spread import spread_calibration
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import Params, leaf_bytes, named_leaves, with_leaves
 from coreinfer_jax.progress import progress
@@ -32,9 +35,13 @@ from coreinfer_jax.text import Tokenizer, load_tokenizer
 
 
 def load(
-    model: str | os.PathLike[str] | None = None, dtype: object = None, *, mlps_on_host: bool = False
+    model: str | os.PathLike[str] | None = None,
+    dtype: object = None,
+    *,
+    mlps_on_host: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, Tokenizer | None]:
-    """Load a checkpoint onto the default device.
+    """Load a checkpoint onto the default device, or over several.
 
     Args:
         model: what `convert` wrote, a Hugging Face directory of a model of one of the families, or a GGUF file of
@@ -46,6 +53,7 @@ def load(
         mlps_on_host: leave the MLPs on the host, for a model that is larger than the device: `generate` and `converse`
             then move them when they are needed. They are read from the checkpoint, which is held open, each time; on
             a GPU or TPU they are read once where the host has the memory.
+        mesh: devices to spread heads and neurons over, from `make_mesh`; None for the default device alone.
 
     Returns:
         The parameters, with the calibration beside them where there is one, and the tokenizer beside them or None.
@@ -53,10 +61,10 @@ def load(
     Raises:
         CoreInferError: no checkpoint there, a model that is not implemented, damaged or unfitting weights, an
             unknown dtype, more weights than the device has room for, another model's calibration; a hub that cannot be
-            reached, or refuses.
+            reached, or refuses; heads or neurons that the devices of the mesh cannot share equally.
     """
     path = model_path(DEFAULT if model is None else model)
-    return _calibrated(path, dtype, mlps_on_host), load_tokenizer(path)
+    return _calibrated(path, dtype, mlps_on_host, mesh), load_tokenizer(path)
 
 
 def load_params(model: str | os.PathLike[str], dtype: object = None, *, mlps_on_host: bool = False) -> Params:
@@ -64,19 +72,29 @@ def load_params(model: str | os.PathLike[str], dtype: object = None, *, mlps_on_
     return _calibrated(model_path(model), dtype, mlps_on_host)
 
 
-def _calibrated(path: Path, dtype: object, mlps_on_host: bool) -> Params:
-    opened = open_model(path)
+def _calibrated(path: Path, dtype: object, mlps_on_host: bool, mesh: Mesh | None = None) -> Params:
+    config, tensors = open_model(path)
     check_flag("mlps_on_host", mlps_on_host)
-    params = _loaded(path, *opened, dtype, mlps_on_host)
+    if mesh is None:
+        params = _loaded(path, config, tensors, dtype, mlps_on_host)
+    elif mlps_on_host:
+        raise CoreInferError("mlps_on_host=True: is of one device; leave it out, or leave out the mesh")
+    else:
+        params = load_spread(tensors, config, _dtype(dtype), mesh, str(path))
     # Of the files that the weights were read from, whatever lies there by now.
-    return replace(params, calibration=read_calibration(path, params.config, lambda: stored_fingerprint(*opened)))
+    known = read_calibration(path, config, lambda: stored_fingerprint(config, tensors))
+    return replace(params, calibration=known if mesh is None else spread_calibration(known, mesh))
+
+
+def _dtype(asked: object) -> np.dtype:
+    return default_dtype() if asked is None else parse_dtype(asked)
 
 
 def unloaded(model: str | os.PathLike[str], dtype: object = None) -> tuple[Params, Tokenizer | None]:
     """What `load` returns, with all weights on the host: nothing is read of them but headers, and what is asked for."""
     path = model_path(model)
     config, tensors = open_model(path)
-    wanted = default_dtype() if dtype is None else parse_dtype(dtype)
+    wanted = _dtype(dtype)
     shapes = abstract_params(config, jnp.dtype(wanted))
 
     def leaf(name: str) -> Any:  # `Params` are typed for arrays; what looks at shapes alone takes these as well
@@ -95,7 +113,7 @@ def load_uncalibrated(path: Path, dtype: object) -> tuple[Params, Tokenizer | No
 def _loaded(
     path: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: object, mlps_on_host: bool = False
 ) -> Params:
-    wanted = default_dtype() if dtype is None else parse_dtype(dtype)
+    wanted = _dtype(dtype)
     shapes = abstract_params(config, jnp.dtype(wanted))
     sizes = {name: leaf_bytes(leaf) for name, leaf in named_leaves(shapes)}
     on_host = {name: size for name, size in sizes.items() if mlps_on_host and ".mlp." in name}

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
 from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.shards import along, constrained
 
 MIN_BUCKET = 64
 
@@ -28,21 +30,27 @@ class KVCache:
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
 
+    def specs(self) -> "KVCache":
+        """Heads are spread over devices."""
+        by_heads: KVCache = jax.tree.map(lambda array: along(1, array.ndim), self)
+        return by_heads
+
     @property
     def capacity(self) -> int:
         """S, the positions a row can hold."""
         return int(self.keys[0].shape[2])
 
 
-@partial(jax.jit, static_argnames=("config", "rows", "capacity", "dtype"))
-def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache for `rows` (B) rows of `capacity` (S) positions."""
+@partial(jax.jit, static_argnames=("config", "rows", "capacity", "dtype", "mesh"))
+def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype, mesh: Mesh | None = None) -> KVCache:
+    """An empty cache for `rows` (B) rows of `capacity` (S) positions, on the devices of a mesh where there is one."""
     shape = (rows, config.num_kv_heads, capacity, config.head_size)
 
     def empty() -> tuple[Array, ...]:
         return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
-    return KVCache(keys=empty(), values=empty())
+    made: KVCache = constrained(KVCache(keys=empty(), values=empty()), mesh)
+    return made
 
 
 def cache_bytes(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> int:

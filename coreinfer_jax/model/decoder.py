@@ -14,6 +14,7 @@ from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import family_of
 from coreinfer_jax.model.layers import MlpPass, soft_capped
+from coreinfer_jax.model.shards import joined
 from coreinfer_jax.model.weights import Layer, Params
 
 Observed = TypeVar("Observed")
@@ -146,4 +147,5 @@ def finish(params: Params, x: Array) -> Array:
 def unembed(params: Params, hidden: Array) -> Array:
     """Logits float32 [B, T, V] of hidden states [B, T, E]."""
     table = params.token_embedding if params.unembedding is None else params.unembedding
-    return soft_capped(matmul(hidden, table), params.config.logit_cap)
+    logits = matmul(hidden, table)
+    return soft_capped(logits if len(table) == params.config.vocab_size else joined(logits), params.config.logit_cap)

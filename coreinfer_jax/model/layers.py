@@ -13,7 +13,8 @@ from jax import Array, lax
 
 from coreinfer_jax.model.backends import one_pass, write, write_run
 from coreinfer_jax.model.config import ModelConfig, Rope
-from coreinfer_jax.model.weights import Attention, Mlp, Norm, each
+from coreinfer_jax.model.shards import shard_here, total
+from coreinfer_jax.model.weights import Attention, Mlp, Norm, Params, each
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def attention(
     put, mix = (write_run, attend_in_blocks) if context.in_blocks else (write, attend)
     keys, values = put(past[0], key, positions), put(past[1], value, positions)
     seen_keys, seen_values = keys[:, :, : context.filled], values[:, :, : context.filled]
-    return layer.out(mix(query, seen_keys, seen_values, positions, context.window, config)), (keys, values)
+    mixed = mix(query, seen_keys, seen_values, positions, context.window, config)
+    return layer.out.over_inputs(mixed), (keys, values)
 
 
 def attend(
@@ -277,10 +279,20 @@ def mlp_pass(x: Array, mlp: Mlp, config: ModelConfig) -> MlpPass:
 def mlp_output(seen: MlpPass, activations: Array, mlp: Mlp) -> Array:
     """What an MLP adds, [B, T, D], with `activations` [B, T, F] in place of those that were `seen`."""
     if mlp.linear is None:
-        return mlp.down(activations)
-    return mlp.down(jnp.concatenate([activations, mlp.linear(seen.inputs)], axis=-1))
+        return mlp.down.over_inputs(activations)
+    return mlp.down.over_inputs(jnp.concatenate([activations, mlp.linear(seen.inputs)], axis=-1))
 
 
 def lookup(table: Array, ids: Array) -> Array:
     """Rows `ids` [B, T] of `table` [V, D]: [B, T, D]. Ids are checked where they enter the library."""
     return table.at[ids].get(mode="clip")
+
+
+def embeddings(params: Params, tokens: Array) -> Array:
+    """The embeddings [B, T, E] of tokens [B, T], wherever the vocabulary's rows are."""
+    table = params.token_embedding
+    if len(table) == params.config.vocab_size:
+        return lookup(table, tokens)
+    ids = tokens - shard_here() * jnp.int32(len(table))
+    is_here = (ids >= 0) & (ids < len(table))
+    return total(jnp.where(is_here[:, :, None], lookup(table, jnp.maximum(ids, 0)), 0))

@@ -12,7 +12,7 @@ from coreinfer_jax.model.layers import (
     LayerContext,
     MlpPass,
     attention,
-    lookup,
+    embeddings,
     mlp_output,
     mlp_pass,
     rms_normed,
@@ -24,7 +24,7 @@ from coreinfer_jax.model.weights import Layer, Params
 
 def embed(params: Params, tokens: Array, positions: Array, capacity: int) -> tuple[Array, tuple[LayerContext, ...]]:
     """Token embeddings [B, T, D] of tokens [B, T]; the rotation of `positions` [B, T] and the window of each layer."""
-    return lookup(params.token_embedding, tokens), layer_contexts(positions, capacity, params.config)
+    return embeddings(params, tokens), layer_contexts(positions, capacity, params.config)
 
 
 def layer_contexts(positions: Array, capacity: int, config: ModelConfig) -> tuple[LayerContext, ...]:

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.backends import products
 from coreinfer_jax.model.config import ModelConfig
+from coreinfer_jax.model.shards import WHOLE, along, shards_here, shards_of, specs, total
 
 
 @struct.dataclass
@@ -55,6 +57,20 @@ class Linear:
     def __call__(self, x: Array) -> Array:
         """x [B, T, in] to [B, T, out] in x's dtype; products are accumulated in float32 whatever the dtype."""
         return each(x, self)[0]
+
+    def over_inputs(self, x: Array) -> Array:
+        """As a call, where devices hold parts of the inputs, x [B, T, in / n], and of the weight: all get the sum."""
+        (product,) = products(x, (self.weight,))
+        return self.biased(total(product)).astype(x.dtype)
+
+    def by_outputs(self) -> "Linear":
+        """The specs of outputs that are spread over devices."""
+        bias = None if self.bias is None else along(-1, self.bias.ndim)
+        return Linear(weight=along(-2, self.weight.ndim), bias=bias)
+
+    def by_inputs(self) -> "Linear":
+        """The specs of inputs that are spread over devices, which all hold the bias."""
+        return Linear(weight=along(-1, self.weight.ndim), bias=None if self.bias is None else WHOLE)
 
     def biased(self, y: Array) -> Array:
         """y [B, T, out] with the bias added, in y's dtype."""
@@ -113,7 +129,8 @@ def _take(array: Array, indices: Array, axis: int) -> Array:
     """Entries of `array` along `axis`, for indices [K]; with indices [B, K] a leading B."""
     if indices.ndim == 2:
         return jax.vmap(lambda row: _take(array, row, axis))(indices)
-    return jnp.take(array, indices, axis=axis, mode="clip")
+    # Where devices keep different numbers of a given set's neurons, indices beyond the last one make up for it.
+    return jnp.take(array, indices, axis=axis, mode="clip" if shards_here() == 1 else "fill", fill_value=0)
 
 
 def _padded(array: Array, size: int, axis: int) -> Array:
@@ -144,6 +161,16 @@ class Attention:
     query_norm: Norm | None = None
     key_norm: Norm | None = None
 
+    def specs(self) -> "Attention":
+        """Heads are spread over devices."""
+        return replace(
+            jax.tree.map(lambda _: WHOLE, self),
+            query=self.query.by_outputs(),
+            key=self.key.by_outputs(),
+            value=self.value.by_outputs(),
+            out=self.out.by_inputs(),
+        )
+
 
 @struct.dataclass
 class Mlp:
@@ -167,6 +194,15 @@ class Mlp:
     def width(self) -> int:
         """Neurons held per core set, without linear ones: F, or K once narrowed, with what pads them."""
         return self.up.size_out
+
+    def specs(self) -> "Mlp":
+        """Neurons are spread over devices, linear ones too: each holds its own of both side by side."""
+        return Mlp(
+            gate=None if self.gate is None else self.gate.by_outputs(),
+            up=self.up.by_outputs(),
+            down=self.down.by_inputs(),
+            linear=None if self.linear is None else self.linear.by_outputs(),
+        )
 
 
 @struct.dataclass
@@ -199,6 +235,7 @@ class Params:
         config: the model's static facts.
         calibration: what is known of its neurons (a `sparsity.calibration.Calibration`), or None. It is no weight: no
             pass reads it, no count of bytes or parameters includes it.
+        mesh: the devices that the weights are spread over; None for a single one.
     """
 
     token_embedding: Array
@@ -210,6 +247,25 @@ class Params:
     unembedding: Array | None
     config: ModelConfig = struct.field(pytree_node=False)
     calibration: Any = None
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def shards(self) -> int:
+        """How many devices heads and neurons are spread over."""
+        return shards_of(self.mesh)
+
+    def specs(self) -> "Params":
+        """Heads, neurons and, where it divides, the vocabulary are spread over devices; all hold the rest."""
+        return replace(
+            jax.tree.map(lambda _: WHOLE, replace(self, layers=(), calibration=None)),
+            token_embedding=self._by_vocabulary(),
+            unembedding=None if self.unembedding is None else self._by_vocabulary(),
+            layers=specs(self.layers),
+            calibration=specs(self.calibration),
+        )
+
+    def _by_vocabulary(self) -> Any:
+        return along(0, 2) if self.config.vocab_size % self.shards == 0 else WHOLE
 
     @property
     def dtype(self) -> jnp.dtype:

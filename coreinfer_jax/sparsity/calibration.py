@@ -1,11 +1,14 @@
 """`Calibration`: what texts said of a model's neurons, and the setting found for it."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Optional
 
+import jax
 import numpy as np
 from flax import struct
 from jax import Array
 
+from coreinfer_jax.model.shards import WHOLE, along, specs
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.linear import LinearFit
 from coreinfer_jax.sparsity.rules import Contribution, Sums
@@ -36,6 +39,15 @@ class Calibration:
     core: Optional["Chooser"] = struct.field(pytree_node=False)
     linear: "Explained | None" = None
 
+    def specs(self) -> "Calibration":
+        """Neurons are spread over devices."""
+        return replace(jax.tree.map(lambda _: WHOLE, self), prior=_by_neurons(self.prior), linear=specs(self.linear))
+
+
+def _by_neurons(prior: tuple[Sums, ...]) -> tuple[Sums, ...]:
+    spread: tuple[Sums, ...] = jax.tree.map(lambda array: along(0, 1) if array.ndim else WHOLE, prior)
+    return spread
+
 
 @struct.dataclass
 class Explained:
@@ -51,6 +63,10 @@ class Explained:
     fits: tuple[LinearFit, ...]
     prior: tuple[Sums, ...]
     up_to: float = struct.field(pytree_node=False, default=LINEAR_UP_TO)
+
+    def specs(self) -> "Explained":
+        """Neurons are spread over devices."""
+        return replace(self, fits=specs(self.fits), prior=_by_neurons(self.prior))
 
     @property
     def size(self) -> int:

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
-from coreinfer_jax.checks import check_flag
+from coreinfer_jax.checks import check_flag, check_whole
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.host import is_on_host
+from coreinfer_jax.model.shards import constrained
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import Narrowing
 from coreinfer_jax.sparsity.groups import Groups
@@ -244,7 +246,7 @@ class GivenNeurons(Choosing):
     def choose(self, seen: Seen) -> Chosen:
         """The neurons; a single row's set is a shared one."""
         shared = self.neurons.row(0) if self.neurons.rows == 1 else self.neurons
-        return Chosen(self.neurons, jax.block_until_ready(on_device(shared)), None, (Choice("given"),))
+        return Chosen(self.neurons, jax.block_until_ready(on_device(seen.params, shared)), None, (Choice("given"),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,17 +259,40 @@ class Chooser(Narrowing, Choosing):
             reads its own narrowed weights. False chooses one set for all rows together: the narrowed weights are
             read once per step for the whole batch.
         count_bos: whether a beginning-of-sequence token at the start of the prompt counts, as in the paper.
+        shards: into how many equal parts each layer's neurons are cut, of which each keeps its own best K / shards. A
+            model that is spread over n devices has n of them, whatever is said here; on one device more than 1 shows
+            what that costs.
         method: how results name it.
     """
 
     per_row: bool = True
     count_bos: bool = True
+    shards: int = 1
     method: ClassVar[str]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag("per_row", self.per_row)
         check_flag("count_bos", self.count_bos)
+        check_whole("shards", self.shards, 1)
+
+    def shards_of(self, params: Params) -> int:
+        """How many equal parts of a layer's neurons keep their own.
+
+        Raises:
+            CoreInferError: the neurons cannot be cut so.
+        """
+        n = self.shards if params.mesh is None else params.shards
+        if params.config.mlp_size % n:
+            raise CoreInferError(
+                f"shards={n}: does not divide the model's {params.config.mlp_size} neurons per layer; give a divisor"
+            )
+        return n
+
+    def of_shards(self, kept: int, params: Params) -> int:
+        """As many of `kept` neurons as all shards have an equal number of, at least one each."""
+        n = self.shards_of(params)
+        return n * max(1, kept // n)
 
     def counted(self, tokens: np.ndarray, lengths: np.ndarray, cached: int, config: ModelConfig) -> np.ndarray:
         """All tokens of the prompts, but for a leading BOS where it does not count."""
@@ -317,7 +342,7 @@ def to_gather(
     narrowed: Sequence[int],
     indices: list[Array],
     offsets: Sequence[Array | None] | None,
-    config: ModelConfig,
+    params: Params,
     choices: tuple[Choice, ...],
     linear: bool | tuple[bool, ...] = False,
 ) -> Chosen:
@@ -328,10 +353,12 @@ def to_gather(
 
     def per_layer(arrays: Sequence[Any]) -> tuple[Any, ...]:
         by_layer = dict(zip(narrowed, arrays, strict=True))
-        return tuple(by_layer.get(l) for l in range(config.num_layers))
+        return tuple(by_layer.get(l) for l in range(params.config.num_layers))
 
     # A shared set runs the plain program.
-    arrays, flat = _handed_over((indices, list(offsets or [None] * len(narrowed))), shared=len(choices) == 1)
+    arrays, flat = _handed_over(
+        (indices, list(offsets or [None] * len(narrowed))), shared=len(choices) == 1, mesh=params.mesh
+    )
     on_host = [_cut(one, layers) for one, layers in zip(jax.device_get(flat), arrays, strict=True)]
     kept, added = (per_layer(layers) for layers in on_host)
     core = CoreNeurons(kept, added, linear)
@@ -341,9 +368,9 @@ def to_gather(
 _OfLayers = list[Array | None]
 
 
-@partial(jax.jit, static_argnames="shared")
+@partial(jax.jit, static_argnames=("shared", "mesh"))
 def _handed_over(
-    arrays: tuple[_OfLayers, _OfLayers], *, shared: bool
+    arrays: tuple[_OfLayers, _OfLayers], *, shared: bool, mesh: Mesh | None
 ) -> tuple[tuple[_OfLayers, _OfLayers], tuple[Array | None, Array | None]]:
     """Indices and offsets per layer, where a set is `shared` without the leading axis; each also as one flat array.
 
@@ -351,7 +378,7 @@ def _handed_over(
     """
     cut: tuple[_OfLayers, _OfLayers] = jax.tree.map(lambda array: array[0], arrays) if shared else arrays
     flat = [jax.tree.map(jnp.ravel, jax.tree.leaves(layers)) for layers in cut]
-    return cut, (_joined(flat[0]), _joined(flat[1]))
+    return cut, constrained((_joined(flat[0]), _joined(flat[1])), mesh)
 
 
 def _joined(arrays: list[Array]) -> Array | None:

@@ -66,18 +66,22 @@ class Clusters:
     origin: Origin
     fingerprint: str
 
-    def sets(self, gamma: float, narrowed: tuple[int, ...]) -> tuple[CoreNeurons, ...]:
+    def sets(self, gamma: float, narrowed: tuple[int, ...], shards: int = 1) -> tuple[CoreNeurons, ...]:
         """Every group's K = max(1, floor(gamma F)) most frequent neurons per layer `narrowed`, ties to the lower index.
+
+        Of several `shards`, equal parts of a layer's neurons, each keeps its own K / n.
 
         Raises:
             CoreInferError: a published list of fewer than K neurons.
         """
         L, F = self.frequencies.shape[1:]
-        kept = kept_neurons(gamma, F)
+        kept = kept_neurons(gamma, F, shards)
         if self.origin == "published":
             self._check_lengths(gamma, kept, narrowed)
-        ranked = np.argsort(-self.frequencies, axis=-1, kind="stable")[..., :kept]
-        chosen = np.sort(ranked, axis=-1).astype(np.int32)
+        parts = self.frequencies.reshape(*self.frequencies.shape[:-1], shards, F // shards)
+        ranked = np.argsort(-parts, axis=-1, kind="stable")[..., : kept // shards]
+        numbers = np.sort(ranked, axis=-1) + np.arange(shards)[:, None] * (F // shards)
+        chosen = numbers.reshape(*numbers.shape[:-2], kept).astype(np.int32)
         return tuple(CoreNeurons(group[l] if l in narrowed else None for l in range(L)) for group in chosen)
 
     def _check_lengths(self, gamma: float, kept: int, narrowed: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from flax import struct
 from jax import Array, lax
 
 from coreinfer_jax.model import MlpPass
+from coreinfer_jax.model.shards import WHOLE, along, own_part, own_total
 from coreinfer_jax.model.weights import Linear
 
 
@@ -29,6 +30,10 @@ class LinearFit:
     slopes: Array
     constants: Array
     written: Array
+
+    def specs(self) -> "LinearFit":
+        """Neurons are spread over devices, which all hold the directions."""
+        return LinearFit(directions=WHOLE, slopes=along(1, 2), constants=along(0, 1), written=WHOLE)
 
     @property
     def size(self) -> int:
@@ -53,15 +58,18 @@ class LinearFit:
         """What makes the linear neurons' activations of an MLP's input."""
         return Linear(self.directions.astype(dtype))
 
-    def left_to_write(self, kept: Array, indices: Array) -> Array:
-        """B_S, the linear neurons' columns of the down projection where S is kept: float32 [D, r].
+    def left_to_write(self, kept: Array, indices: Array, size: int) -> Array:
+        """B_S, the linear neurons' columns of the down projection where S is kept: float32 [D, `size`].
 
         Args:
             kept: the down projection's columns of S, [D, K].
             indices: S, [K].
+            size: at least r; the columns beyond are zero.
         """
         slopes = jnp.take(self.slopes, indices, axis=1, mode="clip")
-        return self.written.astype(jnp.float32) - _product(kept, slopes.T)
+        beyond = (0, 0), (0, size - self.size)
+        written, by_kept = jnp.pad(self.written.astype(jnp.float32), beyond), jnp.pad(_product(kept, slopes.T), beyond)
+        return own_part(written, -1) - own_total(by_kept)
 
 
 def _product(x: Array, y: Array) -> Array:

@@ -6,7 +6,7 @@ from jax import Array
 from coreinfer_jax.sparsity.votes import Tally, most_voted
 
 
-def stability_figure(early: list[Tally], chosen: list[Array]) -> Array:
+def stability_figure(early: list[Tally], chosen: list[Array], shards: int = 1) -> Array:
     """How far the first half of a prompt foretells the core neurons of the whole, beyond chance: float32 [R].
 
     Per layer, the share of the whole prompt's K core neurons that are also those of its early tokens, moved and scaled
@@ -16,15 +16,17 @@ def stability_figure(early: list[Tally], chosen: list[Array]) -> Array:
     Args:
         early: per layer, [R, F], the votes of the first half of the tokens.
         chosen: per layer, the whole prompt's core neurons, ascending int32 [R, K].
+        shards: into how many equal parts the neurons are cut, each of which keeps its own.
     """
-    return jnp.mean(jnp.stack([_beyond_chance(*layer) for layer in zip(early, chosen, strict=True)]), axis=0)
+    figures = [_beyond_chance(*layer, shards) for layer in zip(early, chosen, strict=True)]
+    return jnp.mean(jnp.stack(figures), axis=0)
 
 
-def _beyond_chance(votes: Tally, chosen: Array) -> Array:
+def _beyond_chance(votes: Tally, chosen: Array, shards: int) -> Array:
     K, F = chosen.shape[-1], votes.counts.shape[-1]
     if K == F:
         return jnp.ones(chosen.shape[0], jnp.float32)
-    early = membership(most_voted(votes, K), F)
+    early = membership(most_voted(votes, K, shards), F)
     shared = jnp.sum(early & membership(chosen, F), axis=-1).astype(jnp.float32) / K
     return (shared - K / F) / (1 - K / F)
 

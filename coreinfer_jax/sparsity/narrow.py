@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.backends import width_multiple
 from coreinfer_jax.model.host import check_on_device, shapes_on_host
+from coreinfer_jax.model.shards import along, over_shards, own_part, shard_here, shards_here, specs
 from coreinfer_jax.model.weights import Linear, Mlp, Params, check_params
 from coreinfer_jax.sparsity.calibration import explained_by
 from coreinfer_jax.sparsity.linear import LinearFit, neurons_worth
@@ -49,7 +51,7 @@ def compact(params: Params, core: CoreNeurons) -> Params:
     check_on_device(params, "compact")
     core.check(params.config)
     check_linear(params, core.linear)
-    return narrow(params, *on_device(core), core.linear)
+    return narrow(params, *on_device(params, core), core.linear)
 
 
 def check_dense(params: Params) -> None:
@@ -75,9 +77,27 @@ def check_core(core: object) -> None:
         raise CoreInferError(f"core={shown(core)}: give CoreNeurons, for instance those of a Generation")
 
 
-def on_device(core: CoreNeurons) -> tuple[Indices, Offsets]:
+def on_device(params: Params, core: CoreNeurons) -> tuple[Indices, Offsets]:
     """The arrays of core neurons, as `narrow` takes them."""
-    return _arrays(core.layers), _arrays(core.offsets)
+    sets = tuple(
+        None if indices is None else _by_shards(indices, params.config.mlp_size, params.shards)
+        for indices in core.layers
+    )
+    return _arrays(sets), _arrays(core.offsets)
+
+
+def _by_shards(indices: np.ndarray, mlp_size: int, shards: int) -> np.ndarray:
+    """Index sets [K] or [B, K] as [n k] or [B, n k]: each device's own behind each other, made up to the same number.
+
+    What makes it up is `mlp_size` (F), which is no neuron.
+    """
+    if shards == 1:
+        return indices
+    rows, shard = np.atleast_2d(indices), np.atleast_2d(indices) // (mlp_size // shards)
+    each = [[row[own == s] for s in range(shards)] for row, own in zip(rows, shard, strict=True)]
+    most = max(len(part) for row in each for part in row)
+    padded = [[np.pad(part, (0, most - len(part)), constant_values=mlp_size) for part in row] for row in each]
+    return np.array(padded, np.int32).reshape(*indices.shape[:-1], shards * most)
 
 
 def _arrays(layers: tuple[np.ndarray | None, ...]) -> tuple[Array | None, ...]:
@@ -85,13 +105,17 @@ def _arrays(layers: tuple[np.ndarray | None, ...]) -> tuple[Array | None, ...]:
 
 
 def narrow(params: Params, indices: Indices, offsets: Offsets, linear: Linears | None = None) -> Params:
-    """`compact` with one index array per layer on the device, [K] or [B, K], or None for a dense layer."""
-    return _with_mlps(params, indices, offsets, linear, partial(gather_core, multiple=multiple_of(params)))
+    """`compact` with one index array per layer on the device, [K] or [B, K], or None for a dense layer.
+
+    Where neurons are spread over devices, as many of each array's indices belong to each of them, in order.
+    """
+    gather = partial(gather_core, multiple=multiple_of(params), mesh=params.mesh)
+    return _with_mlps(params, indices, offsets, linear, gather)
 
 
 def narrowed_shapes(params: Params, indices: Indices, offsets: Offsets, linear: Linears | None = None) -> Params:
     """The shapes and types of what `narrow` returns, in place of its narrowed arrays."""
-    gather = partial(gather_core.eval_shape, multiple=multiple_of(params))
+    gather = partial(gather_core.eval_shape, multiple=multiple_of(params), mesh=params.mesh)
     return _with_mlps(shapes_on_host(params), indices, offsets, linear, gather)
 
 
@@ -106,7 +130,7 @@ def linear_worth(params: Params) -> int:
     if known is None:
         return 0
     multiple = multiple_of(params)
-    size = -(-known.size // multiple) * multiple
+    size = padded_linear(known.size, multiple * params.shards)
     return neurons_worth(size, gated=params.layers[0].mlp.gate is not None)
 
 
@@ -147,7 +171,12 @@ def narrowed_bytes(params: Params, layers: tuple[int, ...], kept: int, sets: int
     return weights // params.config.mlp_size * kept * sets
 
 
-@partial(jax.jit, static_argnames="multiple")
+def padded_linear(size: int, multiple: int) -> int:
+    """How many linear neurons there are of `size` wanted ones."""
+    return -(-size // multiple) * multiple
+
+
+@partial(jax.jit, static_argnames=("multiple", "mesh"))
 def gather_core(
     mlps: list[Mlp],
     indices: list[Array],
@@ -155,15 +184,29 @@ def gather_core(
     fits: list[LinearFit | None],
     *,
     multiple: int,
+    mesh: Mesh | None = None,
 ) -> list[Mlp]:
     """The program that narrows `mlps`, each to its `indices`, with its offset and its linear neurons.
 
-    Their widths are multiples of `multiple`.
+    Their widths, on each device of the mesh, are multiples of `multiple`. No weight leaves its device, but for what
+    linear neurons write, which is a sum over neurons.
     """
+    gather = partial(_gather, multiple=multiple)
+    if mesh is None:
+        return gather(mlps, indices, offsets, fits)
+    results = specs(jax.eval_shape(gather, mlps, indices, offsets, fits))
+    arguments = specs(mlps), [along(-1, own.ndim) for own in indices], specs(offsets), specs(fits)
+    return over_shards(gather, mesh, results, arguments)(mlps, indices, offsets, fits)
+
+
+def _gather(
+    mlps: list[Mlp], indices: list[Array], offsets: list[Array | None], fits: list[LinearFit | None], *, multiple: int
+) -> list[Mlp]:
     return [_gather_mlp(*layer, multiple) for layer in zip(mlps, indices, offsets, fits, strict=True)]
 
 
 def _gather_mlp(mlp: Mlp, indices: Array, offset: Array | None, fit: LinearFit | None, multiple: int) -> Mlp:
+    indices = indices - shard_here() * mlp.width
     kept = Mlp(
         gate=None if mlp.gate is None else mlp.gate.take_outputs(indices),
         up=mlp.up.take_outputs(indices),
@@ -178,9 +221,10 @@ def completed(kept: Mlp, indices: Array, offset: Array | None, fit: LinearFit | 
     down = kept.down.padded_inputs(width)
     linear = None
     if fit is not None:
-        size = -(-fit.size // multiple) * multiple
-        down = down.joined_inputs(_left_to_write(fit, kept.down, indices)).padded_inputs(width + size)
-        linear = fit.inputs_as(kept.up.weight.dtype).padded_outputs(size)
+        size = padded_linear(fit.size, multiple * shards_here())
+        down = down.joined_inputs(_left_to_write(fit, kept.down, indices, size))
+        of_all = fit.inputs_as(kept.up.weight.dtype).padded_outputs(size)
+        linear = Linear(own_part(of_all.weight, 0))
     return Mlp(
         gate=None if kept.gate is None else kept.gate.padded_outputs(width),
         up=kept.up.padded_outputs(width),
@@ -189,8 +233,10 @@ def completed(kept: Mlp, indices: Array, offset: Array | None, fit: LinearFit | 
     )
 
 
-def _left_to_write(fit: LinearFit, kept: Linear, indices: Array) -> Array:
-    """The linear neurons' columns of down, [D, r], or [B, D, r] where rows have sets of their own."""
-    if indices.ndim == 1:
-        return fit.left_to_write(kept.weight, indices)
-    return jax.vmap(fit.left_to_write)(kept.weight, indices)
+def _left_to_write(fit: LinearFit, kept: Linear, indices: Array, size: int) -> Array:
+    """The linear neurons' columns of down, [D, `size`], or [B, D, `size`] where rows have sets of their own.
+
+    Of `size` over all devices, each has its own.
+    """
+    left = partial(fit.left_to_write, size=size)
+    return left(kept.weight, indices) if indices.ndim == 1 else jax.vmap(left)(kept.weight, indices)

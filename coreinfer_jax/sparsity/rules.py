@@ -19,6 +19,7 @@ from jax import Array, lax
 
 from coreinfer_jax.checks import check_fraction, check_name, check_number
 from coreinfer_jax.model import MlpPass
+from coreinfer_jax.model.shards import WHOLE, along, own_part, shards_here, total
 from coreinfer_jax.model.weights import Layer
 from coreinfer_jax.sparsity.linear import LinearFit
 from coreinfer_jax.sparsity.votes import (
@@ -37,6 +38,18 @@ from coreinfer_jax.sparsity.votes import (
 Sums: TypeAlias = dict[str, Array]
 
 MOST_TOKENS = 1e9
+
+
+@struct.dataclass
+class Summed:
+    """Sums of layers, by whatever observer: arrays [R] of prompts, and [R, F] of their neurons."""
+
+    sums: Any
+
+    def specs(self) -> "Summed":
+        """Neurons are spread over devices."""
+        by_neurons: Summed = jax.tree.map(lambda array: along(1, 2) if array.ndim == 2 else WHOLE, self)
+        return by_neurons
 
 
 class Observer(Protocol):
@@ -204,11 +217,11 @@ class Rule(ABC):
 
 def _written(wide: Array, norms: Array) -> Array:
     """Sum over neurons of the squared norms of what they add to the output."""
-    return jnp.sum(jnp.square(wide * norms[None, None, :]), axis=-1)
+    return total(jnp.sum(jnp.square(wide * norms[None, None, :]), axis=-1))
 
 
 def _squared_norm(wide: Array, norms: Array) -> Array:
-    return jnp.sum(jnp.square(wide), axis=-1)
+    return total(jnp.sum(jnp.square(wide), axis=-1))
 
 
 def _unscaled(wide: Array, norms: Array) -> Array:
@@ -347,7 +360,10 @@ class Random(Rule):
     @staticmethod
     def score(sums: Sums, norms: Array, compensation: Array) -> Array:
         """Random numbers."""
-        return jnp.broadcast_to(jax.random.uniform(jax.random.key(0), norms.shape)[None, :], sums["total"].shape)
+        return jnp.broadcast_to(
+            own_part(jax.random.uniform(jax.random.key(0), (shards_here() * len(norms),)), 0)[None, :],
+            sums["total"].shape,
+        )
 
 
 RULES: dict[str, type[Rule]] = {
@@ -388,13 +404,16 @@ def mean_activations(sums: Sums) -> Array:
     return sums["total"] / jnp.where(weight > 0, weight, 1)[:, None]
 
 
-def places(scores: Array) -> Array:
+def places(scores: Array, shards: int = 1) -> Array:
     """How many neurons come before each in the order of `scores` [B, F], the highest first: int32 [B, F].
 
-    The neurons that a keep ratio keeps are those with a place below K.
+    The neurons that a keep ratio keeps are those with a place below K. Of several `shards`, equal parts of the neurons,
+    the first of each part come first, then the second of each, and so on, so that K of them are K / n of each part.
     """
-    order = jnp.argsort(-scores, axis=-1, stable=True)
-    return _inverted(order)
+    B, F = scores.shape
+    parts = scores.reshape(B * shards, F // shards)
+    own = _inverted(jnp.argsort(-parts, axis=-1, stable=True)).reshape(B, shards, F // shards)
+    return (own * shards + jnp.arange(shards, dtype=own.dtype)[None, :, None]).reshape(B, F)
 
 
 def _inverted(order: Array) -> Array:

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
 from coreinfer_jax.checks import check_fraction, check_number, check_whole
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.host import check_on_device
+from coreinfer_jax.model.shards import constrained
 from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, ToNarrow, by_set, to_gather
 from coreinfer_jax.sparsity.groups import Clusters, Groups
@@ -63,13 +65,16 @@ class GroupChooser(Chooser):
             raise CoreInferError(f"groups={shown(groups)}: give what prepare_groups returns")
         if params is not groups.params:
             raise CoreInferError("groups were prepared for other params; prepare_groups with the params of this call")
-        kept, asked = (kept_neurons(ratio, params.config.mlp_size) for ratio in (groups.gamma, self.group_ratio))
+        kept, asked = (self._kept(ratio, params) for ratio in (groups.gamma, self.group_ratio))
         if kept != asked or self.layers != groups.layers:
             raise CoreInferError(
                 f"groups were prepared for {kept} neurons in layers={groups.layers}, but core asks for {asked} in "
                 f"layers={self.layers}; give prepare_groups the same gamma (or beta) and layers"
             )
         self.check_votes(groups.clusters)
+
+    def _kept(self, ratio: float, params: Params) -> int:
+        return kept_neurons(ratio, params.config.mlp_size, self.shards_of(params))
 
     def check_votes(self, clusters: Clusters) -> None:
         """Refuse clusters whose texts voted differently from how prompts would, or did not say how often."""
@@ -94,7 +99,9 @@ class GroupChooser(Chooser):
     def _assigned(self, sums: Mapping[int, Sums], groups: Groups) -> Array:
         """The group of every prompt, int32 [R]."""
         vectors, F = groups.clusters.vectors, groups.centroids.shape[-1]
-        return _nearest(sums[groups.clusters.layer], groups.centroids, kept=kept_neurons(vectors.beta, F))
+        return _nearest(
+            sums[groups.clusters.layer], groups.centroids, kept=kept_neurons(vectors.beta, F), mesh=groups.params.mesh
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +179,7 @@ class Fused(GroupChooser):
 
     def gathered(self, params: Params, groups: Groups | None, rows: int) -> tuple[tuple[int, ...], int]:
         """What is kept of the narrowed layers."""
-        return _alike(self, self.beta, params.config), self.sets(rows)
+        return _alike(self, self.beta, params), self.sets(rows)
 
     def choose(self, seen: Seen) -> Chosen:
         """The most voted neurons, votes of the group counted in."""
@@ -186,10 +193,11 @@ class Fused(GroupChooser):
             groups.frequencies,
             assigned,
             np.float32(self.group_tokens),
-            kept=kept_neurons(self.beta, config.mlp_size),
+            kept=self._kept(self.beta, seen.params),
+            shards=self.shards_of(seen.params),
         )
         choices = tuple(Choice("fused", group=group) for group in np.asarray(assigned).tolist())
-        return to_gather(narrowed, indices, None, config, choices)
+        return to_gather(narrowed, indices, None, seen.params, choices)
 
 
 @struct.dataclass
@@ -272,7 +280,7 @@ class Auto(GroupChooser):
         if groups is None:
             return
         super().check(params, groups, rows)
-        own, group = (kept_neurons(ratio, params.config.mlp_size) for ratio in (self.beta, self.group_ratio))
+        own, group = (self._kept(ratio, params) for ratio in (self.beta, self.group_ratio))
         if self.per_row and rows > 1 and own != group:
             raise CoreInferError(
                 f"beta={self.beta} keeps {own} neurons and gamma={self.gamma} {group}: rows of one batch need the same "
@@ -298,17 +306,22 @@ class Auto(GroupChooser):
         groups, config = seen.groups, seen.params.config
         sums, counted = by_set(self, seen)
         narrowed = self.narrowed_layers(config.num_layers)
-        own, figures = _own_and_figures([sums[l] for l in narrowed], kept=kept_neurons(self.beta, config.mlp_size))
+        own, figures = _own_and_figures(
+            [sums[l] for l in narrowed],
+            kept=self._kept(self.beta, seen.params),
+            shards=self.shards_of(seen.params),
+            mesh=seen.params.mesh,
+        )
         whole = {l: {"votes": layer["whole"].counts, "total": layer["whole"].sums} for l, layer in sums.items()}
         assigned = None if groups is None else self._assigned(whole, groups)
         found = [None] * len(counted) if assigned is None else np.asarray(assigned).tolist()
         choices = tuple(map(self._choice, counted.tolist(), np.asarray(figures).tolist(), found))
         by_group = np.array([choice.method == "similarity" for choice in choices])
         if groups is None or assigned is None or not by_group.any():
-            return to_gather(narrowed, own, None, config, choices)
+            return to_gather(narrowed, own, None, seen.params, choices)
         if by_group.all():
             return _of_assigned(self, seen, assigned, choices)
-        return to_gather(narrowed, _mixed(own, groups.tables, assigned, by_group), None, config, choices)
+        return to_gather(narrowed, _mixed(own, groups.tables, assigned, by_group), None, seen.params, choices)
 
     def _choice(self, counted: int, figure: float, group: int | None) -> Choice:
         if counted < self.least_tokens:
@@ -350,7 +363,7 @@ def prepare_groups(params: Params, clusters: Clusters, core: GroupChooser, *, co
     if compacted:
         check_on_device(params, "prepare_groups with compacted=True")
     narrowed = core.narrowed_layers(params.config.num_layers)
-    sets = clusters.sets(core.group_ratio, narrowed)
+    sets = clusters.sets(core.group_ratio, narrowed, core.shards_of(params))
     return Groups(
         params=params,
         clusters=clusters,
@@ -372,14 +385,15 @@ def _of_assigned(chooser: Chooser, seen: Seen, assigned: Array, choices: tuple[C
         group = int(assigned[0])
         return Chosen(groups.sets[group], None, groups.narrowed[group], choices)
     return to_gather(
-        chooser.narrowed_layers(config.num_layers), _looked_up(groups.tables, assigned), None, config, choices
+        chooser.narrowed_layers(config.num_layers), _looked_up(groups.tables, assigned), None, seen.params, choices
     )
 
 
-def _alike(chooser: Chooser, ratio: float, config: ModelConfig) -> tuple[int, ...]:
+def _alike(chooser: Chooser, ratio: float, params: Params) -> tuple[int, ...]:
     """The same number of neurons in every narrowed layer, 0 in the others."""
-    narrowed = chooser.narrowed_layers(config.num_layers)
-    return tuple(kept_neurons(ratio, config.mlp_size) if l in narrowed else 0 for l in range(config.num_layers))
+    L, kept = params.config.num_layers, kept_neurons(ratio, params.config.mlp_size, chooser.shards_of(params))
+    narrowed = chooser.narrowed_layers(L)
+    return tuple(kept if l in narrowed else 0 for l in range(L))
 
 
 def _of_groups(
@@ -387,27 +401,30 @@ def _of_groups(
 ) -> tuple[tuple[int, ...], int]:
     sets = chooser.sets(rows)
     there = groups is not None and bool(groups.narrowed) and sets == 1
-    return (0,) * params.config.num_layers if there else _alike(chooser, ratio, params.config), sets
+    return (0,) * params.config.num_layers if there else _alike(chooser, ratio, params), sets
 
 
-@partial(jax.jit, static_argnames="kept")
-def _nearest(sums: Sums, centroids: Array, *, kept: int) -> Array:
-    return nearest_group(Tally(sums["votes"], sums["total"]), kept, centroids)
+@partial(jax.jit, static_argnames=("kept", "mesh"))
+def _nearest(sums: Sums, centroids: Array, *, kept: int, mesh: Mesh | None) -> Array:
+    nearest: Array = constrained(nearest_group(Tally(sums["votes"], sums["total"]), kept, centroids), mesh)
+    return nearest
 
 
-@partial(jax.jit, static_argnames="kept")
-def _own_and_figures(sums: list[dict[str, Tally]], *, kept: int) -> tuple[list[Array], Array]:
+@partial(jax.jit, static_argnames=("kept", "shards", "mesh"))
+def _own_and_figures(
+    sums: list[dict[str, Tally]], *, kept: int, shards: int, mesh: Mesh | None
+) -> tuple[list[Array], Array]:
     """The most voted neurons [R, K] of each layer, and stability figures [R]."""
-    own = [most_voted(layer["whole"], kept) for layer in sums]
-    return own, stability_figure([layer["early"] for layer in sums], own)
+    own = [most_voted(layer["whole"], kept, shards) for layer in sums]
+    return own, constrained(stability_figure([layer["early"] for layer in sums], own, shards), mesh)
 
 
-@partial(jax.jit, static_argnames="kept")
+@partial(jax.jit, static_argnames=("kept", "shards"))
 def _fused(
-    sums: list[Sums], frequencies: list[Array], assigned: Array, group_tokens: Array, *, kept: int
+    sums: list[Sums], frequencies: list[Array], assigned: Array, group_tokens: Array, *, kept: int, shards: int
 ) -> list[Array]:
     return [
-        most_voted(fused(Tally(own["votes"], own["total"]), group[assigned], group_tokens), kept)
+        most_voted(fused(Tally(own["votes"], own["total"]), group[assigned], group_tokens), kept, shards)
         for own, group in zip(sums, frequencies, strict=True)
     ]
 

@@ -108,10 +108,11 @@ class CoreConfig(Chooser):
         """Per layer, neurons kept besides linear ones, and whether there are linear ones."""
         shares, known = self._shares(params), self._explained(params)
         if known is None:
-            return shares, (False,) * len(shares)
+            return tuple(self.of_shards(share, params) for share in shares), (False,) * len(shares)
         worth, most = linear_worth(params), known.up_to * params.config.mlp_size
         linear = tuple(worth < share <= most for share in shares)
-        return tuple(share - worth * beside for share, beside in zip(shares, linear, strict=True)), linear
+        own = (share - worth * beside for share, beside in zip(shares, linear, strict=True))
+        return tuple(self.of_shards(share, params) for share in own), linear
 
     def linear_layers(self, params: Params) -> tuple[bool, ...]:
         """In which layers linear neurons stand beside those that are kept."""
@@ -160,7 +161,7 @@ class CoreConfig(Chooser):
         ranked = seen.ranked or self._ranked(seen, narrowed)
         indices, offsets = [ranked[l][0] for l in narrowed], [ranked[l][1] for l in narrowed]
         choices = (Choice("stability"),) * self.sets(len(seen.counted))
-        return to_gather(narrowed, indices, offsets, seen.params.config, choices, seen.narrowing.linear)
+        return to_gather(narrowed, indices, offsets, seen.params, choices, seen.narrowing.linear)
 
     def _ranked(self, seen: Seen, layers: list[int]) -> dict[int, Ranked]:
         """The best neurons of some layers that do not keep all."""
@@ -177,6 +178,8 @@ class CoreConfig(Chooser):
             rule=type(self.ranking),
             kept=tuple(width for l in layers if (width := seen.narrowing.kept[l]) is not None),
             compensated=self.compensation > 0,
+            shards=self.shards_of(params),
+            mesh=params.mesh,
         )
         return dict(zip(layers, zip(indices, offsets, strict=True), strict=True))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import floor
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from coreinfer_jax.checks import check_fraction, check_name
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.model.shards import shard_here, shards_here, total
 
 Budget = Literal["per_token", "mean"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
@@ -164,7 +165,8 @@ def all_finite(activations: Array, voting: Voting) -> Array:
 
 
 def _count(mask: Array) -> Array:
-    return jnp.sum(mask, axis=-1, dtype=jnp.int32)
+    """How many neurons of all devices a mask [B, T, F] holds, int32 [B, T]."""
+    return total(jnp.sum(mask, axis=-1, dtype=jnp.int32))
 
 
 def _mean_budgets(positives: Array, voting: Voting) -> Array:
@@ -172,7 +174,7 @@ def _mean_budgets(positives: Array, voting: Voting) -> Array:
 
     The mean q + r / n is split into a whole number, whose share is tabled in float64, and a fraction.
     """
-    tokens = jnp.maximum(_count(voting.counted), 1).astype(jnp.uint32)
+    tokens = jnp.maximum(jnp.sum(voting.counted, axis=-1, dtype=jnp.int32), 1).astype(jnp.uint32)
     total = jnp.sum(jnp.where(voting.counted, positives, 0), axis=-1, dtype=jnp.uint32)
     whole, rest = total // tokens, total % tokens
     fraction = rest.astype(jnp.float32) / tokens.astype(jnp.float32)
@@ -207,8 +209,9 @@ def _largest(patterns: Array, budgets: Array, unused_bits: int, bits: int) -> Ar
     cut = _largest_passing(budgets.shape, 30, unused_bits, bits, reaches)
     above, level = patterns > cut[:, :, None], patterns == cut[:, :, None]
     fitting = budgets - _count(above)
-    size = patterns.shape[-1]
-    index = lax.broadcasted_iota(jnp.int32, patterns.shape, 2)
+    here = patterns.shape[-1]
+    size = here * shards_here()
+    index = lax.broadcasted_iota(jnp.int32, patterns.shape, 2) + shard_here() * here
 
     def fits(end: Array) -> Array:
         return _count(level & (index < end[:, :, None])) <= fitting
@@ -243,17 +246,37 @@ def _largest_passing(
     return lax.fori_loop(0, -(-(high_bit + 1 - low_bit) // bits), find, jnp.zeros(shape, jnp.int32))
 
 
-def kept_neurons(beta: float, mlp_size: int) -> int:
-    """K = max(1, floor(beta F)); the small addend keeps 0.29 * 100 from falling to 28."""
-    return max(1, floor(beta * mlp_size + 1e-9))
+def kept_neurons(beta: float, mlp_size: int, shards: int = 1) -> int:
+    """K = max(1, floor(beta F)), of several `shards` the same of each part; 0.29 * 100 is not to fall to 28."""
+    return shards * max(1, floor(beta * mlp_size / shards + 1e-9))
 
 
-def most_voted(votes: Tally, kept: int) -> Array:
+def most_voted(votes: Tally, kept: int, shards: int = 1) -> Array:
     """Ascending int32 [..., K] indices of the `kept` neurons with the most votes of `votes` [..., F].
 
-    Ties go to the larger sum of activations, then to the lower index.
+    Ties go to the larger sum of activations, then to the lower index. Of several `shards`, each keeps its own K / n.
     """
-    return jnp.sort(best_first(votes)[..., :kept], axis=-1)
+    return best_of_shards(lambda own: jnp.sort(best_first(own)[..., : kept // shards], axis=-1), votes, shards)
+
+
+Scored = TypeVar("Scored")
+
+
+def best_of_shards(best: Callable[[Scored], Array], scored: Scored, shards: int) -> Array:
+    """Ascending int32 [..., K], of neurons cut into `shards` (n) equal parts: `best` of each part.
+
+    Args:
+        best: arrays [..., n, F / n] to ascending int32 [..., n, K / n] of each part's numbers.
+        scored: arrays [..., F].
+        shards: n.
+    """
+    if shards == 1:
+        return best(scored)
+    parts = jax.tree.map(lambda array: array.reshape(*array.shape[:-1], shards, -1), scored)
+    size = jax.tree.leaves(parts)[0].shape[-1]
+    own = best(parts)
+    numbers = own + size * lax.broadcasted_iota(jnp.int32, own.shape, own.ndim - 2)
+    return numbers.reshape(*own.shape[:-2], -1)
 
 
 def best_first(votes: Tally) -> Array:

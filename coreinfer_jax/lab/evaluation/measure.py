@@ -203,7 +203,8 @@ def _ranker(
 
     def of_all(core: CoreConfig, foreknown: bool, linear: bool) -> Ranked:
         rule = core.ranking
-        key = rule, core.compensation, core.count_bos, foreknown, linear
+        shards = core.shards_of(params)
+        key = rule, core.compensation, core.count_bos, foreknown, linear, shards
         if key not in known:
             place = observed.index((without_prior(rule), core.count_bos, linear))
             own = [layer[place][foreknown] for layer in reading.sums]
@@ -211,7 +212,7 @@ def _ranker(
             corpus = explained.prior if linear and explained is not None else plain
             shares = np.float32(rule.prior_tokens), np.float32(0 if linear else core.compensation)
             texts = None if corpus is None else list(corpus)
-            known[key] = ranked_neurons(own, texts, downs, *shares, rule=type(rule))
+            known[key] = ranked_neurons(own, texts, downs, *shares, rule=type(rule), shards=shards)
         return known[key]
 
     def ranked(setting: Setting) -> Ranked:
@@ -225,7 +226,7 @@ def _ranker(
     return ranked
 
 
-@partial(jax.jit, static_argnames="rule")
+@partial(jax.jit, static_argnames=("rule", "shards"))
 def ranked_neurons(
     sums: list[Sums],
     prior: list[Sums] | None,
@@ -234,10 +235,11 @@ def ranked_neurons(
     compensation: Array,
     *,
     rule: type[Rule],
+    shards: int = 1,
 ) -> Ranked:
     """Each neuron's place, and what stands for it where it is dropped; arguments as of `ranking.rank`."""
     sums, scores = scored(sums, prior, downs, prior_tokens, compensation, rule)
-    return [places(own) for own in scores], [compensation * mean_activations(own) for own in sums]
+    return [places(own, shards) for own in scores], [compensation * mean_activations(own) for own in sums]
 
 
 @jax.jit

@@ -9,7 +9,16 @@ from jax import Array
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.config_fields import ConfigFields, Fields, read_special_ids
 from coreinfer_jax.model.family import Family
-from coreinfer_jax.model.layers import LayerContext, MlpPass, attention, layer_norm, lookup, mlp_output, mlp_pass
+from coreinfer_jax.model.layers import (
+    LayerContext,
+    MlpPass,
+    attention,
+    embeddings,
+    layer_norm,
+    lookup,
+    mlp_output,
+    mlp_pass,
+)
 from coreinfer_jax.model.weights import Layer, Norm, Params
 
 # Rows 0 and 1 of OPT's position table are leftovers of its padding scheme.
@@ -92,7 +101,7 @@ TENSORS = {
 
 def embed(params: Params, tokens: Array, positions: Array, capacity: int) -> tuple[Array, tuple[LayerContext, ...]]:
     """Token plus position embeddings of tokens [B, T] at `positions` [B, T]: [B, T, D]."""
-    x = lookup(params.token_embedding, tokens)
+    x = embeddings(params, tokens)
     if params.project_in is not None:
         x = params.project_in(x)
     assert params.position_embedding is not None, "an OPT model has a position table"
