@@ -19,7 +19,7 @@ MODELS = {
     "embedded:llama": ("stories.txt", "prose.txt"),
     "embedded:opt": ("stories.txt", "prose.txt"),
 }
-TEXTS = Texts(prompt_tokens=(128,), continuation=64, texts=32)
+TEXTS = Texts(prompt_tokens=(128,), continuation=32, texts=16)
 _Result = dict[str, Any]
 
 
@@ -57,7 +57,7 @@ def table() -> str:
             cells = (f"{own[n]['kl']['mean']:.3f}, {own[n]['agreement']['mean']:.0%}" for n in DEVICES)
             rows.append([f"{model}, {keep:.0%}", *cells])
     read = {one["texts"] for result in newest.values() for one in result["settings"]}
-    told = f"{' to '.join(map(str, sorted({min(read), max(read)})))} texts per model, 64 tokens after 128, float32"
+    told = f"{' to '.join(map(str, sorted({min(read), max(read)})))} texts per model, 32 tokens after 128, float32"
     return (
         f"{markdown(rows)}\n\nKL divergence in nats, agreement on the next token; {told}; {made_on(*newest.values())}"
     )
