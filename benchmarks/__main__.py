@@ -21,6 +21,7 @@ from benchmarks import (
     linear_neurons,
     long_prompts,
     lossless,
+    many_devices,
     prediction,
     profile,
     quality,
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         lambda o: linear_neurons.measure(o.texts),
         _add_texts,
     )
+    _add(commands, "many-devices", "large models over devices that are not there", lambda _: many_devices.measure())
     _add(commands, "shares", "what it costs that devices keep their own", lambda o: shares.measure(o.texts), _add_texts)
     _add(commands, "lossless", "drafts that the full model verifies", _lossless, _add_lossless_options)
     _add(

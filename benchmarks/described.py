@@ -85,6 +85,7 @@ DEVICES = {
         "NVIDIA GeForce RTX 4090", "major: 8 minor: 9", 128, 72 * _MIB, 2.52, 24 * _GIB, 1_008_000_000_000
     ),
     "v5e": _tpu("v5e:2x2", "v5litepod-4", 819e9),
+    "v5e-8": _tpu("v5e:2x4", "v5litepod-8", 819e9),
     "v6e": _tpu("v6e:2x2", "v6e-4", 1640e9),
 }
 
@@ -95,6 +96,11 @@ def placed_on(name: str) -> jax.sharding.SingleDeviceSharding:
     Raises:
         CoreInferError: the plugin that compiles for it is not installed.
     """
+    return jax.sharding.SingleDeviceSharding(devices_of(name)[0])
+
+
+def devices_of(name: str, hosts: int = 1, per_host: int = 1) -> list[jax.Device]:
+    """The devices of a system with so many GPUs of this name, or of a TPU's own system; as `placed_on`."""
     device = DEVICES[name]
     # The plugins would look for devices of their own, and JAX refuses to go on without them.
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
@@ -103,9 +109,13 @@ def placed_on(name: str) -> jax.sharding.SingleDeviceSharding:
     for variable, value in device.variables.items():
         os.environ.setdefault(variable, value)
     try:
-        found = topologies.get_topology_desc(platform=device.platform, **device.description)
+        description = dict(device.description)
+        if "topology" in description:
+            description["topology"] = f"1x{hosts}x{per_host}"
+        found = topologies.get_topology_desc(platform=device.platform, **description)
     except Exception as error:  # what a missing plugin raises differs by platform
         told = str(error).strip().splitlines() or [type(error).__name__]
         remedy = "pip install '.[aot]'"
         raise CoreInferError(f"--device {name}: JAX cannot compile for it here ({told[0]}); {remedy}") from error
-    return jax.sharding.SingleDeviceSharding(found.devices[0])
+    devices: list[jax.Device] = found.devices
+    return devices

@@ -63,6 +63,17 @@ SHAPES: dict[str, Fields] = {
         rope_theta=500000.0,
         rope_scaling=_LLAMA_31_ROPE,
     ),
+    "llama-3.1-405b": _llama(
+        16384,
+        53248,
+        126,
+        128,
+        8,
+        128256,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_scaling=_LLAMA_31_ROPE,
+    ),
     "smollm2-135m": _llama(
         576, 1536, 30, 9, 3, 49152, max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True
     ),

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.compiled import DTYPE, Asked, measure
 from benchmarks.described import placed_on
+from benchmarks.many_devices import CAPACITY, System, read
 from benchmarks.shapes import shape_config, shape_fields
 from coreinfer_jax.engine.options import GREEDY
 from coreinfer_jax.engine.programs import decode
@@ -23,6 +24,8 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import cache_bytes, init_cache
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import leaf_bytes
+from coreinfer_jax.sparsity.narrow import padded_width
+from coreinfer_jax.sparsity.votes import kept_neurons
 from tests.support import LLAMA, random_model
 
 MODELS = ("llama-3.1-8b", "opt-6.7b")
@@ -101,6 +104,29 @@ def test_a_decode_step_moves_what_it_needs(device: str, model: str, case: str) -
     assert result["weight_copies"] == []
     assert result["temporary_bytes"] - LAYERS[device] * SET_ASIDE[device] < min(min(weights), cache / 4)
     assert result["bytes_moved"] <= 1.02 * result["bytes_needed"]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("device", "model", "per_host"),
+    [("h100", "llama-2-70b", 8), ("v5e-8", "llama-3.1-8b", 8)],
+    indirect=["device"],
+)
+def test_over_many_devices_a_layer_waits_twice(device: str, model: str, per_host: int) -> None:
+    """A layer more is two sums over devices more, dense or narrowed; and each device holds its share of it."""
+    system = System(model, device, 1, per_host)
+    F = shape_config(shape_fields(model, 1)).mlp_size
+    narrowed = padded_width(kept_neurons(0.4, F, per_host) // per_host, F // per_host, 128) * per_host / F
+    for keep, share in ((None, 1.0), (0.4, narrowed)):
+        few, more = (read(system, keep, layers) for layers in (1, 2))
+        assert more["sums"] - few["sums"] == 2
+        assert more["others"] == few["others"]
+        config = shape_config(shape_fields(model, 1))
+        layer = abstract_params(config, DTYPE).layers[0]
+        dense = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(layer.attention))
+        held = (dense + share * sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(layer.mlp))) / per_host
+        held += cache_bytes(config, 1, CAPACITY, DTYPE) / per_host
+        assert more["bytes_per_device"] - few["bytes_per_device"] == pytest.approx(held, rel=0.02)
 
 
 # Enough layers for the activations of all to be far more than those of one.
