@@ -20,10 +20,12 @@ from benchmarks import (
     linear_neurons,
     long_prompts,
     lossless,
+    many_devices,
     model_card,
     performance,
     quality_page,
     robustness,
+    shares,
 )
 from benchmarks.environment import REPOSITORY, read_results
 from benchmarks.tables import made_on, shown_range
@@ -53,6 +55,7 @@ def current() -> dict[Path, str]:
         DOCS / "guides" / "convert.md": _of_newest({"gguf": gguf_evidence.table}),
         DOCS / "guides" / "groups.md": _of_newest({"group-switch": _group_switch, "prediction": _prediction}),
         DOCS / "guides" / "lossless.md": {"lossless": lossless.table},
+        DOCS / "guides" / "several-devices.md": {"shares": shares.table, "many devices": many_devices.table},
         DOCS / "robustness.md": {"robustness": robustness.table},
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
         DOCS / "chat-model.md": {"chat model rules": chat_model.rules, "chat model answers": chat_model.answers},
