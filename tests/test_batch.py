@@ -73,7 +73,10 @@ WAYS: dict[str, Callable[[], tuple[ci.Params, Core, ci.Groups | None]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+QUICK = ("own neurons", "auto")
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way in QUICK else [pytest.mark.slow]) for way in WAYS])
 def test_each_prompt_says_what_it_says_alone(way: str) -> None:
     params, core, groups = WAYS[way]()
     expected = {i: alone(params, prompt, core, groups=groups) for i, prompt in enumerate(PROMPTS)}
@@ -430,31 +433,39 @@ def test_two_at_a_time_do_not_write_one_file(batch: Run, work: Path) -> None:
 # ---------------------------------------------------------------------------- Ray
 
 
-@pytest.mark.slow
-def test_a_cluster_gives_the_same_answers(batch: Run, work: Path) -> None:
-    ray = pytest.importorskip("ray")
-    from coreinfer_jax.cli import on_ray
+# A process of its own: Ray warns, and forks.
+TWO_WORKERS = """
+import sys
+from coreinfer_jax.cli import main, on_ray
+on_ray.set_up()
+import ray
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+sys.exit(main(sys.argv[1:]))
+"""
 
-    write(work / "more.jsonl", [*map(json.loads, (work / "in.jsonl").read_text().splitlines()), "no JSON"])
+
+@pytest.mark.slow
+def test_a_cluster_gives_the_same_answers(batch: Run, work: Path, shallow: dict[str, Path]) -> None:
+    pytest.importorskip("ray")
+    lines = [json.loads(line) for line in (work / "in.jsonl").read_text().splitlines()]
+    write(work / "more.jsonl", [*lines, "no JSON", {"prompt": "a", "max_new_tokens": 512}, *lines[6:], *lines[6:]])
     shared = ("--skip-bad", "--temperature", 0.9, "--seed", 1)
     assert batch(*shared, source="more.jsonl")[0] == 0
-    on_ray.set_up()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    try:
-        on_cluster = ("--ray", "--workers", 2, "--rows", 1)
-        status, told = batch(*shared, *on_cluster, source="more.jsonl", out="ray.jsonl")
-        assert status == 0, told
-        assert read(work / "ray.jsonl") == read(work / "out.jsonl")
-        some = (work / "ray.jsonl").read_text().splitlines(keepends=True)[:6]
-        (work / "ray.jsonl").write_text("".join(some))
-        status, told = batch(*shared, *on_cluster, source="more.jsonl", out="ray.jsonl")
-        assert (status, ", 6 were there already" in told) == (0, True)
-        assert read(work / "ray.jsonl") == read(work / "out.jsonl")
-        write(work / "long.jsonl", [{"prompt": "a", "max_new_tokens": 512}])
-        status, told = batch(*on_cluster, source="long.jsonl", out="long.out")
-        assert (status, "line 1: " in told) == (2, True)
-    finally:
-        ray.shutdown()
+    on_cluster = ("--ray", "--workers", 2, "--rows", 1)
+
+    def together(*options: object) -> tuple[int, str]:
+        asked = arguments(work, shallow["opt"], *options, *on_cluster, source="more.jsonl", out="ray.jsonl")
+        ended = subprocess.run([sys.executable, "-c", TWO_WORKERS, *asked], capture_output=True, text=True, check=False)
+        return ended.returncode, ended.stderr
+
+    status, told = together(*shared)
+    assert status == 0, told
+    assert read(work / "ray.jsonl") == read(work / "out.jsonl")
+    some = (work / "ray.jsonl").read_text().splitlines(keepends=True)[:6]
+    (work / "ray.jsonl").write_text("".join(some))
+    status, told = together(*shared)
+    assert (status, ", 6 were there already" in told) == (0, True)
+    assert read(work / "ray.jsonl") == read(work / "out.jsonl")
 
 
 def test_options_of_a_cluster(batch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
