@@ -12,8 +12,10 @@ from benchmarks.tables import made_on, markdown, shown_range
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choosers import Core
 from coreinfer_jax.sparsity.stability import CoreConfig
+from coreinfer_jax.text.documents import SEPARATOR
 
-PROMPTS, ROUNDS = 24, 3
+# With their new tokens, all prompts need 64 positions: which programs run is the same for all.
+PROMPTS, PROMPT_TOKENS, ROUNDS = 24, 40, 3
 # New tokens of a prompt, at least and at most: the prompts differ in how long they take.
 NEW_TOKENS = (8, 24)
 KEEP = 0.5
@@ -31,8 +33,9 @@ def measure(models: tuple[str, ...] = MODELS) -> Iterator[_Result]:
     for name in models:
         params, tokenizer = ci.load(name, "float32")
         assert tokenizer is not None, "these models have tokenizers"
-        lines = OPENINGS.read_text(encoding="utf-8").splitlines()[:PROMPTS]
-        prompts = [ci.Prompt(i, tokenizer.encode(line), _new_tokens(i)) for i, line in enumerate(lines)]
+        lines = [line for line in OPENINGS.read_text(encoding="utf-8").splitlines() if line not in ("", SEPARATOR)]
+        tokens = [tokenizer.encode(line)[:PROMPT_TOKENS] for line in lines[:PROMPTS]]
+        prompts = [ci.Prompt(i, own, _new_tokens(i)) for i, own in enumerate(tokens)]
         for title, core in CORES.items():
             described = {"model": name, "core": title, "prompts": len(prompts), "new_tokens": NEW_TOKENS}
             yield environment() | described | of_prompts(params, prompts, core)
