@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    batch,
     chat_model,
     compiled,
     continuations,
@@ -82,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "shares", "what it costs that devices keep their own", lambda o: shares.measure(o.texts), _add_texts)
     _add(commands, "lossless", "drafts that the full model verifies", _lossless, _add_lossless_options)
     _add(
+        commands, "batch", "many prompts together and one by one", lambda o: batch.measure(o.models), _add_batch_options
+    )
+    _add(
         commands,
         "free-running",
         "what generations by themselves look like",
@@ -153,6 +157,10 @@ def _add_lossless_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mlps-on-host", action="store_true", help="move them for each pass; convert GGUF files before, which are slow"
     )
+
+
+def _add_batch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", default=batch.MODELS, help="(%(default)s)")
 
 
 def _lossless(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

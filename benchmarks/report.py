@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    batch,
     charts,
     chat_model,
     compiled,
@@ -52,6 +53,7 @@ def current() -> dict[Path, str]:
     documents: dict[Path, Mapping[str, Callable[[], str]]] = {
         README: {"first answer": first_answer.table, "speed": first_page.speed, "quality": first_page.quality},
         DOCS / "embedded-models.md": _of_newest({"first-run": _first_run}),
+        DOCS / "guides" / "batch.md": {"batch": batch.table},
         DOCS / "guides" / "convert.md": _of_newest({"gguf": gguf_evidence.table}),
         DOCS / "guides" / "groups.md": _of_newest({"group-switch": _group_switch, "prediction": _prediction}),
         DOCS / "guides" / "lossless.md": {"lossless": lossless.table},

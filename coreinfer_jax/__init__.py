@@ -1,5 +1,6 @@
 """CoreInfer in JAX: generate with only the MLP neurons a prompt needs (arXiv 2410.18311)."""
 
+from coreinfer_jax.engine.batching import Finished, Prompt, generate_many
 from coreinfer_jax.engine.conversation import Conversation, converse
 from coreinfer_jax.engine.forward import forward
 from coreinfer_jax.engine.generation import generate, stream
@@ -36,12 +37,14 @@ __all__ = [
     "DeviceRows",
     "Documents",
     "Drafting",
+    "Finished",
     "Fused",
     "GenerateOptions",
     "Generation",
     "Groups",
     "ModelConfig",
     "Params",
+    "Prompt",
     "Rope",
     "Scores",
     "Similarity",
@@ -53,6 +56,7 @@ __all__ = [
     "convert",
     "forward",
     "generate",
+    "generate_many",
     "import_published",
     "inspect_clusters",
     "load",

@@ -278,15 +278,23 @@ def begun(directory: Path, settings: Mapping[str, Any], work: str) -> Iterator[N
             (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if not (directory / SETTINGS).is_file():
         raise CoreInferError(f"{directory}: holds no {work} ({SETTINGS} is not there); name a new directory")
-    before = read_json(directory / SETTINGS)
+    check_same_settings(directory, read_json(directory / SETTINGS), settings, "directory")
+    with alone(directory, work):
+        yield
+
+
+def check_same_settings(path: Path, before: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> None:
+    """Refuse to go on with `path`, a `what`, with settings other than those it was begun with.
+
+    Raises:
+        CoreInferError: they differ; all that do are named.
+    """
     changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if changed:
         told = ", ".join(shown_name(name) for name in changed)
         raise CoreInferError(
-            f"{directory}: was begun with other settings ({told}); repeat them, or remove it, or name a new directory"
+            f"{path}: was begun with other settings ({told}); repeat them, or remove it, or name a new {what}"
         )
-    with alone(directory, work):
-        yield
 
 
 @contextmanager

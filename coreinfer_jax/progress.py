@@ -36,6 +36,7 @@ def progress(
     unit: str,
     total: int | None = None,
     leave: bool = False,
+    done: int = 0,
 ) -> "tqdm[Item]":
     """A bar over `items`, or over none and to be updated by hand, on standard error.
 
@@ -45,8 +46,9 @@ def progress(
         unit: what is counted, in the singular.
         total: how many there are, where `items` does not tell.
         leave: whether a terminal keeps the finished bar.
+        done: how many were done before; the time that is left does not follow from them.
     """
-    given: dict[str, Any] = {"desc": desc, "unit": unit, "total": total}
+    given: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": done}
     if sys.stderr.isatty():
         return _Bar(items, **given, leave=leave)
     return _Bar(

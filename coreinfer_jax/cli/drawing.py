@@ -1,4 +1,4 @@
-"""Options of how tokens are drawn and where to stop, which `generate` and `chat` take, and what they mean."""
+"""Options of how tokens are drawn and where to stop, which `generate`, `chat` and `batch` take, and what they mean."""
 
 import argparse
 import sys
@@ -16,9 +16,11 @@ from coreinfer_jax.text import Tokenizer, end_of_turn
 _RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
 
 
-def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens: int) -> None:
+def add_sampling(
+    parser: argparse.ArgumentParser, temperature: float, new_tokens: int, offers_lossless: bool = True
+) -> None:
     """How tokens are drawn, and when to stop; `temperature` is for models that recommend none."""
-    parser.set_defaults(usual_temperature=temperature)
+    parser.set_defaults(usual_temperature=temperature, lossless=False)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default {new_tokens}, if there is room")
     usual = "default: as the model's generation_config.json recommends"
     parser.add_argument(
@@ -39,7 +41,8 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, new_tokens
         "--no-repeat-ngram-size", type=int, metavar="N", help=f"no N tokens stand twice in the text; {usual}"
     )
     parser.add_argument("--seed", type=int, help="for temperatures above 0 (default 0)")
-    add_lossless(parser)
+    if offers_lossless:
+        add_lossless(parser)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
 
 
@@ -65,8 +68,7 @@ def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokeni
     """
     # A special token leaves no text behind in which a stop string could be found.
     stops = {i for stop in options.stop if (i := tokenizer.special_id(stop)) is not None}
-    # Files of a tokenizer may name tokens that the model does not have.
-    ends = [i for i in (end_of_turn(tokenizer) if is_chat else ()) if i < config.vocab_size]
+    ends = turn_ends(config, tokenizer) if is_chat else ()
     recommended = _recommended(options, config)
     given = {name: getattr(options, name) for name in _RECOMMENDED}
     drawn: dict[str, Any] = {
@@ -85,6 +87,11 @@ def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokeni
     if drawn["temperature"] == 0:
         _say_what_is_idle(options)
     return asked
+
+
+def turn_ends(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a reply; files of a tokenizer may name more, which the model does not have."""
+    return tuple(i for i in end_of_turn(tokenizer) if i < config.vocab_size)
 
 
 def _recommended(options: argparse.Namespace, config: ModelConfig) -> Recommended | None:

@@ -13,6 +13,7 @@ import jax
 
 from coreinfer_jax.cli import (
     analyze,
+    batch,
     calibrate,
     chat,
     clusters,
@@ -27,7 +28,15 @@ from coreinfer_jax.cli import (
 from coreinfer_jax.errors import CoreInferError, one_line, shown, shown_name
 
 COMMANDS = {
-    **{"generate": generate, "chat": chat, "info": info, "plan": plan, "clusters": clusters, "analyze": analyze},
+    **{
+        "generate": generate,
+        "chat": chat,
+        "batch": batch,
+        "info": info,
+        "plan": plan,
+        "clusters": clusters,
+        "analyze": analyze,
+    },
     **{"eval": evaluate, "calibrate": calibrate, "convert": convert_checkpoint, "train": train},
 }
 

@@ -48,6 +48,9 @@ def start(
     capacity: int,
     widths: tuple[int, ...] | None = None,
     linear: tuple[bool, ...] | None = None,
+    *,
+    draws: bool = True,
+    looks_back: bool = True,
 ) -> Running:
     """A state of free rows.
 
@@ -59,6 +62,8 @@ def start(
             that run the full model.
         linear: per layer, whether the linear neurons of the model's calibration stand beside these, as in the requests'
             core neurons; None for nowhere.
+        draws: whether requests to come may draw at a temperature; greedy ones alone are a cheaper program.
+        looks_back: whether they may have penalties of repetition, which ask for the tokens of the rows' texts.
 
     Raises:
         CoreInferError: linear neurons that the calibration does not have.
@@ -73,6 +78,7 @@ def start(
         D = config.hidden_size
         offsets = tuple(None if width is None else jnp.zeros((rows, D), jnp.float32) for width in narrowed)
         weights = narrow(params, indices, offsets, linear)
+    sampling = make_sampling(config, rows, GREEDY, 0)
     # Arrays of their own: `insert` is given the memory of each.
     free = Rows(
         cache=init_cache(config, rows, capacity, params.dtype, params.mesh),
@@ -81,8 +87,8 @@ def start(
         length=jnp.zeros(rows, jnp.int32),
         done=jnp.ones(rows, bool),
         finite=jnp.ones(rows, bool),
-        sampling=with_keys(make_sampling(config, rows, GREEDY, 0)),
-        history=jnp.zeros((rows, capacity), jnp.int32),
+        sampling=with_keys(sampling) if draws else sampling,
+        history=jnp.zeros((rows, capacity), jnp.int32) if looks_back else None,
     )
     return Running(params, weights, widths, linear, free)
 
@@ -91,8 +97,8 @@ def insert_request(running: Running, row: int, begun: Begun) -> Running:
     """`running` with a request of one row, from `begin`, in row `row`; no other row changes, nothing is retraced.
 
     Raises:
-        CoreInferError: a row that there is not, a request of several rows, of other numbers of neurons per layer, or of
-            more positions than the state has.
+        CoreInferError: a row that there is not, a request of several rows, of other numbers of neurons per layer, of
+            more positions than the state has, or one that draws or has penalties where the state is for none that do.
     """
     rows, capacity = running.rows.token.shape[0], running.rows.cache.capacity
     if not 0 <= row < rows:
@@ -118,9 +124,21 @@ def insert_request(running: Running, row: int, begun: Begun) -> Running:
             f"the request has linear neurons in layers {_where(core.linear)}, the state in {_where(running.linear)}: "
             "start another"
         )
-    one = replace(begun.rows, sampling=with_keys(begun.rows.sampling), history=_history(begun.rows))
+    one = _as_in(running.rows, begun.rows)
     weights = running.weights if core is None else _with_set(running, row, core)
     return replace(running, weights=weights, rows=insert(running.rows, np.int32(row), one))
+
+
+def _as_in(rows: Rows, one: Rows) -> Rows:
+    """`one`, a request of one row, with keys and a history where `rows` have them."""
+    draws, looks_back = rows.sampling.key is not None, rows.history is not None
+    if one.sampling.key is not None and not draws:
+        raise CoreInferError("the request draws, the state is for greedy ones: start one with draws=True")
+    if one.history is not None and not looks_back:
+        raise CoreInferError("the request has penalties, the state is for none: start one with looks_back=True")
+    if draws:
+        one = replace(one, sampling=with_keys(one.sampling))
+    return replace(one, history=_history(one)) if looks_back else one
 
 
 def _history(rows: Rows) -> Array:
