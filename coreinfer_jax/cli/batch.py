@@ -41,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     on_ray.add_options(parser)
     arguments.add_model(parser)
+    arguments.add_mesh(parser)
     arguments.add_core(parser)
     drawing.add_sampling(parser, temperature=0.0, new_tokens=NEW_TOKENS, offers_lossless=False)
     parser.set_defaults(run=_run)

@@ -49,6 +49,8 @@ def check(options: argparse.Namespace) -> None:
         check_whole("--workers", options.workers, 1)
     if options.ray is None and options.workers is not None:
         raise CoreInferError(f"--workers {options.workers}: are of --ray; add that, or leave it out")
+    if options.ray is not None and options.mesh is not None:
+        raise CoreInferError(f"--mesh {options.mesh}: is of one process; leave it out, or leave out --ray")
     if options.ray is not None and find_spec("ray") is None:
         raise CoreInferError(f"--ray {options.ray}: pip install 'coreinfer_jax[ray]'")
 
