@@ -15,8 +15,8 @@ _CONTAINER = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int | None:
-    """Bytes the default device can still give, on a CPU those of memory and swap; None where nobody says."""
-    device = jax.devices()[0]
+    """Bytes this process's first device can still give, on a CPU those of memory and swap; None where nobody says."""
+    device = jax.local_devices()[0]
     if device.platform == "cpu":
         return _free_host_bytes()
     usage = device.memory_stats()
@@ -92,7 +92,7 @@ def pinned_memory(size: int) -> Sharding | None:
     None where there is none: on a CPU, whose memory the host shares; and where the host has too little, so that weights
     are read from their file each time.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     free = _free_host_bytes()
     if device.platform == "cpu" or "pinned_host" not in kinds or free is None or size > _PINNED_SHARE * free:

@@ -213,6 +213,37 @@ def test_requests_come_and_go_as_on_one_device() -> None:
     np.testing.assert_array_equal(*found)
 
 
+def test_many_prompts_finish_as_on_one_device() -> None:
+    found = []
+    for params, core in ((wide("opt"), ci.CoreConfig(shards=4)), (over("opt", 4), ci.CoreConfig())):
+        made = ci.generate_many(params, [*ROWS, ROWS[0][::-1]], core, rows=2, max_new_tokens=NEW)
+        found.append({one.prompt.index: one.tokens.tolist() for one in made})
+    assert found[0] == found[1]
+
+
+def test_given_neurons_of_rows_that_come_and_go_lie_evenly() -> None:
+    even, uneven = (ci.CoreNeurons([own] * 2) for own in (np.arange(0, F, 3), np.arange(32)))
+    [made] = ci.generate_many(over("opt", 4), ROWS[:1], even, max_new_tokens=NEW)
+    alone = ci.generate(wide("opt"), ROWS[:1], even, max_new_tokens=NEW)
+    assert made.tokens.tolist() == alone.tokens[0].tolist()
+    with pytest.raises(ci.CoreInferError, match="lie unevenly on the devices"):
+        list(ci.generate_many(over("opt", 4), ROWS[:1], uneven, max_new_tokens=NEW))
+
+
+def test_a_batch_does_not_go_on_over_other_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which keep other neurons."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Once upon a time"}\n', encoding="utf-8")
+    command = ["batch", "--input", str(prompts), "--output", str(tmp_path / "out.jsonl"), "--beta", "0.5"]
+    command += ["--model", "embedded:llama", "--max-new-tokens", "2", "--rows", "1"]
+    assert main([*command, "--mesh", "tensor=3"]) == 0
+    written = (tmp_path / "out.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "shards" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_bytes() == written
+
+
 COLLECTIVES = r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
 
 

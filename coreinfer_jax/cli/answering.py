@@ -32,7 +32,8 @@ class Common:
     Attributes:
         sampling: how tokens are drawn, and where a continuation ends.
         turn_ends: tokens at which, besides, a reply ends.
-        max_new_tokens: of lines that name none themselves; None for 128, or what there is room for.
+        max_new_tokens: of lines that name none themselves; None for 128, or the room there is if that
+            is less.
         stops: texts before which an answer ends.
         rows: that decode together.
     """

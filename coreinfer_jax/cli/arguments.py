@@ -269,7 +269,7 @@ def choose_device(name: str | None) -> None:
         jax.config.update("jax_platforms", "cpu")
     elif name is not None:
         try:
-            jax.config.update("jax_default_device", jax.devices(name)[0])
+            jax.config.update("jax_default_device", jax.local_devices(backend=name)[0])
         except RuntimeError as error:
             raise CoreInferError(
                 f"--device {name}: JAX finds none here; install its plugin or leave the option out"

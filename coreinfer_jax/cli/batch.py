@@ -114,6 +114,7 @@ def _settings(options: argparse.Namespace, summary: Summary, model: Model, commo
         "model": fingerprint(params),
         "dtype": str(params.dtype),
         "core": settings_of(core) if isinstance(core, Chooser) else None,
+        "shards": core.shards_of(params) if isinstance(core, Chooser) else 1,
         "calibration": known,
         "clusters": clusters,
         "sampling": common.sampling,

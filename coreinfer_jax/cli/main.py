@@ -28,16 +28,17 @@ from coreinfer_jax.cli import (
 from coreinfer_jax.errors import CoreInferError, one_line, shown, shown_name
 
 COMMANDS = {
-    **{
-        "generate": generate,
-        "chat": chat,
-        "batch": batch,
-        "info": info,
-        "plan": plan,
-        "clusters": clusters,
-        "analyze": analyze,
-    },
-    **{"eval": evaluate, "calibrate": calibrate, "convert": convert_checkpoint, "train": train},
+    "generate": generate,
+    "chat": chat,
+    "batch": batch,
+    "info": info,
+    "plan": plan,
+    "clusters": clusters,
+    "analyze": analyze,
+    "eval": evaluate,
+    "calibrate": calibrate,
+    "convert": convert_checkpoint,
+    "train": train,
 }
 
 
@@ -90,12 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr = _Messages(sys.stderr.detach(), encoding, "backslashreplace", line_buffering=True)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as for arguments; `check_text` tells the user
+    status = _ended(arguments)
+    processes.leave(status)
+    return status
+
+
+def _ended(arguments: Sequence[str] | None) -> int:
     try:
         status = _run(arguments)
         # Here, because at its exit Python could only complain.
         sys.stdout.flush()
         sys.stderr.flush()
-        processes.leave(status)
     except BrokenPipeError:  # the reader went away, as `head` does
         _discard_output()
         return 141
@@ -118,7 +124,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return 130
     except (MemoryError, RuntimeError, AssertionError) as error:
-        mistake = processes.lost(error) or _mistake_about_devices(error)
+        mistake = _mistake_about_devices(error) or processes.lost(error)
         if mistake is None:
             raise
         print(f"coreinfer: error: {mistake}", file=sys.stderr)

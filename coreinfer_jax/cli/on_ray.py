@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from coreinfer_jax.checks import check_whole
-from coreinfer_jax.cli.answering import Answer, Common, answers, error_of
+from coreinfer_jax.cli.answering import Answer, Common, Model, answers, error_of
 from coreinfer_jax.errors import CoreInferError, one_line
 from coreinfer_jax.io.batch_input import BadLine, Line
 
@@ -119,27 +119,35 @@ def _resources(options: argparse.Namespace) -> dict[str, Any]:
     if gpus:
         return {"compute": ray.data.ActorPoolStrategy(size=min(workers, gpus)), "num_gpus": 1}
     cores = int(ray.cluster_resources().get("CPU", 1))
-    return {"compute": ray.data.ActorPoolStrategy(size=workers), "num_cpus": max(1, cores // workers)}
+    # A process cannot have more than the largest machine.
+    most = max((int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]), default=1)
+    return {"compute": ray.data.ActorPoolStrategy(size=workers), "num_cpus": max(1, min(cores // workers, most))}
 
 
 def _mistake(error: Exception) -> Exception:
-    """The user's mistake behind what Ray reports; that itself where it is none."""
+    """The user's mistake behind what Ray reports, else what Ray says, in one line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, CoreInferError):
             return CoreInferError(str(cause))
         cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
+    return CoreInferError(f"--ray: {one_line(str(error))}")
 
 
 class _Worker:
-    """A process of the cluster: it loads the model once, and answers lines batch by batch."""
+    """A process of the cluster: it loads the model once, and answers lines batch by batch.
+
+    It loads at the first batch: of an error before that Ray keeps no more than the text.
+    """
 
     def __init__(self, options: argparse.Namespace, common: Common) -> None:
-        from coreinfer_jax.cli.batch import load_model
-
-        self._model, self._common = load_model(options), common
+        self._options, self._common = options, common
+        self._model: Model | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        from coreinfer_jax.cli.batch import load_model
+
+        if self._model is None:
+            self._model = load_model(self._options)
         lines = [Line(**json.loads(text)) for text in batch["line"]]
         return {"answer": [json.dumps(answer) for answer in answers(self._model, self._common, lines)]}

@@ -74,8 +74,8 @@ def are_joined() -> bool:
 
 
 def lost(error: Exception) -> str | None:
-    """What an error tells of another process that has ended; None for any other error."""
-    if not are_joined() or jax.process_count() == 1:
+    """What an error of devices, which others wait for, tells of a process that has ended; None for any other error."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not are_joined() or jax.process_count() == 1:
         return None
     own, reason = f"process {jax.process_index()} of {jax.process_count()}", str(error).strip().partition("\n")[0]
     return f"{own}: another has ended ({shown(reason)}); start all again"
@@ -88,9 +88,12 @@ def leave(status: int) -> None:
     """
     if not are_joined():
         return
-    sys.stdout.flush()
     if status == 0:
-        multihost_utils.sync_global_devices("end")
+        try:
+            multihost_utils.sync_global_devices("end")
+        except jax.errors.JaxRuntimeError as error:
+            print(f"coreinfer: error: {lost(error)}", file=sys.stderr)
+            status = 2
     time.sleep(FIRST_STAYS if jax.process_index() == 0 else 0)
     os._exit(status)
 

@@ -19,6 +19,7 @@ from coreinfer_jax.engine.running import advance, insert_request, start
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.cache import cache_bytes
 from coreinfer_jax.model.host import check_on_device
+from coreinfer_jax.model.shards import bytes_in_a_memory
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choice import Choice
 from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for
@@ -141,7 +142,10 @@ def _asked(params: Params, prompt: Prompt, core: Core | Recommended, options: Ge
     drawing = drawing_of(own, params.config)
     if drawing.key is not None and "key" not in prompt.options:
         own["key"] = jax.random.fold_in(drawing.key, np.uint32(prompt.index))
-    return _Asked(prompt, make_request(params, [prompt.tokens], core, own))
+    try:
+        return _Asked(prompt, make_request(params, [prompt.tokens], core, own))
+    except CoreInferError as error:
+        raise CoreInferError(f"prompt {prompt.index}: {error}") from error
 
 
 class _Waiting:
@@ -270,12 +274,15 @@ class _Lane:
         self._running = insert_request(self._running, row, work.begun)
         self._rows[row] = work
 
-    def advance(self, most: int) -> Iterator[Finished]:
-        """Decode up to `most` steps, none behind the end of the row that is known to end first; what has finished."""
+    def advance(self, most: int, *, waited_for: bool) -> Iterator[Finished]:
+        """Decode up to `most` steps; what has finished.
+
+        Where its rows are waited for, none behind the end of the one that is known to end first.
+        """
         at_work = [(row, work) for row, work in enumerate(self._rows) if work is not None]
         if not at_work:
             return
-        steps = most if most == DISPATCH else min(most, *(work.left for _, work in at_work))
+        steps = min(most, *(work.left for _, work in at_work)) if waited_for else most
         self._running, tokens, lengths = advance(self._running, steps)
         for row, work in at_work:
             work.add(tokens[row, : lengths[row]].tolist())
@@ -289,7 +296,8 @@ def _check_memory(params: Params, kind: _Kind, rows: int) -> None:
     cache = cache_bytes(config, rows, kind.capacity, params.dtype)
     widths = [] if kind.widths is None else [0 if width == config.mlp_size else width for width in kind.widths]
     narrowed = sum(narrowed_bytes(params, (l,), width, rows) for l, width in enumerate(widths))
-    check_memory(cache + narrowed, f"{rows} rows of {kind.capacity} positions", "take fewer rows or tokens")
+    needed = bytes_in_a_memory(cache + narrowed, params.mesh)
+    check_memory(needed, f"{rows} rows of {kind.capacity} positions", "take fewer rows or tokens")
 
 
 def _scheduled(waiting: _Waiting, rows: int, until: Until | None) -> Iterator[Finished]:
@@ -316,7 +324,7 @@ def _of_capacity(waiting: _Waiting, capacity: int, rows: int, until: Until | Non
         # Until there is room in each: which of them the next prompt needs is known once it is read.
         while waiting.has(capacity) and not all(lane.has_room for lane in lanes.values()):
             for lane in lanes.values():
-                yield from lane.advance(STEPS)
+                yield from lane.advance(STEPS, waited_for=True)
     while any(lane.is_busy for lane in lanes.values()):
         for lane in lanes.values():
-            yield from lane.advance(DISPATCH)
+            yield from lane.advance(DISPATCH, waited_for=False)

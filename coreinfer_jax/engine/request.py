@@ -15,7 +15,7 @@ from coreinfer_jax.engine.programs import prefill_bytes
 from coreinfer_jax.engine.prompts import Prompts, without_first
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes
-from coreinfer_jax.model.shards import devices_sharing
+from coreinfer_jax.model.shards import bytes_in_a_memory
 from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.sparsity.choice import Choosing, Ranked, Seen, ToNarrow
 from coreinfer_jax.sparsity.groups import Groups
@@ -203,8 +203,7 @@ def checked_request(
     request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted, there, lossless)
     narrows = any(request.gathered[0])
     check_memory(
-        # Equal shares; what devices hold alike is little.
-        request.needed_bytes * devices_sharing(params.mesh) // params.shards,
+        bytes_in_a_memory(request.needed_bytes, params.mesh),
         f"a cache of {request.capacity} positions, its prefill and narrowed weights for {request.rows} rows",
         f"ask for fewer rows or tokens{', or fewer core neurons' if narrows else ''}",
     )

@@ -72,6 +72,8 @@ def start(
     linear = (False,) * params.config.num_layers if linear is None else linear
     check_linear(params, linear)
     config, weights = params.config, params.weights
+    if uneven := [width for width in widths or () if width % params.shards]:
+        raise CoreInferError(f"widths: {uneven[0]} neurons cannot be shared equally by {params.shards} devices")
     if widths is not None:
         narrowed = [None if width == config.mlp_size else width for width in widths]
         indices = tuple(None if width is None else jnp.zeros((rows, width), jnp.int32) for width in narrowed)
@@ -119,6 +121,10 @@ def insert_request(running: Running, row: int, begun: Begun) -> Running:
     widths = None if core is None else core.kept(running.params.config.mlp_size)
     if widths != running.widths:
         raise CoreInferError(f"the request keeps {widths} neurons per layer, the state {running.widths}: start another")
+    if core is not None and _padded_sets(begun):
+        raise CoreInferError(
+            "core neurons that were given lie unevenly on the devices: rows that come and go need as many on each"
+        )
     if core is not None and core.linear != running.linear:
         raise CoreInferError(
             f"the request has linear neurons in layers {_where(core.linear)}, the state in {_where(running.linear)}: "
@@ -139,6 +145,14 @@ def _as_in(rows: Rows, one: Rows) -> Rows:
     if draws:
         one = replace(one, sampling=with_keys(one.sampling))
     return replace(one, history=_history(one)) if looks_back else one
+
+
+def _padded_sets(begun: Begun) -> bool:
+    """Whether devices have different numbers of a set's neurons, so that some are filled up."""
+    core, indices = begun.chosen.core, begun.chosen.indices or ()
+    assert core is not None, "there is a set"
+    pairs = zip(core.layers, indices, strict=False)
+    return any(own is not None and there is not None and own.shape[-1] != there.shape[-1] for own, there in pairs)
 
 
 def _history(rows: Rows) -> Array:

@@ -27,8 +27,8 @@ def load_spread(
 ) -> Params:
     """The weights of `config` as `spread` would place them, without a calibration.
 
-    Where all devices are this process's, a tensor is read once, whole; else only the rows, or of what is spread along
-    its last axis the columns, of the devices that are.
+    Where all devices are this process's, a tensor is read once, whole; else only the rows of those that are. Of what is
+    spread along its last axis all is read, for each of these devices, and its own columns are kept.
 
     Raises:
         CoreInferError: as `load` and `spread`.

@@ -37,6 +37,12 @@ def make_mesh(tensor: int) -> Mesh:
     there = jax.devices()
     if tensor > len(there):
         raise CoreInferError(f"tensor={tensor}: of {there[0].platform} devices there are {len(there)}; ask for no more")
+    without = {device.process_index for device in there} - {device.process_index for device in there[:tensor]}
+    if without:
+        raise CoreInferError(
+            f"tensor={tensor}: {len(without)} of {jax.process_count()} processes would have no device in it; "
+            f"there are {len(there)} devices: ask for more of them, or start fewer processes"
+        )
     return jax.make_mesh((tensor,), (AXIS,), axis_types=(AxisType.Auto,), devices=there[:tensor])
 
 
@@ -157,6 +163,11 @@ def own_part(whole: Array, axis: int) -> Array:
 def bytes_here(shape: tuple[int, ...], spec: PartitionSpec, itemsize: int, mesh: Mesh) -> int:
     """Bytes of an array that one device holds."""
     return prod(NamedSharding(mesh, spec).shard_shape(shape)) * itemsize
+
+
+def bytes_in_a_memory(size: int, mesh: Mesh | None) -> int:
+    """Of arrays of `size` bytes in all, those in one memory, in equal shares: what devices hold alike is little."""
+    return size * devices_sharing(mesh) // shards_of(mesh)
 
 
 def devices_sharing(mesh: Mesh | None) -> int:
