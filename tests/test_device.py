@@ -41,7 +41,7 @@ def test_an_accelerator_says_what_is_left_of_its_limit(monkeypatch):
         def memory_stats(self):
             return {"bytes_limit": 1000, "bytes_in_use": 400}
 
-    monkeypatch.setattr(device.jax, "devices", lambda: [Accelerator()])
+    monkeypatch.setattr(device.jax, "local_devices", lambda: [Accelerator()])
     assert device.free_bytes() == 600
     device.check_memory(600, "weights", "take fewer")
     with pytest.raises(CoreInferError, match="weights: 0"):
