@@ -53,8 +53,16 @@ LLAMA = replace(
 MODELS = {"opt": OPT, "opt-350m-style": OPT_350M_STYLE, "llama": LLAMA, "relu-llama": replace(LLAMA, activation="relu")}
 
 
+def first_quick(*axes: Iterable[object]) -> list[object]:
+    """Parameters: all combinations of the axes' values, of which all but the first are slow."""
+    return [pytest.param(*one, marks=[pytest.mark.slow] if i else []) for i, one in enumerate(product(*axes))]
+
+
 def half_slow(*axes: Iterable[object]) -> list[object]:
-    """Parameters: all combinations of two or more axes' values, every second one slow. Each value has a quick one."""
+    """Parameters: all combinations of the axes' values, every second one slow.
+
+    With two or more axes each value has a quick one.
+    """
     numbered = [list(enumerate(axis)) for axis in axes]
     return [
         pytest.param(*(value for _, value in one), marks=[pytest.mark.slow] if sum(i for i, _ in one) % 2 else [])

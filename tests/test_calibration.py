@@ -22,7 +22,7 @@ from coreinfer_jax.sparsity.allocate import allocate
 from coreinfer_jax.sparsity.calibration import Calibration
 from coreinfer_jax.sparsity.rules import Contribution
 from coreinfer_jax.text.documents import Documents
-from tests.support import LLAMA, MODELS, OPT, check_same_core, random_model
+from tests.support import LLAMA, MODELS, OPT, check_same_core, first_quick, half_slow, random_model
 from tests.test_compilation import traced
 from tests.test_generate import PROMPTS, prompt_activations
 
@@ -90,7 +90,7 @@ def expected_core(params, a, kept_neurons, share, prior=None, prior_tokens=0.0):
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", half_slow(MODELS))
 def test_neurons_are_ranked_by_contribution_and_the_others_stand_at_a_share_of_their_mean(name, share):
     params = random_model(MODELS[name])
     out = ci.generate(params, [PROMPTS[0]], ci.CoreConfig(beta=0.4, compensation=share), max_new_tokens=3)
@@ -124,7 +124,7 @@ def calibrated(params, core=ci.CoreConfig()):
     return replace(params, calibration=replace(found.calibration, core=core))
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", first_quick(["llama", "opt"]))
 def test_a_calibration_counts_as_tokens_of_the_prompt(name):
     params = calibrated(random_model(MODELS[name]))
     core = ci.CoreConfig(beta=0.4, rule=Contribution(prior_tokens=10), linear=False)
@@ -377,7 +377,7 @@ def test_mistakes_get_one_line_and_leave_what_is_there(arguments, said, model, s
     assert (model / CALIBRATION).read_bytes() == before
 
 
-@pytest.mark.parametrize("json_too", [False, True])
+@pytest.mark.parametrize("json_too", first_quick([False, True]))
 def test_a_model_is_calibrated_without_texts(model, tmp_path, capsys, monkeypatch, json_too):
     monkeypatch.setattr("coreinfer_jax.lab.evaluation.material.LEARNT", 5)
     directory = shutil.copytree(model, tmp_path / "mine")

@@ -23,7 +23,7 @@ from coreinfer_jax.lab.clustering.published import read_lists
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import named_leaves
-from tests.support import LLAMA, OPT, random_model
+from tests.support import LLAMA, OPT, half_slow, random_model
 from tests.test_bad_input import refusal
 from tests.test_prediction import activations, voted
 from tests.test_votes import reference_votes
@@ -58,8 +58,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
-@pytest.mark.parametrize("budget", ["per_token", "mean"])
+@pytest.mark.parametrize(("name", "budget"), half_slow(["opt", "llama"], ["per_token", "mean"]))
 def test_frequencies_and_vectors_equal_numpy(name: str, budget: str, tmp_path: Path) -> None:
     params = random_model({"opt": OPT, "llama": LLAMA}[name])
     vectors = ci.TextVectors(votes=ci.rules.Votes(alpha=0.3, budget=budget), beta=0.25)

@@ -18,7 +18,7 @@ from coreinfer_jax.lab.evaluation.settings import without_prior
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.calibration import Calibration
 from coreinfer_jax.text.corpus import Beginnings
-from tests.support import MODELS, random_model
+from tests.support import MODELS, first_quick, random_model
 
 CONTINUATION = 8
 
@@ -52,7 +52,7 @@ def lost(params: Params, known: Calibration, of: Lesson, keeps: tuple[float, ...
     return np.array([own.kl.mean() for own in found])
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", first_quick(["llama", "opt"]))
 def test_training_brings_a_narrowed_model_nearer_to_the_full_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distilling, "RATE", 2e-2)
     params, known = fitted(name)

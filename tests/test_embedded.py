@@ -13,7 +13,7 @@ from safetensors import safe_open
 import coreinfer_jax as ci
 from benchmarks.report import newest
 from coreinfer_jax.model.fingerprint import fingerprint
-from tests.support import half_slow
+from tests.support import first_quick
 
 ASSETS = Path(ci.__file__).parent / "assets"
 NAMES = ["opt", "llama"]
@@ -25,7 +25,7 @@ def facts(name: str) -> dict:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", first_quick(NAMES))
 def test_transformers_agrees(name: str) -> None:
     torch = pytest.importorskip("torch")
     import transformers
@@ -67,7 +67,7 @@ def test_another_name_is_refused() -> None:
         ci.load("embedded:gpt")
 
 
-@pytest.mark.parametrize(("name", "number"), half_slow(NAMES, [0, 1]))
+@pytest.mark.parametrize(("name", "number"), first_quick(NAMES, [0, 1]))
 def test_the_stated_loss_is_measured_again(name: str, number: int, real_data: Path) -> None:
     """From the raw documents, by this test's own code: 32 windows spread evenly over all that was held out."""
     stated = facts(name)

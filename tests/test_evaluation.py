@@ -108,6 +108,7 @@ def test_batches_are_about_as_full_as_each_other():
     assert planned(0, 4) == []
 
 
+@pytest.mark.slow
 def test_contexts_of_several_lengths_are_each_measured_as_alone():
     params = random_model(MODELS["llama"])
     contexts = np.array([5, CONTEXT, 8], np.int32)
@@ -192,8 +193,7 @@ def by_magnitude(rule, kept, norms):
     return edit
 
 
-@pytest.mark.parametrize("rule", PER_TOKEN)
-@pytest.mark.parametrize("model", ["opt", "llama"])
+@pytest.mark.parametrize(("model", "rule"), half_slow(["opt", "llama"], PER_TOKEN))
 def test_neurons_of_each_token_are_those_of_numpy(model, rule):
     params = random_model(MODELS[model])
     rows, kept = texts(params.config), kept_neurons(0.3, params.config.mlp_size)
@@ -209,6 +209,7 @@ def test_neurons_of_each_token_are_those_of_numpy(model, rule):
     np.testing.assert_allclose(found.kl, (np.exp(p) * (p - q)).sum(axis=-1), rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_all_rules_run_on_16_bit_weights():
     params = random_model(MODELS["llama"], dtype="bfloat16")
     settings = [setting(rule, 0.3) for rule in (*RANKINGS, *PER_TOKEN)]
@@ -265,6 +266,7 @@ def test_layers_that_are_not_narrowed_keep_all_neurons():
     assert partly.kl.mean() < whole.kl.mean()
 
 
+@pytest.mark.slow
 def test_neurons_of_each_token_are_a_ceiling(data):
     params, tokenizer = shallow_model("llama")
     documents = read_documents(data / "text" / "tinystories_val.txt")

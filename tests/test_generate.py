@@ -63,7 +63,7 @@ def test_all_that_is_attended_to_is_what_is_filled(filled: int) -> None:
     assert (np.abs(narrow[:, -1] - whole[:, -1]).max() > 1e-3) == bool(unseen)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", half_slow(MODELS))
 def test_prefill_and_single_steps_equal_one_forward(name: str) -> None:
     params = random_model(MODELS[name])
     tokens = jnp.asarray(np.random.default_rng(1).integers(3, 101, (2, 12)))
@@ -75,7 +75,7 @@ def test_prefill_and_single_steps_equal_one_forward(name: str) -> None:
     np.testing.assert_allclose(jnp.concatenate(steps, axis=1), ci.forward(params, tokens), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", half_slow(MODELS))
 def test_generate_equals_a_plain_loop_on_the_prompts_own_core_neurons(name: str) -> None:
     params, prompt = random_model(MODELS[name]), PROMPTS[0]
     out = ci.generate(params, [prompt], replace(VOTES, rule=ci.rules.Votes(alpha=0.3), beta=0.5), max_new_tokens=20)
@@ -88,7 +88,7 @@ def test_generate_equals_a_plain_loop_on_the_prompts_own_core_neurons(name: str)
     assert out.stats.kept_neurons == (48, 48, 48)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", half_slow(MODELS))
 def test_dense_generation_equals_a_plain_loop(name: str) -> None:
     params = random_model(MODELS[name])
     out = ci.generate(params, [PROMPTS[1]], None, max_new_tokens=15)
@@ -155,7 +155,7 @@ def test_a_shared_set_is_read_once_per_step_and_row_sets_once_per_row() -> None:
     assert 2 * (cost[True].bytes_read_per_token - cost[False].bytes_read_per_token) == mlp
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", half_slow(MODELS))
 def test_keeping_all_neurons_equals_dense(name: str) -> None:
     params = random_model(MODELS[name])
     dense = ci.generate(params, PROMPTS, None, max_new_tokens=12)

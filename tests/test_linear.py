@@ -23,7 +23,7 @@ from coreinfer_jax.sparsity.linear import LinearFit
 from coreinfer_jax.sparsity.narrow import gather_core
 from coreinfer_jax.sparsity.rules import Contribution
 from coreinfer_jax.text.corpus import Beginnings
-from tests.support import LLAMA, MODELS, OPT, check_same_core, random_model
+from tests.support import LLAMA, MODELS, OPT, check_same_core, half_slow, random_model
 
 D, F = OPT.hidden_size, OPT.mlp_size
 CORE = ci.CoreConfig(beta=0.5, allocation="equal")
@@ -189,7 +189,7 @@ def with_stand_ins(params: Params, core: ci.CoreNeurons, tokens: jax.Array) -> n
     return np.asarray(hidden)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", half_slow(MODELS))
 def test_narrowed_weights_compute_what_masks_and_fits_do(name: str) -> None:
     params = explained(random_model(MODELS[name]))
     prompts = np.random.default_rng(2).integers(3, 101, (2, 20))

@@ -26,7 +26,7 @@ from coreinfer_jax.engine.verification import (
     read_drafts,
 )
 from coreinfer_jax.model.backends import draft_size
-from tests.support import LLAMA, MODELS, OPT, half_slow, random_model
+from tests.support import LLAMA, MODELS, OPT, first_quick, random_model
 from tests.test_compilation import traced
 
 RNG = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def dense(name: str, new: int, **options: object) -> ci.Generation:
     return ci.generate(random_model(MODELS[name]), PROMPTS, None, max_new_tokens=new, **options)
 
 
-@pytest.mark.parametrize(("name", "core"), half_slow(MODELS, [FEW]))
+@pytest.mark.parametrize(("name", "core"), first_quick(MODELS, [FEW]))
 def test_greedy_batches_are_the_full_models(name: str, core: ci.CoreConfig) -> None:
     out = ci.generate(random_model(MODELS[name]), PROMPTS, core, max_new_tokens=30, lossless=True)
     np.testing.assert_array_equal(out.tokens, dense(name, 30).tokens)
@@ -200,6 +200,7 @@ def test_generations_end_where_the_full_models_do() -> None:
 SMALL = replace(LLAMA, vocab_size=7, eos_ids=())
 
 
+@pytest.mark.slow
 def test_drawn_tokens_have_the_full_models_distribution() -> None:
     """Three tokens, two of them drafted, as often as the full model's probabilities say: a chi-square test."""
     params, other = random_model(SMALL), random_model(SMALL, seed=1)

@@ -15,7 +15,7 @@ from coreinfer_jax.model.layers import mlp_pass
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity import narrow as narrowing
 from coreinfer_jax.sparsity.narrow import padded_width
-from tests.support import LLAMA, MODELS, OPT, random_model
+from tests.support import LLAMA, MODELS, OPT, first_quick, half_slow, random_model
 
 TOKENS = np.random.default_rng(0).integers(3, 101, (2, 17))
 
@@ -44,7 +44,7 @@ def masked(params: Params, core: ci.CoreNeurons) -> Params:
     return params.replace(layers=tuple(layer(l) for l in range(len(params.layers))))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", half_slow(MODELS))
 @pytest.mark.parametrize("kept", [1, 40, 96])
 def test_compacted_mlp_equals_masked_full_width_mlp(name: str, kept: int) -> None:
     config = replace(MODELS[name], mlp_bias=True)
@@ -60,7 +60,7 @@ def test_compacted_mlp_equals_masked_full_width_mlp(name: str, kept: int) -> Non
     np.testing.assert_allclose(narrow.down(mlp_pass(x, narrow, config).activations), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", half_slow(MODELS))
 def test_static_core_gives_the_logits_of_compacted_params(name: str) -> None:
     params, core = random_model(MODELS[name]), random_core(MODELS[name], 30)
     static = jax.jit(ci.forward, static_argnames="core")
@@ -73,7 +73,7 @@ def test_static_core_gives_the_logits_of_compacted_params(name: str) -> None:
     assert static._cache_size() == programs, "an equal set compiles nothing"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", half_slow(MODELS))
 def test_per_row_core_neurons_equal_each_row_alone(name: str) -> None:
     params, core = random_model(MODELS[name]), random_core(MODELS[name], 30, rows=2)
     both = np.asarray(ci.forward(params, TOKENS, core))
@@ -123,8 +123,7 @@ def padding(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(narrowing, "width_multiple", lambda weight: 16)
 
 
-@pytest.mark.parametrize("rows", [None, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "rows"), half_slow(MODELS, [None, 2]))
 def test_padded_widths_change_no_logits(name: str, rows: int | None, padding: Callable[[], None]) -> None:
     params = random_model(replace(MODELS[name], mlp_bias=True))
     sets = random_core(params.config, 30, rows=rows)
@@ -144,7 +143,7 @@ def test_padded_widths_change_no_logits(name: str, rows: int | None, padding: Ca
         ci.compact(padded, core)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", first_quick(MODELS))
 def test_padded_widths_generate_the_same_from_the_same_sets(name: str, padding: Callable[[], None]) -> None:
     params, prompts = random_model(MODELS[name]), [TOKENS[0].tolist(), TOKENS[1, :5].tolist()]
     cores = [ci.CoreConfig(), ci.CoreConfig(beta=0.4, per_row=False), ci.CoreConfig.paper()]

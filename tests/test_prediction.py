@@ -17,7 +17,7 @@ from coreinfer_jax.sparsity.choice import Chooser
 from coreinfer_jax.sparsity.choosers import Core, chooser_of
 from coreinfer_jax.sparsity.measures import nearest_group
 from coreinfer_jax.sparsity.votes import Tally
-from tests.support import LLAMA, OPT, check_same_core, random_model
+from tests.support import LLAMA, OPT, check_same_core, half_slow, random_model
 from tests.test_bad_input import refusal
 from tests.test_compilation import traced
 from tests.test_votes import reference_votes
@@ -148,8 +148,7 @@ def test_only_the_layers_asked_for_are_narrowed_and_the_deciding_layer_need_not_
         assert out.stats.choices[0].group == reference_group(prompt(9, 0))
 
 
-@pytest.mark.parametrize("core", [SIMILARITY, STEADY, FUSED], ids=lambda core: core.method)
-@pytest.mark.parametrize("compacted", [True, False])
+@pytest.mark.parametrize(("core", "compacted"), half_slow([SIMILARITY, STEADY, FUSED], [True, False]))
 def test_rows_of_a_batch_equal_their_single_runs(core: Chooser, compacted: bool) -> None:
     rows = [prompt(5, 0), prompt(45, 1), prompt(64, 2), prompt(33, 3)]
     ready = groups(SIMILARITY, compacted)

@@ -80,7 +80,7 @@ CORES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "core", "multiple"), [*half_slow(["opt", "llama"], CORES, [1]), ("llama", "own neurons", 16)]
+    ("name", "core", "multiple"), [*half_slow(["llama", "opt"], CORES, [1]), ("llama", "own neurons", 16)]
 )
 def test_each_request_says_what_it_says_alone(
     name: str, core: str, multiple: int, monkeypatch: pytest.MonkeyPatch
