@@ -27,6 +27,7 @@ from benchmarks import (
     profile,
     quality,
     report,
+    same_tokens,
     shares,
     shipped_calibrations,
     static_argument,
@@ -82,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "many-devices", "large models over devices that are not there", lambda _: many_devices.measure())
     _add(commands, "shares", "what it costs that devices keep their own", lambda o: shares.measure(o.texts), _add_texts)
     _add(commands, "lossless", "drafts that the full model verifies", _lossless, _add_lossless_options)
+    _add(
+        commands,
+        "same-tokens",
+        "whether lossless decoding makes the full model's tokens",
+        lambda o: same_tokens.measure(o.data, tuple(o.models), o.prompts),
+        _add_same_tokens_options,
+    )
     _add(
         commands, "batch", "many prompts together and one by one", lambda o: batch.measure(o.models), _add_batch_options
     )
@@ -161,6 +169,12 @@ def _add_lossless_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_batch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=batch.MODELS, help="(%(default)s)")
+
+
+def _add_same_tokens_options(parser: argparse.ArgumentParser) -> None:
+    _add_data(parser)
+    parser.add_argument("--models", nargs="+", default=same_tokens.MODELS, help="(%(default)s)")
+    parser.add_argument("--prompts", type=int, default=same_tokens.PROMPTS, help="of each model (%(default)s)")
 
 
 def _lossless(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks import (
     profile,
     quality,
     quality_page,
+    same_tokens,
     shapes,
     sweeps,
     worker,
@@ -36,7 +38,7 @@ from coreinfer_jax.lab.evaluation.settings import described
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.text.documents import Documents
-from tests.support import random_model
+from tests.support import MODELS, random_model
 
 # Benchmarks start processes of their own.
 pytestmark = pytest.mark.slow
@@ -526,3 +528,20 @@ def test_free_running_is_measured_and_shown(monkeypatch, tinystories, data):
     shown = quality_page.sections()["free running"]()
     assert "| all neurons | 4.0 (4.0 .. 4.0) |" in shown
     assert shown.count("contribution, keep") == 4
+
+
+def test_rows_that_differ_are_not_counted_as_the_same(monkeypatch):
+    params = random_model(MODELS["llama"])
+    prompts = [[5, 9, 11], [7, 3], [12, 30, 31]]
+    monkeypatch.setattr(same_tokens, "NEW_TOKENS", 6)
+    assert same_tokens.compared(params, prompts)["same"] == 3
+    made = ci.generate
+
+    def other_second_row(*arguments, **options):
+        out = made(*arguments, **options)
+        return replace(out, tokens=out.tokens + (np.arange(3) == 1)[:, None]) if "lossless" in options else out
+
+    monkeypatch.setattr(ci, "generate", other_second_row)
+    found = same_tokens.compared(params, prompts)
+    assert (found["prompts"], found["same"]) == (3, 2)
+    assert found["tokens_per_pass"] >= 1
