@@ -19,6 +19,7 @@ from benchmarks import (
     group_switch,
     keep_ratio,
     kernels,
+    linear_cost,
     linear_neurons,
     long_prompts,
     lossless,
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         lambda o: linear_neurons.measure(o.texts),
         _add_texts,
     )
+    _add(commands, "linear-cost", "what linear neurons take of a run", lambda _: linear_cost.measure())
     _add(commands, "many-devices", "large models over devices that are not there", lambda _: many_devices.measure())
     _add(commands, "shares", "what it costs that devices keep their own", lambda o: shares.measure(o.texts), _add_texts)
     _add(commands, "lossless", "drafts that the full model verifies", _lossless, _add_lossless_options)

@@ -18,6 +18,7 @@ from benchmarks import (
     gguf_evidence,
     gpu_aims,
     kernels,
+    linear_cost,
     linear_neurons,
     long_prompts,
     lossless,
@@ -61,7 +62,11 @@ def current() -> dict[Path, str]:
         DOCS / "guides" / "several-devices.md": {"shares": shares.table, "many devices": many_devices.table},
         DOCS / "robustness.md": {"robustness": robustness.table},
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
-        DOCS / "chat-model.md": {"chat model rules": chat_model.rules, "chat model answers": chat_model.answers},
+        DOCS / "chat-model.md": {
+            "chat model rules": chat_model.rules,
+            "chat model answers": chat_model.answers,
+            "linear cost": linear_cost.table,
+        },
         core_neurons.PAGE: core_neurons.tables(),
         model_card.CARD: {"figures": model_card.figures, "held-out": model_card.held_out},
         performance.PAGE: {

@@ -15,6 +15,7 @@ from benchmarks import (
     decode,
     environment,
     gpu_aims,
+    linear_cost,
     memory,
     performance,
     profile,
@@ -39,6 +40,7 @@ from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.text.documents import Documents
 from tests.support import MODELS, random_model
+from tests.test_linear import explained
 
 # Benchmarks start processes of their own.
 pytestmark = pytest.mark.slow
@@ -545,3 +547,13 @@ def test_rows_that_differ_are_not_counted_as_the_same(monkeypatch):
     found = same_tokens.compared(params, prompts)
     assert (found["prompts"], found["same"]) == (3, 2)
     assert found["tokens_per_pass"] >= 1
+
+
+def test_settings_with_and_without_linear_neurons_read_as_much():
+    params = explained(random_model(MODELS["llama"]))
+    found = linear_cost.compared(params, [3, 4, 5, 6], 0.5, rounds=2)
+    read = found["bytes_per_token"]
+    assert read["with"] == pytest.approx(read["without"], rel=0.05)
+    for phase in found["phases"].values():
+        assert phase["times"]["min"] <= phase["times"]["median"] <= phase["times"]["max"]
+        assert phase["with"]["min"] > 0
