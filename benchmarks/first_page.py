@@ -1,6 +1,6 @@
 """The tables of README.md, from committed results: what a token takes, and what fewer neurons cost."""
 
-from benchmarks.environment import read_results
+from benchmarks import chat_model
 from benchmarks.performance import COMPILED, EAGER, OURS, Result, Side, conditions, decode_runs
 from benchmarks.tables import made_on, markdown
 
@@ -14,9 +14,14 @@ SHOWN: dict[str, Side] = {
     "coreinfer_jax, 40 % of the neurons, bfloat16": Side(OURS, 0.4, "bfloat16"),
     "coreinfer_jax, 20 % of the neurons, bfloat16": Side(OURS, 0.2, "bfloat16"),
 }
-# Of what keep-ratio.jsonl measured: how neurons are chosen, which shares of them, after prompts of how many tokens.
-WAYS = {"paper": "chosen as in the paper", "recommended": "`CoreConfig()`", "calibrated": "`CoreConfig()`, calibrated"}
-KEEPS, PROMPT = ("0.8", "0.5", "0.4", "0.2"), "64"
+# Of what chat-model.jsonl measured: the kinds of text, how neurons are chosen, and which shares of them.
+KINDS = (chat_model.OWN, chat_model.NEWS)
+WAYS = {
+    "votes (the paper)": "chosen as in the paper",
+    "GRIFFIN": "chosen by GRIFFIN",
+    chat_model.OURS: "`CoreConfig()`, calibrated",
+}
+KEEPS = (0.8, 0.6, 0.4, 0.2)
 
 
 def speed() -> str:
@@ -39,16 +44,18 @@ def _speed(runs: dict[str, list[Result]]) -> str:
 
 
 def quality() -> str:
-    """How many times larger the perplexity of each embedded model gets, by the share of neurons kept."""
-    result = read_results("keep-ratio")[-1]
-    rows = [["model", "neurons kept", "weights read", *WAYS.values()]]
-    for name, found in result["models"].items():
-        perplexity = found["perplexity"][PROMPT]
+    """What SmolLM2 loses on its own answers and on other texts, by the share of neurons kept and the way to choose."""
+    found = {kind: result for (kind, _), result in chat_model.newest().items() if kind in KINDS}
+    rows = [["SmolLM2-135M, texts", "neurons kept", *WAYS.values()]]
+    for kind in KINDS:
+        of = {(own["name"], own["keep"]): own for own in found[kind]["settings"]}
         for keep in KEEPS:
-            ratios = [f"{perplexity[way][keep] / perplexity['dense']:.2f}" for way in WAYS]
-            rows.append([f"embedded:{name}", f"{float(keep):.0%}", f"{found['bytes_share'][keep]:.0%}", *ratios])
+            cells = (
+                f"{own['kl']['mean']:.2f}, {own['agreement']['mean']:.0%}" for own in (of[way, keep] for way in WAYS)
+            )
+            rows.append([kind, f"{keep:.0%}", *cells])
     what = (
-        f"Perplexity of the {result['continuation_tokens']} tokens that follow a prompt of {PROMPT} tokens, as a "
-        "multiple of the full model's (1.00 is no loss). "
+        "KL divergence from the full model in nats per token (0 is no loss), and the share of tokens on which both "
+        "agree; all columns read the same bytes. "
     )
-    return f"{markdown(rows)}\n\n{what}{made_on(result)}"
+    return f"{markdown(rows)}\n\n{what}{made_on(*found.values())}"
