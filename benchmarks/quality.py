@@ -70,7 +70,7 @@ def _setting(
     if rule in PER_TOKEN:
         return PerToken(rule=rule, beta=keep, allocation=allocation)
     ranking = replace(RANKINGS[rule], prior_tokens=prior_tokens)
-    core = ci.CoreConfig(beta=keep, rule=ranking, compensation=compensation, allocation=allocation)
+    core = ci.CoreConfig(beta=keep, rule=ranking, compensation=compensation, allocation=allocation, linear=False)
     return core if known == "context" else Foreknown(core)
 
 

@@ -110,7 +110,7 @@ def _apart(one: Result, other: Result) -> bool:
 
 def _summary() -> str:
     """The paper's votes and the default, without a calibration and with one."""
-    rows = [["model, neurons kept", "the paper's votes", "default", "default, calibrated"]]
+    rows = [["model, neurons kept", "the paper's votes", "default", "calibrated, constants"]]
     for result in newest():
         if not result["switched"]:
             settings = _settings(result, PROMPT)
