@@ -1,4 +1,4 @@
-"""What linear neurons save the embedded models at equal bytes: as calibrated, with and without them, on held-out texts."""
+"""What linear neurons save the embedded models, as calibrated, at equal bytes: with and without, on held-out texts."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
