@@ -16,6 +16,7 @@ from benchmarks import (
     environment,
     gpu_aims,
     linear_cost,
+    linear_neurons,
     memory,
     performance,
     profile,
@@ -557,3 +558,22 @@ def test_settings_with_and_without_linear_neurons_read_as_much():
     for phase in found["phases"].values():
         assert phase["times"]["min"] <= phase["times"]["median"] <= phase["times"]["max"]
         assert phase["with"]["min"] > 0
+
+
+def test_the_table_of_linear_neurons_has_each_keep_ratio(monkeypatch):
+    def one(name, keep):
+        return {"name": name, "keep": keep, "texts": 48, "linear_layers": 3} | {
+            "kl": {"mean": keep if name == linear_neurons.OURS else 2 * keep},
+            "agreement": {"mean": 1 - keep},
+        }
+
+    settings = [one(name, keep) for name in linear_neurons.WAYS for keep in linear_neurons.KEEPS]
+    made = {"versions": {}, "hardware": "", "git_revision": "", "date": ""}
+    results = [
+        {"kinds": {}} | made | {"model": "old"},
+        {"model": "a", "prompt_tokens": 64, "settings": settings} | made,
+    ]
+    monkeypatch.setattr(linear_neurons, "read_results", lambda name: results)
+    _, _, *rows = linear_neurons.table().partition("\n\n")[0].splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == [f"a, {keep:.0%}" for keep in linear_neurons.KEEPS]
+    assert "| a, 20% | 0.400, 80% | 0.400, 80% | 0.200, 80% | 3 |" in rows
