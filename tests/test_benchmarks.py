@@ -14,6 +14,7 @@ from benchmarks import (
     decode,
     environment,
     gpu_aims,
+    lossless,
     memory,
     performance,
     profile,
@@ -526,3 +527,17 @@ def test_free_running_is_measured_and_shown(monkeypatch, tinystories, data):
     shown = quality_page.sections()["free running"]()
     assert "| all neurons | 4.0 (4.0 .. 4.0) |" in shown
     assert shown.count("contribution, keep") == 4
+
+
+def test_drafted_tokens_are_counted_by_place_over_all_texts():
+    def drafts(*counts):
+        accepted, reached = ({"core": own, "lookup": [9, 9]} for own in counts)
+        return {"drafts": {"accepted": accepted, "reached": reached}}
+
+    unlike = drafts([7, 7], [8, 8])
+    results = [
+        {"ways": {"lookup": unlike, "both": drafts([1, 0], [3, 1])}},
+        {"ways": {"lookup": unlike, "both": drafts([2, 1], [2, 2])}},
+    ]
+    assert lossless.accepted_by_place(results, "core neurons") == [(3, 5), (1, 3)]
+    assert lossless.accepted_by_place(results, "earlier words") == [(18, 18), (18, 18)]
