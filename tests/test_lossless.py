@@ -48,9 +48,15 @@ def dense(name: str, new: int, **options: object) -> ci.Generation:
     return ci.generate(random_model(MODELS[name]), PROMPTS, None, max_new_tokens=new, **options)
 
 
+@pytest.fixture
+def drafts_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass verifies a draft of one step of core neurons, where there are any, whatever that costs."""
+    monkeypatch.setattr(lossless, "BEST", 2)
+
+
+@pytest.mark.usefixtures("drafts_always")
 @pytest.mark.parametrize(("name", "core"), half_slow(MODELS, [FEW]))
-def test_greedy_batches_are_the_full_models(name: str, core: ci.CoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lossless, "BEST", 2)  # every pass verifies a draft, whatever that costs
+def test_greedy_batches_are_the_full_models(name: str, core: ci.CoreConfig) -> None:
     out = ci.generate(random_model(MODELS[name]), PROMPTS, core, max_new_tokens=30, lossless=True)
     np.testing.assert_array_equal(out.tokens, dense(name, 30).tokens)
     drafting = out.stats.drafting
@@ -71,12 +77,14 @@ def test_a_single_row_drafts_more_and_penalties_count_within_a_draft() -> None:
     assert draft_size(params.token_embedding, 1) == SIZE
 
 
+@pytest.mark.usefixtures("drafts_always")
 def test_drawn_tokens_are_those_of_the_same_key() -> None:
     params = random_model(LLAMA)
     out = ci.generate(params, PROMPTS, FEW, max_new_tokens=30, lossless=True, **DRAWN)
     np.testing.assert_array_equal(out.tokens, dense("llama", 30, **DRAWN).tokens)
 
 
+@pytest.mark.usefixtures("drafts_always")
 def test_a_stream_makes_the_same_tokens() -> None:
     params = random_model(LLAMA)
     chunks = list(ci.stream(params, PROMPTS, FEW, max_new_tokens=30, lossless=True))
@@ -192,6 +200,7 @@ def test_a_row_that_ends_within_a_draft_has_nothing_behind_it(ends: str, place: 
     assert int(state.rows.length[0]) == place + 1
 
 
+@pytest.mark.usefixtures("drafts_always")
 def test_generations_end_where_the_full_models_do() -> None:
     params, free = random_model(LLAMA), dense("llama", 30)
     ends = tuple(int(row[i]) for row, i in zip(free.tokens, (5, 11, 20), strict=True))
@@ -419,6 +428,7 @@ def test_drafters_are_trusted_at_first() -> None:
     assert (np.asarray(no_experience(2).chance) > 0.8).all()
 
 
+@pytest.mark.usefixtures("drafts_always")
 def test_other_prompts_and_settings_trace_nothing() -> None:
     params = random_model(LLAMA)
     ci.generate(params, PROMPTS, FEW, max_new_tokens=30, lossless=True)

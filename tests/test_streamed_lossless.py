@@ -124,7 +124,8 @@ def test_layers_that_stay_dense_are_not_moved_again() -> None:
     assert out.stats.moved_bytes == pytest.approx(expected, rel=1e-3)
 
 
-def test_conversations_and_streams() -> None:
+def test_conversations_and_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lossless, "BEST", 2)  # every pass verifies a draft, whatever that costs
     params, tokens, past = random_model(OPT), PROMPTS[0], None
     on_host = with_mlps_on_host(params)
     for _ in range(2):
@@ -135,7 +136,8 @@ def test_conversations_and_streams() -> None:
         tokens = [*tokens, *made[:3], 7]
 
 
-def test_another_prompt_traces_nothing() -> None:
+def test_another_prompt_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lossless, "BEST", 2)  # every pass verifies a draft, whatever that costs
     on_host = with_mlps_on_host(random_model(OPT))
     settings = {"max_new_tokens": 20, "lossless": True, "device_memory": "1GiB"}
     ci.generate(on_host, PROMPTS[:1], FEW, **settings)
