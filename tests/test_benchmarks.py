@@ -17,6 +17,7 @@ from benchmarks import (
     gpu_aims,
     linear_cost,
     linear_neurons,
+    lossless,
     memory,
     performance,
     profile,
@@ -577,3 +578,17 @@ def test_the_table_of_linear_neurons_has_each_keep_ratio(monkeypatch):
     _, _, *rows = linear_neurons.table().partition("\n\n")[0].splitlines()
     assert [row.split("|")[1].strip() for row in rows] == [f"a, {keep:.0%}" for keep in linear_neurons.KEEPS]
     assert "| a, 20% | 0.400, 80% | 0.400, 80% | 0.200, 80% | 3 |" in rows
+
+
+def test_drafted_tokens_are_counted_by_place_over_all_texts():
+    def drafts(*counts):
+        accepted, reached = ({"core": own, "lookup": [9, 9]} for own in counts)
+        return {"drafts": {"accepted": accepted, "reached": reached}}
+
+    unlike = drafts([7, 7], [8, 8])
+    results = [
+        {"ways": {"lookup": unlike, "both": drafts([1, 0], [3, 1])}},
+        {"ways": {"lookup": unlike, "both": drafts([2, 1], [2, 2])}},
+    ]
+    assert lossless.accepted_by_place(results, "core neurons") == [(3, 5), (1, 3)]
+    assert lossless.accepted_by_place(results, "earlier words") == [(18, 18), (18, 18)]

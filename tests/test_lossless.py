@@ -1,5 +1,6 @@
 """Lossless decoding: the tokens of plain decoding with the full model, whatever is drafted and accepted."""
 
+import math
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -14,9 +15,12 @@ import coreinfer_jax as ci
 from coreinfer_jax.cli import main
 from coreinfer_jax.cli.reply import Reply
 from coreinfer_jax.engine import lossless
-from coreinfer_jax.engine.drafting import BEST, CORE, LOOKUP, Trust, look_up, no_experience, plan_next
+from coreinfer_jax.engine.drafting import BEST, CORE, LOOKUP, Trust, could_pay, look_up, no_experience, plan_next
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.loop import begin
+from coreinfer_jax.engine.options import GREEDY
+from coreinfer_jax.engine.rows import Rows
+from coreinfer_jax.engine.sampling import make_sampling
 from coreinfer_jax.engine.verification import (
     Drafted,
     Progress,
@@ -24,8 +28,10 @@ from coreinfer_jax.engine.verification import (
     nothing_drafted,
     planned_next,
     read_drafts,
+    spare_time,
 )
 from coreinfer_jax.model.backends import draft_size
+from coreinfer_jax.model.cache import KVCache
 from tests.support import LLAMA, MODELS, OPT, first_quick, random_model
 from tests.test_compilation import traced
 
@@ -42,6 +48,13 @@ def dense(name: str, new: int, **options: object) -> ci.Generation:
     return ci.generate(random_model(MODELS[name]), PROMPTS, None, max_new_tokens=new, **options)
 
 
+@pytest.fixture
+def drafts_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass verifies a draft of one step of core neurons, where there are any, whatever that costs."""
+    monkeypatch.setattr(lossless, "BEST", 2)
+
+
+@pytest.mark.usefixtures("drafts_always")
 @pytest.mark.parametrize(("name", "core"), first_quick(MODELS, [FEW]))
 def test_greedy_batches_are_the_full_models(name: str, core: ci.CoreConfig) -> None:
     out = ci.generate(random_model(MODELS[name]), PROMPTS, core, max_new_tokens=30, lossless=True)
@@ -50,7 +63,7 @@ def test_greedy_batches_are_the_full_models(name: str, core: ci.CoreConfig) -> N
     assert drafting is not None
     assert drafting.tokens == out.lengths.sum() - len(PROMPTS)
     assert drafting.single_passes + drafting.verifications == out.stats.decode_steps
-    assert min(drafting.single_milliseconds, drafting.verify_milliseconds) > 0 <= drafting.core_step_milliseconds
+    assert drafting.core_steps > 10
     for name in ("core", "lookup"):
         assert all(0 <= a <= r for a, r in zip(drafting.accepted[name], drafting.reached[name], strict=True))
 
@@ -64,12 +77,14 @@ def test_a_single_row_drafts_more_and_penalties_count_within_a_draft() -> None:
     assert draft_size(params.token_embedding, 1) == SIZE
 
 
+@pytest.mark.usefixtures("drafts_always")
 def test_drawn_tokens_are_those_of_the_same_key() -> None:
     params = random_model(LLAMA)
     out = ci.generate(params, PROMPTS, FEW, max_new_tokens=30, lossless=True, **DRAWN)
     np.testing.assert_array_equal(out.tokens, dense("llama", 30, **DRAWN).tokens)
 
 
+@pytest.mark.usefixtures("drafts_always")
 def test_a_stream_makes_the_same_tokens() -> None:
     params = random_model(LLAMA)
     chunks = list(ci.stream(params, PROMPTS, FEW, max_new_tokens=30, lossless=True))
@@ -185,6 +200,7 @@ def test_a_row_that_ends_within_a_draft_has_nothing_behind_it(ends: str, place: 
     assert int(state.rows.length[0]) == place + 1
 
 
+@pytest.mark.usefixtures("drafts_always")
 def test_generations_end_where_the_full_models_do() -> None:
     params, free = random_model(LLAMA), dense("llama", 30)
     ends = tuple(int(row[i]) for row, i in zip(free.tokens, (5, 11, 20), strict=True))
@@ -267,14 +283,153 @@ def test_the_plan_is_what_makes_most_tokens_in_the_time(
     many = 1e6
     trust = Trust(jnp.full((1, 2), many), many * jnp.asarray([chance], jnp.float32))
     rows = jnp.asarray([found]), jnp.zeros(1, bool)
-    plan = plan_next(trust, *rows, jnp.asarray(costs, jnp.float32), jnp.int32(BEST), SIZE)
+    plan = plan_next(trust, *rows, jnp.asarray(costs, jnp.float32), jnp.float32(10), jnp.int32(BEST), SIZE)
     assert (bool(plan.verifies), int(plan.core_steps), bool(plan.looks_up[0])) == expected
+
+
+def test_a_plan_costs_no_more_than_may_be_lost() -> None:
+    trust = Trust(jnp.full((1, 2), 1e6), jnp.full((1, 2), 1e6))
+    rows, costs = (jnp.zeros(1, bool), jnp.zeros(1, bool)), jnp.asarray([1.25, 0.5], jnp.float32)
+    for spare, expected in ((2.0, 3), (1.5, 2), (0.75, 1), (0.5, 0), (-1.0, 0)):
+        plan = plan_next(trust, *rows, costs, jnp.float32(spare), jnp.int32(BEST), SIZE)
+        assert (int(plan.core_steps), bool(plan.verifies)) == (expected, expected > 0)
+
+
+@pytest.mark.parametrize(
+    ("new", "costs", "looked_up"),
+    [
+        (40, (1.125, 0.25), False),
+        (64, (1.25, 0.5), True),
+        (64, (3.0, 2.0), True),
+        (150, (1.5, 0.25), False),
+    ],
+)
+def test_drafts_that_are_all_wrong_cost_at_most_a_share_of_the_time(
+    new: int, costs: tuple[float, float], looked_up: bool
+) -> None:
+    """Counted pass by pass, with drafters that are trusted all the same."""
+    trust = Trust(jnp.full((2, 2), 1e6), jnp.full((2, 2), 1e6))
+    found, done = jnp.full(2, looked_up), jnp.zeros(2, bool)
+    plan_of = jax.jit(plan_next, static_argnames="size")
+    state, taken, passes = no_drafts([new] * 2), 0.0, {0: 0, 1: 0}
+    for made in range(new - 1):
+        rows = state.rows.replace(length=jnp.full(2, 1 + made, jnp.int32))
+        state = state.replace(rows=rows)
+        spare = spare_time(state, jnp.asarray(costs))
+        foreseen = min(new - 1, made + 64)
+        assert float(spare) == pytest.approx(0.03 * foreseen - (taken - made), abs=1e-3)
+        plan = plan_of(trust, found, done, jnp.asarray(costs), spare, jnp.int32(BEST), size=SIZE)
+        verifies, steps = int(plan.verifies), int(plan.core_steps)
+        taken += costs[0] + steps * costs[1] if verifies else 1
+        assert taken - (made + 1) <= 0.03 * foreseen + 1e-3
+        passes[verifies] += 1
+        state = state.replace(
+            single=state.single + 1 - verifies,
+            verified=state.verified + verifies,
+            core_steps=state.core_steps + steps,
+        )
+    assert taken <= 1.03 * (new - 1) + 1e-3
+    assert passes[0] > 0
+    # What can be lost is used to try.
+    least = costs[0] - 1 + (0 if looked_up else costs[1])
+    assert (passes[1] > 0) == (least <= 0.03 * (new - 1))
+
+
+def no_drafts(budgets: list[int]) -> Drafted:
+    """A state of rows without a model; they end after so many tokens."""
+    ints = jnp.zeros(len(budgets), jnp.int32)
+    sampling = make_sampling(LLAMA, len(budgets), GREEDY, 1)
+    rows = Rows(
+        cache=KVCache((), ()),
+        token=ints,
+        position=ints,
+        length=ints + 1,
+        done=ints > 0,
+        finite=ints == 0,
+        sampling=sampling.replace(budget=jnp.asarray(budgets, jnp.int32)),
+    )
+    return nothing_drafted(rows, SIZE)
+
+
+def test_the_row_with_fewest_tokens_says_what_is_lost() -> None:
+    state = no_drafts([50, 100, 30])
+    for single, verified, steps, lengths, done in (
+        (4, 0, 0, (5, 5, 5), (0, 0, 0)),
+        (4, 6, 3, (12, 40, 30), (0, 0, 1)),
+        (4, 6, 3, (12, 40, 30), (1, 0, 1)),
+        (0, 20, 60, (50, 61, 7), (1, 0, 1)),
+    ):
+        taken = single + 1.5 * verified + 0.25 * steps
+        slowest, seen = math.inf, 0
+        for length, budget, is_done in zip(lengths, (50, 100, 30), done, strict=True):
+            slowest = slowest if is_done else min(slowest, length - 1)
+            seen = max(seen, length - 1 if is_done else min(budget, length + 64) - 1)
+        counted = state.replace(
+            single=jnp.int32(single),
+            verified=jnp.int32(verified),
+            core_steps=jnp.int32(steps),
+            rows=state.rows.replace(length=jnp.asarray(lengths), done=jnp.asarray(done, bool)),
+        )
+        found = float(spare_time(counted, jnp.asarray([1.5, 0.25])))
+        assert found == pytest.approx(0.03 * seen - taken + slowest, abs=1e-4)
+    over = state.replace(rows=state.rows.replace(done=jnp.ones(3, bool)))
+    assert math.isinf(float(spare_time(over, jnp.asarray([1.5, 0.25]))))
+
+
+def test_a_wrong_drafter_that_is_trusted_is_given_up() -> None:
+    params, other = random_model(LLAMA), random_model(LLAMA, seed=1)
+    state, _ = begun(params, PROMPTS, None, 30)
+    sure = [jnp.full((len(PROMPTS), 2), 1e9) for _ in range(2)]
+    costs = jnp.asarray([1.25, 0.25], jnp.float32)
+    state = state.replace(trust=Trust(*sure))
+    state, made, _ = decode_drafted(params, other, state, np.int32(64), costs, np.int32(BEST), size=SIZE)
+    np.testing.assert_array_equal(np.array(made)[:, :29], dense("llama", 30).tokens[:, 1:])
+    assert int(state.core_steps) > 0
+    taken = int(state.single) + 1.25 * int(state.verified) + 0.25 * int(state.core_steps)
+    assert taken <= 1.03 * 29
+
+
+@pytest.mark.parametrize(
+    ("verify", "step", "size", "expected"),
+    [
+        (1.15, 0.6, 3, True),  # 3.44 / 2.95
+        (1.15, 0.8, 3, False),  # 3.44 / 3.55, 2.71 / 2.75, 1.9 / 1.95
+        (1.0, 0.89, 1, True),  # 1.9 / 1.89
+        (1.0, 0.92, 1, False),
+        (1.0, 0.0, 15, True),
+        (1.15, lossless.NEVER, 3, False),
+    ],
+)
+def test_narrow_steps_that_read_too_much_cannot_pay(verify: float, step: float, size: int, expected: bool) -> None:
+    assert could_pay(verify, step, size) == expected
+
+
+def test_steps_that_cannot_pay_are_not_even_measured() -> None:
+    out = ci.generate(random_model(LLAMA), PROMPTS, ci.CoreConfig(beta=0.98), max_new_tokens=64, lossless=True)
+    found = out.stats.drafting
+    assert (found.core_steps, found.core_step_milliseconds) == (0, None)
+    assert found.single_milliseconds > 0
+    assert found.verify_milliseconds > 0
+
+
+def test_short_answers_measure_nothing_that_could_be_lost() -> None:
+    out = ci.generate(random_model(LLAMA), PROMPTS, FEW, max_new_tokens=30, lossless=True)
+    found = out.stats.drafting
+    assert found.single_passes == 29
+    assert (found.verifications, found.verify_milliseconds, found.core_step_milliseconds) == (0, None, None)
+
+
+def test_a_measured_verification_costs_no_less_than_a_pass() -> None:
+    assert np.asarray(lossless.Seconds(2.0, 1.0, 0.5).costs).tolist() == [1.0, 0.25]
+    assert np.asarray(lossless.Seconds(2.0, 3.0).costs).tolist() == [1.5, np.float32(lossless.NEVER)]
+    assert np.asarray(lossless.Seconds().costs).tolist() == [np.float32(lossless.NEVER)] * 2
 
 
 def test_drafters_are_trusted_at_first() -> None:
     assert (np.asarray(no_experience(2).chance) > 0.8).all()
 
 
+@pytest.mark.usefixtures("drafts_always")
 def test_other_prompts_and_settings_trace_nothing() -> None:
     params = random_model(LLAMA)
     ci.generate(params, PROMPTS, FEW, max_new_tokens=30, lossless=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
+from coreinfer_jax.engine import lossless
 from coreinfer_jax.engine.drafting import CORE
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.loop import begin
@@ -40,14 +41,15 @@ def whole_bytes(params: ci.Params) -> int:
     ],
     ids=["opt-greedy", "llama-drawn", "llama-greedy", "opt-drawn"],
 )
-def test_batches_are_the_resident_full_models(name: str, options: dict) -> None:
+def test_batches_are_the_resident_full_models(name: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lossless, "BEST", 2)  # every pass verifies a draft, whatever that costs
     on_host = with_mlps_on_host(random_model(MODELS[name]))
     out = ci.generate(on_host, PROMPTS, FEW, max_new_tokens=NEW, lossless=True, **options)
     np.testing.assert_array_equal(out.tokens, dense(name, NEW, **options).tokens)
     drafting = out.stats.drafting
     assert drafting.tokens == out.lengths.sum() - len(PROMPTS)
     assert drafting.single_passes + drafting.verifications == out.stats.decode_steps
-    assert min(drafting.single_milliseconds, drafting.verify_milliseconds) > 0 <= drafting.core_step_milliseconds
+    assert drafting.core_steps > 10
     kept = sum(sum(own.shape[-1] for own in out.core.row(b).layers) for b in range(len(PROMPTS)))
     moved = whole_bytes(on_host) * (1 + out.stats.decode_steps)
     narrowed = whole_bytes(on_host) * kept / (3 * on_host.config.mlp_size)
@@ -122,7 +124,8 @@ def test_layers_that_stay_dense_are_not_moved_again() -> None:
     assert out.stats.moved_bytes == pytest.approx(expected, rel=1e-3)
 
 
-def test_conversations_and_streams() -> None:
+def test_conversations_and_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lossless, "BEST", 2)  # every pass verifies a draft, whatever that costs
     params, tokens, past = random_model(OPT), PROMPTS[0], None
     on_host = with_mlps_on_host(params)
     for _ in range(2):
@@ -133,7 +136,8 @@ def test_conversations_and_streams() -> None:
         tokens = [*tokens, *made[:3], 7]
 
 
-def test_another_prompt_traces_nothing() -> None:
+def test_another_prompt_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lossless, "BEST", 2)  # every pass verifies a draft, whatever that costs
     on_host = with_mlps_on_host(random_model(OPT))
     settings = {"max_new_tokens": 20, "lossless": True, "device_memory": "1GiB"}
     ci.generate(on_host, PROMPTS[:1], FEW, **settings)

@@ -29,8 +29,8 @@ PRIOR_TOKENS, PRIOR_SHARE = 1.0, 0.9
 # What is left of earlier experience with each further pass. So texts may change, and a drafter that was given up is
 # tried again after a hundred tokens or so.
 REMEMBERED = 0.97
-# Instead of a plan: what costs and trust say is best.
-BEST = -1
+# Instead of a plan: what costs and trust say is best; a single token.
+BEST, SINGLE = -1, 0
 
 
 @struct.dataclass
@@ -70,8 +70,10 @@ class Plan(NamedTuple):
     looks_up: Array
 
 
-def plan_next(trust: Trust, found: Array, done: Array, costs: Array, forced: Array | np.integer, size: int) -> Plan:
-    """The plan that makes most tokens in the time.
+def plan_next(
+    trust: Trust, found: Array, done: Array, costs: Array, spare: Array, forced: Array | np.integer, size: int
+) -> Plan:
+    """The plan that makes most tokens in the time, of those that may fail altogether and not take too long.
 
     A pass that verifies makes one token, and each drafted one that is accepted. With a probability p for each, g of
     them bring p + p^2 + .. + p^g (Leviathan et al. 2023, arXiv 2211.17192, equation 1).
@@ -81,7 +83,8 @@ def plan_next(trust: Trust, found: Array, done: Array, costs: Array, forced: Arr
         found: bool [B], rows for which something was looked up.
         done: bool [B], rows that make no more tokens.
         costs: float32 [2], of a pass that verifies, and of one step of narrowed weights; a pass over one token is 1.
-        forced: int32 [], `BEST`; or 0 for a single token, or 1 + g for a verification with g steps of narrowed weights.
+        spare: float32 [], what a plan may cost beyond a pass over one token.
+        forced: int32 [], `BEST`; or `SINGLE`, or 1 + g for a verification with g steps of narrowed weights.
         size: tokens that are drafted, at most.
     """
     of_core = _expected(trust.chance[:, CORE], size)
@@ -89,11 +92,24 @@ def plan_next(trust: Trust, found: Array, done: Array, costs: Array, forced: Arr
     tokens = jnp.where(done[:, None], 0.0, 1 + jnp.maximum(of_core, of_lookup)).sum(axis=0)
     seconds = costs[0] + costs[1] * jnp.arange(size + 1, dtype=jnp.float32)
     alone = (~done).sum(dtype=jnp.float32)[None]
-    best = jnp.argmax(jnp.concatenate([alone, tokens / seconds])).astype(jnp.int32)
+    speeds = jnp.where(seconds - 1 <= spare, tokens / seconds, 0.0)
+    best = jnp.argmax(jnp.concatenate([alone, speeds])).astype(jnp.int32)
     chosen = jnp.where(forced == BEST, best, forced)
     steps = jnp.maximum(chosen - 1, 0)
     looks_up = found & (of_lookup[:, 0] >= jnp.take(of_core, steps, axis=1))
     return Plan(chosen > 0, steps, looks_up)
+
+
+def could_pay(verify: float, step: float, size: int) -> bool:
+    """Whether up to `size` tokens that narrowed weights draft could pay, while these are trusted as they are at first.
+
+    Args:
+        verify: cost of a pass that verifies; a pass over one token is 1.
+        step: of one step of narrowed weights, at least.
+        size: tokens that are drafted at most.
+    """
+    drafted = np.arange(1, size + 1)
+    return bool((1 + np.cumsum(PRIOR_SHARE**drafted) > verify + step * drafted).any())
 
 
 def _expected(chance: Array, size: int) -> Array:

@@ -76,7 +76,7 @@ def stream(
 ) -> Iterator[Chunk]:
     """The tokens of `generate` as they are made: the first alone, then up to 8 per chunk.
 
-    Lossless, a chunk may hold a few more, and the one that measures what drafts cost up to 34, or 66 where MLPs stay on
+    Lossless, a chunk may hold a few more, and the one that measures what drafts cost up to 26, or 50 where MLPs stay on
     the host of an accelerator. Arguments and errors are those of `generate`, raised at the call; leave the loop to stop
     early.
     """

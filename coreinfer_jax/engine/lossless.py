@@ -11,47 +11,43 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.engine.dispatch import Dispatch, bytes_read_per_token
-from coreinfer_jax.engine.drafting import BEST, DRAFTERS
+from coreinfer_jax.engine.drafting import BEST, DRAFTERS, SINGLE, could_pay
 from coreinfer_jax.engine.results import Drafting
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.streamed_verification import decode_drafted_streamed
-from coreinfer_jax.engine.verification import Drafted, decode_drafted, nothing_drafted
+from coreinfer_jax.engine.verification import Drafted, decode_drafted, nothing_drafted, spare_time
 from coreinfer_jax.model.backends import draft_size
 from coreinfer_jax.model.host import is_on_host, mlp_bytes
 from coreinfer_jax.model.shards import agreed
 from coreinfer_jax.model.weights import Mlp, Params
 
-# The cost of what there is not.
+# The cost of what there is not, or was not measured: it is not tried.
 NEVER = 1e9
 # What a pass takes at least, as a share of the call that was timed: that of an idle call may have been disturbed.
 LEAST_SHARE = 0.1
-# How often each way is timed. The quickest counts: what else the machine does only adds.
-TURNS = 2
+# What is measured for the first time is taken to cost so many passes over one token: a step of narrowed weights, and
+# two verifications beyond a pass each.
+UNMEASURED = 1.0
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """What was measured of one pass over a token, one that verifies, and one that drafts with core neurons before.
+    """What was measured of one pass over a token, one that verifies, and one step of narrowed weights.
 
-    None of them is known where the generation had ended before.
+    None is what was not measured: the generation ended before, or there was no time to lose for it.
     """
 
     single: float | None = None
     verify: float | None = None
-    core: float | None = None
+    step: float | None = None
 
-    def costs(self, size: int) -> Array:
-        """What `plan_next` takes, where `size` tokens are drafted."""
-        if self.single is None or self.verify is None:
-            return jnp.asarray([1.0, NEVER], jnp.float32)  # nothing follows that could be planned
-        step = NEVER if self.core is None else self.step(size) / self.single
-        return jnp.asarray([self.verify / self.single, step], jnp.float32)
+    @property
+    def costs(self) -> Array:
+        """What `plan_next` takes. A pass over more tokens takes no less: what seems so was disturbed."""
+        return jnp.asarray([max(1.0, self._cost(self.verify)), self._cost(self.step)], jnp.float32)
 
-    def step(self, size: int) -> float:
-        """Of one step of narrowed weights, where `size` of them were made."""
-        assert self.core is not None, "measured"
-        assert self.verify is not None, "measured before"
-        return max(0.0, self.core - self.verify) / size
+    def _cost(self, seconds: float | None) -> float:
+        return NEVER if self.single is None or seconds is None else seconds / self.single
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def drafted(
 ) -> Iterator[Dispatch]:
     """Dispatches of about so many tokens of the full model per row, until every row is done.
 
-    The first one measures: it makes a few tokens in each way that there is, one after the other.
+    The first one measures: it makes a few tokens, one after the other, in each way that could pay.
 
     Args:
         params: dense weights.
@@ -108,7 +104,7 @@ def drafted(
     nothing = ((),) * rows.token.shape[0]
     run = _Run(full, narrow, moved, partial(decode, size=size), size, nothing_drafted(rows, size), nothing)
     run, seconds = _measured(run)
-    costs, made = agreed(seconds.costs(size), params.mesh), 0
+    costs, made = agreed(seconds.costs, params.mesh), 0
     while True:
         made += sum(map(len, run.tokens))
         yield _dispatch(run, seconds, made)
@@ -118,27 +114,60 @@ def drafted(
 
 
 def _measured(run: _Run) -> tuple[_Run, Seconds]:
-    """The run after a few tokens, and what passes take, less what a call without any takes."""
-    idle = Seconds().costs(run.size)
-    run = run.on(0, idle, BEST)  # compiles
-    ways = {"empty": (0, BEST), "single": (1, 0), "verify": (1, 1)}
-    if run.narrow is not None:
-        ways["core"] = (1, 1 + run.size)
-    taken: dict[str, list[float]] = {}
-    # In turns, so that one disturbance does not spoil a way's every turn.
-    for name, (tokens, forced) in [*ways.items()] * TURNS:
-        if run.is_over:
-            break
-        run, seconds = _timed(run, tokens, idle, forced)
-        taken.setdefault(name, []).append(seconds)
-    quickest = {name: min(turns) for name, turns in taken.items()}
-    empty = quickest.pop("empty", 0.0)
-    return run, Seconds(**{name: max(own - empty, LEAST_SHARE * own) for name, own in quickest.items()})
+    """The run after a few tokens, and what passes take, less what a call without any takes.
+
+    What is timed twice counts as the quicker turn: what else the machine does only adds.
+
+    Passes over one token lose nothing. What else is measured is counted as lost, and not tried where that may be too
+    much; steps of narrowed weights neither where the bytes that they read say that they cannot pay.
+    """
+    run, first = _timed(run, 1, SINGLE)  # compiles, in the first call of a shape
+    if run.is_over:
+        return run, Seconds()
+    run, idle = _timed(run, 0, SINGLE)
+    run, second = _timed(run, 1, SINGLE)
+    seconds = Seconds(_less(idle, min(first, second)))
+    if not _has_room(run, seconds.costs, UNMEASURED):
+        return run, seconds
+    run, verify = _timed(run, 1, 1)
+    if not run.is_over:
+        # With MLPs on the host, the first may have compiled what reads several tokens.
+        run, again = _timed(run, 1, 1)
+        verify = min(verify, again)
+    seconds = replace(seconds, verify=_less(idle, verify))
+    costs = agreed(seconds.costs, run.params.mesh)
+    cost, least = float(costs[0]), _least_step(run)
+    if not could_pay(cost, least, run.size) or not _has_room(run, costs, cost - 1 + UNMEASURED):
+        return run, seconds
+    run, drafted = _timed(run, 1, 2)
+    assert seconds.single is not None, "measured first"
+    return run, replace(seconds, step=max(drafted - verify, least * seconds.single))
 
 
-def _timed(run: _Run, tokens: int, costs: Array, forced: int) -> tuple[_Run, float]:
+def _has_room(run: _Run, costs: Array, cost: float) -> bool:
+    """Whether there are tokens to make, and so much may be lost on the next."""
+    return not run.is_over and cost <= float(spare_time(run.state, costs))
+
+
+def _least_step(run: _Run) -> float:
+    """What a step of narrowed weights costs at least, where a pass of the full model costs 1."""
+    if run.narrow is None:
+        return NEVER
+    if run.moved:
+        return 0.0  # how long a pass waits for what is moved is not known
+    cache = run.state.rows.cache
+    return bytes_read_per_token(run.narrow, cache) / bytes_read_per_token(run.params, cache)
+
+
+def _less(idle: float, seconds: float) -> float:
+    """The seconds of a call without those of an idle one."""
+    return max(seconds - idle, LEAST_SHARE * seconds)
+
+
+def _timed(run: _Run, tokens: int, forced: int) -> tuple[_Run, float]:
+    """The run after up to so many tokens that are made in a given way, and the seconds that they took."""
     began = perf_counter()
-    run = run.on(tokens, costs, forced)
+    run = run.on(tokens, Seconds().costs, forced)
     jax.block_until_ready(run.state)
     return run, perf_counter() - began
 
@@ -174,7 +203,7 @@ def _drafting(run: _Run, seconds: Seconds, made: int) -> Drafting:
         accepted=accepted,
         single_milliseconds=_milliseconds(seconds.single),
         verify_milliseconds=_milliseconds(seconds.verify),
-        core_step_milliseconds=None if seconds.core is None else 1000 * seconds.step(run.size),
+        core_step_milliseconds=_milliseconds(seconds.step),
     )
 
 

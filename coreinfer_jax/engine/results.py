@@ -28,8 +28,8 @@ class Drafting:
         reached: by drafter, at each place of a draft: how often the full model agreed with all drafted tokens before.
         accepted: of these, how often it agreed with the drafted token too.
         single_milliseconds: of one such pass, measured in the first few tokens; None where there were too few.
-        verify_milliseconds: of one pass that verifies.
-        core_step_milliseconds: of one pass of the narrowed weights; None too where no layer is narrowed.
+        verify_milliseconds: of one pass that verifies; None where there was no time to lose for measuring it.
+        core_step_milliseconds: of one pass of the narrowed weights; None too where none could pay.
     """
 
     tokens: int

@@ -38,6 +38,9 @@ from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.shards import WHOLE, over_shards, specs
 from coreinfer_jax.model.weights import Params
 
+# What may be lost, at most, of the time that the full model alone takes.
+LOSS = 0.03
+
 
 @struct.dataclass
 class Drafted:
@@ -155,7 +158,28 @@ def planned_next(state: Drafted, costs: Array, forced: Array | np.integer, size:
     """What comes next, and what was looked up, int32 [B, n]."""
     assert state.rows.history is not None, "rows that verify drafts hold their texts"
     drafts, found = look_up(state.rows.history, state.rows.position, size)
-    return plan_next(state.trust, found, state.rows.done, costs, forced, size), drafts
+    spare = spare_time(state, costs)
+    return plan_next(state.trust, found, state.rows.done, costs, spare, forced, size), drafts
+
+
+@jax.jit
+def spare_time(state: Drafted, costs: Array) -> Array:
+    """What may still be lost, in passes over one token, float32 []; infinite where all rows are complete.
+
+    So much may be lost altogether: the share `LOSS` of what the full model alone takes for the tokens so far and up to
+    64 more, no more than each row's budget. Lost is what all passes took, less a pass for each token of the row that
+    has made fewest: the full model alone would have taken these, and will take as many for the rest.
+
+    Args:
+        state: of the rows.
+        costs: float32 [2], as `plan_next` takes them.
+    """
+    rows = state.rows
+    in_sight = jnp.where(rows.done, rows.length, jnp.minimum(rows.sampling.budget, rows.length + DISPATCH))
+    passes = jnp.stack([state.single, state.verified, state.core_steps]).astype(jnp.float32)
+    taken = passes[0] + passes[1] * costs[0] + passes[2] * costs[1]
+    needed = jnp.where(rows.done, jnp.inf, (rows.length - 1).astype(jnp.float32)).min()
+    return LOSS * (in_sight.max() - 1).astype(jnp.float32) - (taken - needed)
 
 
 def draft(narrow: Params | None, state: Drafted, plan: Plan, looked_up: Array) -> tuple[Drafted, Array, Array]:
