@@ -349,5 +349,11 @@ def test_mistakes_in_python() -> None:
             ci.spread(wide("opt"), mesh)
     with pytest.raises(ci.CoreInferError, match="shards=5: does not divide the model's 96 neurons"):
         ci.generate(wide("opt"), ROWS, ci.CoreConfig(shards=5), max_new_tokens=1)
+    with pytest.raises(ci.CoreInferError, match="shards=2: the model is spread over 4 devices"):
+        ci.generate(over("opt", 4), ROWS, ci.CoreConfig(shards=2), max_new_tokens=1)
+    narrowed = ci.compact(wide("opt"), ci.CoreNeurons([np.arange(16)] * 2))
+    for params, told in ((narrowed, "narrowed to core neurons already"), (over("opt", 4), "over 4 devices already")):
+        with pytest.raises(ci.CoreInferError, match=told):
+            ci.spread(params, ci.make_mesh(2))
     with pytest.raises(ci.CoreInferError, match="mlps_on_host=True: is of one device"):
         ci.load("embedded:opt", mlps_on_host=True, mesh=ci.make_mesh(3))

@@ -20,10 +20,10 @@ from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.cache import cache_bytes
 from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.shards import bytes_in_a_memory
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.weights import Params, check_dense
 from coreinfer_jax.sparsity.choice import Choice
 from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for
-from coreinfer_jax.sparsity.narrow import check_dense, narrowed_bytes
+from coreinfer_jax.sparsity.narrow import narrowed_bytes
 
 ROWS = 8
 # Prompts that are read ahead, to be sorted by length: no prompt waits until more than so many later ones are read.
