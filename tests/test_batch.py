@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
+from coreinfer_jax import device
 from coreinfer_jax.cli import main
 from coreinfer_jax.engine import batching, programs
 from coreinfer_jax.engine.batching import Finished, Prompt, generate_many
+from coreinfer_jax.io import loading
 from coreinfer_jax.io.batch_output import settings_path
 from coreinfer_jax.sparsity.choosers import Core
 from tests import test_linear, test_prediction
@@ -353,6 +356,25 @@ def test_a_line_that_is_too_long_for_the_model_stops_the_rest(batch: Run, work: 
     status, told = batch(source="long.jsonl")
     assert status == 2
     assert "long.jsonl: line 2: " in told.splitlines()[-1]
+
+
+def test_lines_without_memory_are_bad_ones(batch: Run, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that needs too much by itself, one in so many rows; in KB: 590 for 3 rows of 64, 1180 for one of 256."""
+    asked = [{"prompt": "Once", "id": "a"}, {"prompt": "Twice", "max_new_tokens": 480, "id": "b"}]
+    asked += [{"prompt": "Thrice", "max_new_tokens": 200}, {"prompt": "Four"}]
+    write(work / "in.jsonl", asked)
+    monkeypatch.setattr(loading, "check_memory", lambda *_: None)
+    monkeypatch.setattr(device, "free_bytes", lambda: 1_500_000)
+    status, told = batch()
+    assert status == 2
+    assert re.search(r"line \d: .* GB are free; ask for fewer .*; correct it, or pass over", told.splitlines()[-1])
+    status, told = batch("--skip-bad")
+    assert status == 0
+    made = read(work / "out.jsonl")
+    assert (made[2]["id"], made[2]["error"][:26]) == ("b", "a cache of 512 positions, ")
+    assert made[3]["error"].startswith("3 rows of 256 positions: ")
+    assert ["text" in made[number] for number in (1, 4)] == [True, True]
+    assert all(f"[line {number}: {made[number]['error']}]" in told for number in (2, 3))
 
 
 def test_other_work_is_not_mixed_in(batch: Run, work: Path, shallow: dict[str, Path]) -> None:

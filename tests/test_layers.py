@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreinfer_jax.model.backends import DECODE_OPTIONS, matmul, one_pass, products, write
+from coreinfer_jax.model.backends import DECODE_OPTIONS, matmul, matmul_per_row, one_pass, products, write
 from coreinfer_jax.model.layers import mlp_pass
 from coreinfer_jax.model.weights import Linear
 from tests.support import MODELS, random_model
@@ -28,6 +28,16 @@ def test_few_rows_are_exact_but_for_the_order_of_sums(shape, size_in, size_out, 
         y = jax.jit(matmul, compiler_options=options)(x, weight)
         assert y.dtype == jnp.float32
         assert np.abs(np.asarray(y) - expected).max() < 1e-6 * size_in
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_their_own_weights_are_exact_but_for_the_order_of_sums(tokens, dtype):
+    x, weight = drawn((3, tokens, 40), 0, dtype), drawn((3, 11, 40), 1, dtype)
+    expected = np.einsum("bti,boi->bto", np.asarray(x, np.float64), np.asarray(weight, np.float64))
+    y = jax.jit(matmul_per_row, compiler_options=DECODE_OPTIONS)(x, weight)
+    assert y.dtype == jnp.float32
+    assert np.abs(np.asarray(y) - expected).max() < 1e-6 * 40
 
 
 def test_rows_of_their_own_weights_equal_single_rows():

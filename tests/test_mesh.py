@@ -1,6 +1,7 @@
 """Models over several devices, against the same models on one: 8 processors that JAX makes of this machine's."""
 
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -17,11 +18,14 @@ from coreinfer_jax.engine.loop import begin
 from coreinfer_jax.engine.programs import decode
 from coreinfer_jax.engine.running import advance, insert_request, start
 from coreinfer_jax.io import parts
+from coreinfer_jax.lab.evaluation import calibrate
 from coreinfer_jax.model.host import HostArray
 from coreinfer_jax.sparsity.choice import Chooser
 from coreinfer_jax.sparsity.narrow import gather_core
+from tests import test_clusters
 from tests.stand_ins import tale
 from tests.support import LLAMA, OPT, check_same_core, half_slow, random_model
+from tests.test_calibration import SMALL, Numbers, documents
 from tests.test_linear import explained
 from tests.test_prediction import AUTO, FUSED, SIMILARITY, STEADY, clusters, model, prompt
 
@@ -296,6 +300,64 @@ def test_a_process_reads_its_own_parts(by_rows: bool) -> None:
         np.testing.assert_array_equal(part, values[4 * head : 4 * head + 4])
 
 
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "stories.txt"
+    path.write_text("\n".join(tale(number) for number in range(40)), encoding="utf-8")
+    return path
+
+
+def test_a_calibration_is_that_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On which each half of the neurons keeps its own, as each of 2 devices does."""
+    texts = documents(count=28)  # enough tokens for linear neurons
+    many = calibrate(over("llama", 2), Numbers(), texts, None, SMALL).calibration
+    monkeypatch.setattr(Chooser, "shards_of", lambda *_: 2)
+    one = calibrate(wide("llama"), Numbers(), texts, None, SMALL).calibration
+    for own, other in zip(jax.tree.leaves(one.prior), jax.tree.leaves(many.prior), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(one.gains, many.gains, rtol=1e-2, atol=1e-4)
+    assert one.linear is not None
+    assert one.linear.up_to == many.linear.up_to
+    for own, other in zip(one.linear.fits, many.linear.fits, strict=True):
+        slopes = [np.asarray(fit.slopes, np.float64).T @ np.asarray(fit.directions, np.float64) for fit in (own, other)]
+        np.testing.assert_allclose(*slopes, rtol=1e-2, atol=1e-2)
+
+
+def test_groups_are_those_of_one_device(tmp_path: Path) -> None:
+    """Texts of random letters, by their labels: shares of tokens, and the neurons that decide."""
+    letters = test_clusters.documents(labels=test_clusters.LABELS)
+    one, many = (
+        test_clusters.build(tmp_path / name, letters, params=params)
+        for name, params in (("one", wide("llama")), ("many", over("llama", 2)))
+    )
+    np.testing.assert_array_equal(one.frequencies, many.frequencies)
+    np.testing.assert_array_equal(one.centroids, many.centroids)
+    assert one.fingerprint == many.fingerprint
+
+
+def test_calibrations_and_groups_are_of_devices_that_fit(
+    shallow: dict[str, Path], stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["calibrate"], ["clusters", "build", "--out", str(tmp_path / "groups")]):
+        options = ["--model", str(shallow["llama"]), "--data", str(stories), "--mesh", "tensor=2"]
+        assert main([*command, *options]) == 2
+        assert "2 devices cannot share 3 query heads" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_calibrates_over_devices(
+    shallow: dict[str, Path], stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(shallow["llama"], tmp_path / "llama")
+    sizes = ["--texts", "4", "--prompt-tokens", "16", "--continuation", "16"]
+    assert main(["calibrate", "--model", str(model), "--data", str(stories), *sizes, "--mesh", "tensor=3"]) == 0
+    capsys.readouterr()
+    assert main(["info", str(model)]) == 0
+    assert "float32 on 3 x cpu" in capsys.readouterr().out
+    core = ci.load(model)[0].calibration.core
+    assert ci.load(model, mesh=ci.make_mesh(3))[0].calibration.core == core
+
+
 def test_evaluation_gives_the_numbers_of_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(tale(number) for number in range(3)), encoding="utf-8")
@@ -349,5 +411,11 @@ def test_mistakes_in_python() -> None:
             ci.spread(wide("opt"), mesh)
     with pytest.raises(ci.CoreInferError, match="shards=5: does not divide the model's 96 neurons"):
         ci.generate(wide("opt"), ROWS, ci.CoreConfig(shards=5), max_new_tokens=1)
+    with pytest.raises(ci.CoreInferError, match="shards=2: the model is spread over 4 devices"):
+        ci.generate(over("opt", 4), ROWS, ci.CoreConfig(shards=2), max_new_tokens=1)
+    narrowed = ci.compact(wide("opt"), ci.CoreNeurons([np.arange(16)] * 2))
+    for params, told in ((narrowed, "narrowed to core neurons already"), (over("opt", 4), "over 4 devices already")):
+        with pytest.raises(ci.CoreInferError, match=told):
+            ci.spread(params, ci.make_mesh(2))
     with pytest.raises(ci.CoreInferError, match="mlps_on_host=True: is of one device"):
         ci.load("embedded:opt", mlps_on_host=True, mesh=ci.make_mesh(3))

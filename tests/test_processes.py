@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from coreinfer_jax.cli import main
+from tests.stand_ins import tale
 from tests.test_signals import ENTRY
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -20,22 +21,15 @@ PROCESSES = 3  # as embedded:llama has heads
 SECONDS = 60
 
 
-def begun(directory: Path, *options: str) -> list[subprocess.Popen[bytes]]:
-    """The command in so many processes, whose output goes to files of `directory`."""
+GENERATE = ("generate", PROMPT, "--model", "embedded:llama")
+
+
+def begun(directory: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
+    """A command in so many processes, whose output goes to files of `directory`."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    command = [
-        sys.executable,
-        "-c",
-        f"{ENTRY}; sys.exit(main())",
-        "generate",
-        PROMPT,
-        "--model",
-        "embedded:llama",
-        *options,
-    ]
-    command += ["--mesh", f"tensor={PROCESSES}"]
+    command = [sys.executable, "-c", f"{ENTRY}; sys.exit(main())", *arguments, "--mesh", f"tensor={PROCESSES}"]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
     processes = []
     for i in range(PROCESSES):
@@ -45,6 +39,14 @@ def begun(directory: Path, *options: str) -> list[subprocess.Popen[bytes]]:
     return processes
 
 
+def check_ends_like_one(directory: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What the first process prints is what one over as many devices does; the others print nothing."""
+    assert [process.wait(300) for process in begun(directory, *command)] == [0] * PROCESSES
+    assert main([*command, "--mesh", f"tensor={PROCESSES}"]) == 0
+    assert (directory / "0.out").read_text() == capsys.readouterr().out
+    assert [(directory / f"{i}.out").read_bytes() for i in range(1, PROCESSES)] == [b""] * (PROCESSES - 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [[], ["--lossless", "--temperature", "0.8", "--seed", "4"]], ids=["core", "lossless"]
@@ -52,16 +54,24 @@ def begun(directory: Path, *options: str) -> list[subprocess.Popen[bytes]]:
 def test_processes_say_together_what_one_says(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shared = ["--beta", "0.5", "--max-new-tokens", "20", *options]
-    assert [process.wait(300) for process in begun(tmp_path, *shared)] == [0] * PROCESSES
-    assert main(["generate", PROMPT, "--model", "embedded:llama", "--mesh", f"tensor={PROCESSES}", *shared]) == 0
-    assert (tmp_path / "0.out").read_text() == capsys.readouterr().out
-    assert [(tmp_path / f"{i}.out").read_bytes() for i in range(1, PROCESSES)] == [b""] * (PROCESSES - 1)
+    command = [*GENERATE, "--beta", "0.5", "--max-new-tokens", "20", *options]
+    check_ends_like_one(tmp_path, command, capsys)
+    assert "ms/token" in (tmp_path / "0.err").read_text()
+    assert all("ms/token" not in (tmp_path / f"{i}.err").read_text() for i in range(1, PROCESSES))
+
+
+@pytest.mark.slow
+def test_processes_evaluate_together_as_one_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(tale(number) for number in range(3)), encoding="utf-8")
+    command = ["eval", "--model", "embedded:llama", "--data", str(texts), "--texts", "2", "--beta", "0.5"]
+    command += ["--prompt-tokens", "16", "--continuation", "8"]
+    check_ends_like_one(tmp_path, command, capsys)
 
 
 @pytest.mark.slow
 def test_after_one_is_killed_the_others_end_with_a_line(tmp_path: Path) -> None:
-    processes = begun(tmp_path, "--beta", "0.5", "--max-new-tokens", "900")
+    processes = begun(tmp_path, *GENERATE, "--beta", "0.5", "--max-new-tokens", "900")
     while not (tmp_path / "0.out").read_text().removeprefix(PROMPT):  # the first token comes
         assert all(process.poll() is None for process in processes)
         time.sleep(0.1)

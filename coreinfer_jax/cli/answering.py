@@ -57,15 +57,18 @@ class Model:
 
 def answers(model: Model, common: Common, lines: Iterable[Line]) -> Iterator[Answer]:
     """An answer to each line, as they are done; lines that the model has no answer to get one with an `error`."""
-    refused: deque[BadLine] = deque()
+    bad: deque[BadLine] = deque()
     by_number: dict[int, Line] = {}
+
+    def refuse(line: Line, error: CoreInferError) -> None:
+        bad.append(BadLine(line.number, one_line(str(error)), line.id))
 
     def prompts() -> Iterator[Prompt]:
         for line in lines:
             try:
                 prompt = _prompt(model, common, line)
             except CoreInferError as error:
-                refused.append(BadLine(line.number, one_line(str(error)), line.id))
+                refuse(line, error)
                 continue
             by_number[line.number] = line
             yield prompt
@@ -75,17 +78,23 @@ def answers(model: Model, common: Common, lines: Iterable[Line]) -> Iterator[Ans
 
     options: Any = {**common.sampling, "groups": model.groups}
     finished = generate_many(
-        model.params, prompts(), model.core, rows=common.rows, until=is_over if common.stops else None, **options
+        model.params,
+        prompts(),
+        model.core,
+        rows=common.rows,
+        until=is_over if common.stops else None,
+        refused=lambda prompt, error: refuse(by_number.pop(prompt.index), error),
+        **options,
     )
     for one in finished:
-        yield from _errors(refused)
+        yield from _errors(bad)
         yield _answer(model, common, by_number.pop(one.prompt.index), one)
-    yield from _errors(refused)
+    yield from _errors(bad)
 
 
-def _errors(refused: deque[BadLine]) -> Iterator[Answer]:
-    while refused:
-        yield error_of(refused.popleft())
+def _errors(bad: deque[BadLine]) -> Iterator[Answer]:
+    while bad:
+        yield error_of(bad.popleft())
 
 
 def error_of(bad: BadLine) -> Answer:

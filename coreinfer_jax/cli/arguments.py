@@ -245,10 +245,11 @@ def load_model(options: argparse.Namespace, calibrated: bool = True) -> tuple[Pa
     """The model and tokenizer that the options name, with the calibration beside them or whatever lies there."""
     processes.join(options)
     choose_device(options.device)
+    mesh = mesh_of(options)
     if calibrated:
-        params, tokenizer = load(options.model, options.dtype, mesh=mesh_of(options))
+        params, tokenizer = load(options.model, options.dtype, mesh=mesh)
     else:
-        params, tokenizer = load_uncalibrated(model_path(options.model), options.dtype)
+        params, tokenizer = load_uncalibrated(model_path(options.model), options.dtype, mesh)
     return _with_tokenizer(options, params, tokenizer)
 
 

@@ -36,6 +36,7 @@ TIMED_PROMPT = "Once upon a time there was a village by a river, and in it lived
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     arguments.add_model(parser)
+    arguments.add_mesh(parser)
     arguments.add_documents(parser, required=False, default="prompts of the package, answered by the model itself")
     parser.add_argument(
         "--max-kl",
@@ -126,7 +127,9 @@ def _speed(params: Params, tokenizer: Tokenizer, found: Calibrated) -> dict[str,
     ways: dict[str, Core] = {"all": None, "core": found.calibration.core}
     taken = milliseconds_per_token(replace(params, calibration=found.calibration), prompt, ways, new_tokens, ROUNDS)
     medians = {way: float(np.median(times)) for way, times in taken.items()}
-    return medians | {"device": jax.devices()[0].device_kind, "dtype": params.dtype.name}
+    kind = jax.devices()[0].device_kind
+    device = kind if params.mesh is None else f"{params.shards} x {kind}"
+    return medians | {"device": device, "dtype": params.dtype.name}
 
 
 def _verdict(found: Calibrated, speed: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser)
+    arguments.add_mesh(parser)
     arguments.add_documents(parser)
     parser.add_argument(
         "--label-column", type=arguments.column, metavar="COL", help="group by these topics, not k-means"

@@ -1,9 +1,9 @@
 """Options of how tokens are drawn and where to stop, which `generate`, `chat` and `batch` take, and what they mean."""
 
 import argparse
-import sys
 from typing import Any
 
+from coreinfer_jax.cli import processes
 from coreinfer_jax.cli.arguments import add_lossless, check_text
 from coreinfer_jax.engine.options import GenerateOptions, drawing_of
 from coreinfer_jax.errors import CoreInferError
@@ -107,4 +107,4 @@ def _say_what_is_idle(options: argparse.Namespace) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"[{line}]", file=sys.stderr)
+    processes.say(f"[{line}]")

@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import sys
 from typing import Any
 
-from coreinfer_jax.cli import arguments, compared
+from coreinfer_jax.cli import arguments, compared, processes
 from coreinfer_jax.lab.evaluation.free_running import generating
 from coreinfer_jax.sparsity.calibration import PRIOR_RULE
 from coreinfer_jax.sparsity.stability import CoreConfig
@@ -53,10 +52,9 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(results) if options.json else arguments.table(_rows(results)))
     truncated = results["settings"][0]["truncated"]
     if truncated:
-        print(
+        processes.say(
             f"[{truncated} requests exceed the model's {params.config.max_positions} positions: "
-            "their contexts lost their first tokens]",
-            file=sys.stderr,
+            "their contexts lost their first tokens]"
         )
 
 

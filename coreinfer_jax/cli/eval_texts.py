@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coreinfer_jax.cli import arguments, compared
+from coreinfer_jax.cli import arguments, compared, processes
 from coreinfer_jax.engine.prompts import check_length
 from coreinfer_jax.files import to_path
 from coreinfer_jax.lab.evaluation.chart import check_chart, draw, title
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     results = [result for settings in by_alpha for result in compare(params, selection, settings, texts, prior)]
     written = _written(params, selection.rows, cores, texts, options.generate)
     _print(options, documents.name, results, written)
-    if chart is not None:  # last: whatever prevents it, what was measured is told
+    if chart is not None and processes.is_first():  # last: whatever prevents it, what was measured is told
         draw(results, chart)
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from coreinfer_jax.cli import arguments, drawing
+from coreinfer_jax.cli import arguments, drawing, processes
 from coreinfer_jax.cli.reply import Reply, facts
 from coreinfer_jax.engine.generation import make_request, stream
 from coreinfer_jax.engine.options import GenerateOptions
@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> None:
         print(json.dumps({"text": reply.text, "tokens": reply.tokens, "method": stats.method, "stats": asdict(stats)}))
     else:
         print(flush=True)
-    print(facts(stats, len(reply.tokens), groups), file=sys.stderr)
+    processes.say(facts(stats, len(reply.tokens), groups))
 
 
 def _call(

@@ -46,7 +46,7 @@ def join(options: argparse.Namespace) -> None:
             f"--distributed {asked}: the processes cannot meet ({reason}); start all of them, "
             "or name the first: HOST:PORT,PROCESSES,NUMBER"
         ) from error
-    if jax.process_index() == 0:
+    if is_first():
         sys.stdout = results
     else:
         results.close()
@@ -73,6 +73,17 @@ def are_joined() -> bool:
     return jax.distributed.is_initialized()
 
 
+def is_first() -> bool:
+    """Whether this process is the one of several that tells results; true of one alone."""
+    return not are_joined() or jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """Tell on standard error, beside the results, what all processes would."""
+    if is_first():
+        print(line, file=sys.stderr)
+
+
 def lost(error: Exception) -> str | None:
     """What an error of devices, which others wait for, tells of a process that has ended; None for any other error."""
     if not isinstance(error, jax.errors.JaxRuntimeError) or not are_joined() or jax.process_count() == 1:
@@ -94,7 +105,7 @@ def leave(status: int) -> None:
         except jax.errors.JaxRuntimeError as error:
             print(f"coreinfer: error: {lost(error)}", file=sys.stderr)
             status = 2
-    time.sleep(FIRST_STAYS if jax.process_index() == 0 else 0)
+    time.sleep(FIRST_STAYS if is_first() else 0)
     os._exit(status)
 
 

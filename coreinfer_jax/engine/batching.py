@@ -20,10 +20,10 @@ from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.cache import cache_bytes
 from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.shards import bytes_in_a_memory
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.weights import Params, check_dense
 from coreinfer_jax.sparsity.choice import Choice
 from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for
-from coreinfer_jax.sparsity.narrow import check_dense, narrowed_bytes
+from coreinfer_jax.sparsity.narrow import narrowed_bytes
 
 ROWS = 8
 # Prompts that are read ahead, to be sorted by length: no prompt waits until more than so many later ones are read.
@@ -37,6 +37,8 @@ _MOST_INDEX = 2**32 - 1
 
 # Whether a prompt's text is complete with these new tokens, for reasons that only its caller knows.
 Until = Callable[["Prompt", Sequence[int]], bool]
+# Told of a prompt that cannot be answered, and why.
+Refused = Callable[["Prompt", CoreInferError], None]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ class Finished:
     choice: Choice
 
 
+def _raise(prompt: Prompt, error: CoreInferError) -> None:
+    raise CoreInferError(f"prompt {prompt.index}: {error}") from error
+
+
 def generate_many(
     params: Params,
     prompts: Iterable[Prompt | Sequence[int]],
@@ -87,6 +93,7 @@ def generate_many(
     *,
     rows: int = ROWS,
     until: Until | None = None,
+    refused: Refused = _raise,
     **options: Unpack[GenerateOptions],
 ) -> Iterator[Finished]:
     """Generate from any number of prompts, several at a time, each as by itself.
@@ -102,6 +109,8 @@ def generate_many(
         core: as for `generate`. Every prompt is a batch of its own, so `per_row` makes no difference.
         rows: how many decode together (B).
         until: called with a prompt and its tokens after each new one; True ends it there.
+        refused: called with a prompt that cannot be answered, such as one that there is no memory for, and with the
+            error; the others go on. By default the error is raised.
         **options: see `GenerateOptions`; those of a `Prompt` come before these. A prompt draws as alone with the key
             `jax.random.fold_in(key, index)`, whatever is run beside it. `lossless`, `device_memory` and `device_rows`
             are refused.
@@ -110,15 +119,25 @@ def generate_many(
         An iterator over what becomes of each prompt, in the order in which they finish.
 
     Raises:
-        CoreInferError: at the call, or once a prompt is read, what `generate` refuses; rows that do not fit the device.
+        CoreInferError: at the call what `generate` refuses; of a prompt, too, and of rows that do not fit the device,
+            unless `refused` takes it.
     """
     check_whole("rows", rows, 1)
     check_dense(params)
     check_on_device(params, "generate_many")
+    _check_options(options)
     drawing_of(options, params.config)
     chooser_for(params, core).check(params, options.get("groups"), 1)
-    waiting = _Waiting(_asked(params, prompt, core, options) for prompt in _numbered(prompts))
-    return _scheduled(waiting, rows, until)
+    waiting = _Waiting(_requests(params, prompts, core, options, refused))
+    return _scheduled(waiting, rows, until, refused)
+
+
+def _check_options(options: GenerateOptions) -> None:
+    given: Any = options
+    if used := [name for name in _ELSEWHERE if given.get(name)]:
+        raise CoreInferError(
+            f"{used[0]}={given[used[0]]}: rows that come and go have none; leave it out, or use generate"
+        )
 
 
 def _numbered(prompts: Iterable[Prompt | Sequence[int]]) -> Iterator[Prompt]:
@@ -132,20 +151,30 @@ class _Asked:
     request: Request
 
 
+def _requests(
+    params: Params,
+    prompts: Iterable[Prompt | Sequence[int]],
+    core: Core | Recommended,
+    options: GenerateOptions,
+    refused: Refused,
+) -> Iterator[_Asked]:
+    for prompt in _numbered(prompts):
+        try:
+            asked = _asked(params, prompt, core, options)
+        except CoreInferError as error:
+            refused(prompt, error)
+            continue
+        yield asked
+
+
 def _asked(params: Params, prompt: Prompt, core: Core | Recommended, options: GenerateOptions) -> _Asked:
     """A prompt as a request of one row."""
+    _check_options(prompt.options)
     own: Any = {**options, **prompt.options}
-    if used := [name for name in _ELSEWHERE if own.get(name)]:
-        raise CoreInferError(
-            f"{used[0]}={own[used[0]]}: rows that come and go have none; leave it out, or use generate"
-        )
     drawing = drawing_of(own, params.config)
     if drawing.key is not None and "key" not in prompt.options:
         own["key"] = jax.random.fold_in(drawing.key, np.uint32(prompt.index))
-    try:
-        return _Asked(prompt, make_request(params, [prompt.tokens], core, own))
-    except CoreInferError as error:
-        raise CoreInferError(f"prompt {prompt.index}: {error}") from error
+    return _Asked(prompt, make_request(params, [prompt.tokens], core, own))
 
 
 class _Waiting:
@@ -300,27 +329,28 @@ def _check_memory(params: Params, kind: _Kind, rows: int) -> None:
     check_memory(needed, f"{rows} rows of {kind.capacity} positions", "take fewer rows or tokens")
 
 
-def _scheduled(waiting: _Waiting, rows: int, until: Until | None) -> Iterator[Finished]:
+def _scheduled(waiting: _Waiting, rows: int, until: Until | None, refused: Refused) -> Iterator[Finished]:
     while (capacity := waiting.oldest_capacity()) is not None:
-        yield from _of_capacity(waiting, capacity, rows, until)
+        yield from _of_capacity(waiting, capacity, rows, until, refused)
 
 
-def _of_capacity(waiting: _Waiting, capacity: int, rows: int, until: Until | None) -> Iterator[Finished]:
+def _of_capacity(
+    waiting: _Waiting, capacity: int, rows: int, until: Until | None, refused: Refused
+) -> Iterator[Finished]:
     """All prompts of so many positions, as long as there are any within the window.
 
     Where a prompt decides how many neurons it keeps, there are several states: each takes the prompts that fit it.
     """
     lanes: dict[_Kind, _Lane] = {}
     while (asked := waiting.take(capacity)) is not None:
-        work = _Work(asked, begin(asked.request), until)
-        work.add(np.array(work.begun.rows.token).tolist())
+        try:
+            work = _placed(asked, lanes, rows, until)
+        except CoreInferError as error:
+            refused(asked.prompt, error)
+            continue
         if work.is_over:
             yield work.finished()
             continue
-        kind = _kind_of(asked, work.begun)
-        if kind not in lanes:
-            lanes[kind] = _Lane(asked.request.params, kind, rows)
-        lanes[kind].insert(work)
         # Until there is room in each: which of them the next prompt needs is known once it is read.
         while waiting.has(capacity) and not all(lane.has_room for lane in lanes.values()):
             for lane in lanes.values():
@@ -328,3 +358,16 @@ def _of_capacity(waiting: _Waiting, capacity: int, rows: int, until: Until | Non
     while any(lane.is_busy for lane in lanes.values()):
         for lane in lanes.values():
             yield from lane.advance(DISPATCH, waited_for=False)
+
+
+def _placed(asked: _Asked, lanes: dict[_Kind, _Lane], rows: int, until: Until | None) -> _Work:
+    """A prompt with its first token and, if there are to be more, in a row of the state of its kind."""
+    work = _Work(asked, begin(asked.request), until)
+    work.add(np.array(work.begun.rows.token).tolist())
+    if work.is_over:
+        return work
+    kind = _kind_of(asked, work.begun)
+    if kind not in lanes:
+        lanes[kind] = _Lane(asked.request.params, kind, rows)
+    lanes[kind].insert(work)
+    return work

@@ -12,11 +12,10 @@ from coreinfer_jax.engine.options import GenerateOptions
 from coreinfer_jax.engine.request import Past
 from coreinfer_jax.engine.results import Chunk
 from coreinfer_jax.errors import CoreInferError, shown
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.weights import Params, check_dense
 from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for, resolved
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.moving import NOTHING
-from coreinfer_jax.sparsity.narrow import check_dense
 
 
 @dataclass(frozen=True)

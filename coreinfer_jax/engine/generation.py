@@ -18,10 +18,9 @@ from coreinfer_jax.engine.results import Chunk, Generation
 from coreinfer_jax.engine.sampling import fill_id
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.host import is_on_host
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.weights import Params, check_dense
 from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for
 from coreinfer_jax.sparsity.moving import NOTHING
-from coreinfer_jax.sparsity.narrow import check_dense
 
 MAX_NEW_TOKENS = 128
 

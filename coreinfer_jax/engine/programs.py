@@ -1,6 +1,5 @@
 """The compiled programs of generating: prefill, insert a request into a row, decode steps, read given tokens."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd, prod
@@ -20,7 +19,7 @@ from coreinfer_jax.model.backends import ANY_ORDER, DECODE_OPTIONS, PIECES_OPTIO
 from coreinfer_jax.model.cache import KVCache, bucket
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.layers import KEYS_PER_BLOCK
-from coreinfer_jax.model.shards import WHOLE, constrained, over_shards, specs
+from coreinfer_jax.model.shards import WHOLE, constrained, on_shards, over_shards, specs
 from coreinfer_jax.model.weights import Layer, Mlp, Params
 from coreinfer_jax.sparsity.rules import Observer, Summed
 
@@ -213,19 +212,13 @@ def insert_mlps(mlps: list[Mlp], row: Array | np.integer, one: list[Mlp]) -> lis
 
 # The cache is donated: each dispatch extends it in place.
 @partial(jax.jit, donate_argnames="rows", compiler_options=DECODE_OPTIONS)
+@on_shards(lambda params, rows, *_: (specs(rows), WHOLE, WHOLE))
 def decode(params: Params, rows: Rows, steps: Array | np.integer) -> tuple[Rows, Array, Array]:
     """Up to `steps` decode steps, fewer once every row is complete.
 
     Returns:
         The rows, the tokens drawn, int32 [B, 64], and how many steps were run, int32 [].
     """
-    run: Callable[..., tuple[Rows, Array, Array]] = over_shards(
-        _decode, params.mesh, results=(specs(rows), WHOLE, WHOLE)
-    )
-    return run(params, rows, steps)
-
-
-def _decode(params: Params, rows: Rows, steps: Array | np.integer) -> tuple[Rows, Array, Array]:
     drawn = jnp.zeros((rows.token.shape[0], DISPATCH), jnp.int32)
 
     def unfinished(loop: tuple[Array, Rows, Array]) -> Array:
@@ -268,6 +261,7 @@ def next_drawn(params: Params, rows: Rows, cache: KVCache, hidden: Array) -> Row
 
 
 @partial(jax.jit, compiler_options=ANY_ORDER)
+@on_shards(lambda *_: (WHOLE, WHOLE))
 def score_given(params: Params, cache: KVCache, start: Array, first: Array, tokens: Array) -> tuple[Array, Array]:
     """Log-probabilities float32 [B, T] of given tokens, and whether each was the most probable, bool [B, T].
 
@@ -278,10 +272,6 @@ def score_given(params: Params, cache: KVCache, start: Array, first: Array, toke
         first: float32 [B, V], logits of the first one.
         tokens: int32 [B, T], padded, T a power of two.
     """
-    return over_shards(_score_given, params.mesh, results=(WHOLE, WHOLE))(params, cache, start, first, tokens)
-
-
-def _score_given(params: Params, cache: KVCache, start: Array, first: Array, tokens: Array) -> tuple[Array, Array]:
     B, T = tokens.shape
     hidden, _, _ = extend(params, tokens, cache, start, observe_nothing)
     block = min(T, BLOCK)

@@ -15,10 +15,9 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import bucket
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.host import check_on_device
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.weights import Params, check_dense
 from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for
 from coreinfer_jax.sparsity.groups import Groups
-from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.sparsity.neurons import CoreNeurons
 
 # Answers to choose from are a few tokens long; reading 64 positions for each would be most of the work.

@@ -35,7 +35,7 @@ from coreinfer_jax.engine.sampling import draw
 from coreinfer_jax.model import extend, observe_nothing, unembed
 from coreinfer_jax.model.backends import DECODE_OPTIONS
 from coreinfer_jax.model.cache import KVCache
-from coreinfer_jax.model.shards import WHOLE, over_shards, specs
+from coreinfer_jax.model.shards import WHOLE, on_shards, specs
 from coreinfer_jax.model.weights import Params
 
 # What may be lost, at most, of the time that the full model alone takes.
@@ -75,6 +75,7 @@ def nothing_drafted(rows: Rows, size: int) -> Drafted:
 
 # The state is donated: each dispatch extends the cache in place.
 @partial(jax.jit, donate_argnames="state", static_argnames="size", compiler_options=DECODE_OPTIONS)
+@on_shards(lambda params, narrow, state, *_: (specs(state), WHOLE, WHOLE))
 def decode_drafted(
     params: Params,
     narrow: Params | None,
@@ -99,20 +100,7 @@ def decode_drafted(
     Returns:
         The state; the new tokens of each row, int32 [B, 64 + n], from the left; how many they are, int32 [B].
     """
-    run = over_shards(partial(_decode_drafted, size=size), params.mesh, results=(specs(state), WHOLE, WHOLE))
-    return run(params, narrow, state, tokens, costs, forced)
 
-
-def _decode_drafted(
-    params: Params,
-    narrow: Params | None,
-    state: Drafted,
-    tokens: Array | np.integer,
-    costs: Array,
-    forced: Array | np.integer,
-    *,
-    size: int,
-) -> tuple[Drafted, Array, Array]:
     def planned(loop: Progress) -> tuple[Plan, Array]:
         return planned_next(loop.state, costs, forced, size)
 

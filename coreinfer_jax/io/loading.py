@@ -75,12 +75,9 @@ def load_params(model: str | os.PathLike[str], dtype: object = None, *, mlps_on_
 def _calibrated(path: Path, dtype: object, mlps_on_host: bool, mesh: Mesh | None = None) -> Params:
     config, tensors = open_model(path)
     check_flag("mlps_on_host", mlps_on_host)
-    if mesh is None:
-        params = _loaded(path, config, tensors, dtype, mlps_on_host)
-    elif mlps_on_host:
+    if mlps_on_host and mesh is not None:
         raise CoreInferError("mlps_on_host=True: is of one device; leave it out, or leave out the mesh")
-    else:
-        params = load_spread(tensors, config, _dtype(dtype), mesh, str(path))
+    params = _loaded(path, config, tensors, dtype, mlps_on_host, mesh)
     # Of the files that the weights were read from, whatever lies there by now.
     known = read_calibration(path, config, lambda: stored_fingerprint(config, tensors))
     return replace(params, calibration=known if mesh is None else spread_calibration(known, mesh))
@@ -105,15 +102,22 @@ def unloaded(model: str | os.PathLike[str], dtype: object = None) -> tuple[Param
     return replace(params, calibration=calibration), load_tokenizer(path)
 
 
-def load_uncalibrated(path: Path, dtype: object) -> tuple[Params, Tokenizer | None]:
+def load_uncalibrated(path: Path, dtype: object, mesh: Mesh | None = None) -> tuple[Params, Tokenizer | None]:
     """`load` of a directory, whatever calibration lies in it."""
-    return _loaded(path, *open_model(path), dtype), load_tokenizer(path)
+    return _loaded(path, *open_model(path), dtype, mesh=mesh), load_tokenizer(path)
 
 
 def _loaded(
-    path: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: object, mlps_on_host: bool = False
+    path: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    dtype: object,
+    mlps_on_host: bool = False,
+    mesh: Mesh | None = None,
 ) -> Params:
     wanted = _dtype(dtype)
+    if mesh is not None:
+        return load_spread(tensors, config, wanted, mesh, str(path))
     shapes = abstract_params(config, jnp.dtype(wanted))
     sizes = {name: leaf_bytes(leaf) for name, leaf in named_leaves(shapes)}
     on_host = {name: size for name, size in sizes.items() if mlps_on_host and ".mlp." in name}

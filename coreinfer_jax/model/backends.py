@@ -93,7 +93,21 @@ def matmul(x: Array, weight: Array) -> Array:
 
 def matmul_per_row(x: Array, weight: Array) -> Array:
     """x [B, T, in], each row times its own of weight [B, out, in]: float32 [B, T, out]."""
-    return jax.vmap(lambda row, own: matmul(row[None], own)[0])(x, weight)
+
+    def at_once(x: Array, weight: Array) -> Array:
+        return jax.vmap(lambda row, own: matmul(row[None], own)[0])(x, weight)
+
+    if x.shape[1] > _FEW_ROWS:
+        return at_once(x, weight)
+    return lax.platform_dependent(x, weight, cpu=_one_after_another, default=at_once)
+
+
+def _one_after_another(x: Array, weight: Array) -> Array:
+    # XLA's CPU code has no fast form of a product with a matrix for each row. Six pairs of [768, 576] and [576, 768],
+    # one core with AVX2, jaxlib 0.10.2, ms at once and in this form: float32 11.0 and 1.2 for one row, 10.0 and 6.4 for
+    # 4, 19 and 13 for 8; bfloat16 12.0 and 1.0, 39 and 5.6, 77 and 11. A copy of the form for each row is as fast, and
+    # takes longer to compile with every row. Remove: a product at once takes no longer.
+    return lax.map(lambda own: _sum_few_rows(own[0][None], own[1])[0], (x, weight))
 
 
 # Up to so many rows are summed up beside each other while a weight is read once. Eight such sums fit the registers of a

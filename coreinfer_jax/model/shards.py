@@ -6,8 +6,9 @@ device runs the code of a single one on its own parts, and these sums are writte
 """
 
 from collections.abc import Callable
+from functools import partial, wraps
 from math import prod
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,7 @@ def along(axis: int, ndim: int) -> Any:
 
 
 Made = TypeVar("Made")
+Given = ParamSpec("Given")
 
 
 def over_shards(
@@ -110,6 +112,24 @@ def over_shards(
         return made
 
     return run
+
+
+def on_shards(results: Callable[..., Any]) -> Callable[[Callable[Given, Made]], Callable[Given, Made]]:
+    """Of a function of `params` and further arrays, the same on each device's own parts of them, as `over_shards`.
+
+    Args:
+        results: specs of what it returns, from its arrays. What is given by name is no array.
+    """
+
+    def decorate(function: Callable[Given, Made]) -> Callable[Given, Made]:
+        @wraps(function)
+        def run(*arrays: Given.args, **static: Given.kwargs) -> Made:
+            params: Any = arrays[0]
+            return over_shards(partial(function, **static), params.mesh, results(*arrays))(*arrays)
+
+        return run
+
+    return decorate
 
 
 def place(tree: Any, mesh: Mesh) -> Any:

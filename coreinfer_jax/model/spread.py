@@ -9,7 +9,7 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.shards import check_mesh, place, shards_of
-from coreinfer_jax.model.weights import Layer, Linear, Params, check_params
+from coreinfer_jax.model.weights import Layer, Linear, Params, check_dense
 
 
 def spread(params: Params, mesh: Mesh) -> Params:
@@ -23,10 +23,15 @@ def spread(params: Params, mesh: Mesh) -> Params:
         mesh: from `make_mesh`.
 
     Raises:
-        CoreInferError: heads or neurons that so many devices cannot share equally.
+        CoreInferError: heads or neurons that so many devices cannot share equally; weights that are narrowed to core
+            neurons, or spread already.
     """
-    check_params(params)
+    check_dense(params)
     check_on_device(params, "spread")
+    if params.mesh is not None:
+        raise CoreInferError(
+            f"params are spread over {params.shards} devices already: give those of one device, or load them with mesh="
+        )
     config = spread_config(params.config, mesh)
     times = config.num_kv_heads // params.config.num_kv_heads
     layers = tuple(_with_heads(layer, params.config.num_kv_heads, times) for layer in params.layers)

@@ -284,6 +284,14 @@ def check_params(params: object) -> None:
         raise CoreInferError(f"params: {type(params).__name__}; give Params, the first of what load returns")
 
 
+def check_dense(params: Params) -> None:
+    """Refuse parameters that have been narrowed: their neurons are numbered differently."""
+    check_params(params)
+    F = params.config.mlp_size
+    if any(layer.mlp.up.rows or layer.mlp.width != F or layer.mlp.linear for layer in params.layers):
+        raise CoreInferError("params are narrowed to core neurons already: give the dense params of the model")
+
+
 def named_leaves(params: Params) -> list[tuple[str, Array]]:
     """(name, leaf) pairs of the weights, such as ("layers.0.mlp.up.weight", ...), in a fixed order."""
     leaves, _ = jax.tree.flatten_with_path(params.weights)

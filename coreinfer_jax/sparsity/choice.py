@@ -259,9 +259,8 @@ class Chooser(Narrowing, Choosing):
             reads its own narrowed weights. False chooses one set for all rows together: the narrowed weights are
             read once per step for the whole batch.
         count_bos: whether a beginning-of-sequence token at the start of the prompt counts, as in the paper.
-        shards: into how many equal parts each layer's neurons are cut, of which each keeps its own best K / shards. A
-            model that is spread over n devices has n of them, whatever is said here; on one device more than 1 shows
-            what that costs.
+        shards: into how many equal parts each layer's neurons are cut, of which each keeps its own best K / shards. 1
+            means as many as the model is spread over; on one device more than 1 shows what that costs.
         method: how results name it.
     """
 
@@ -280,8 +279,13 @@ class Chooser(Narrowing, Choosing):
         """How many equal parts of a layer's neurons keep their own.
 
         Raises:
-            CoreInferError: the neurons cannot be cut so.
+            CoreInferError: the neurons cannot be cut so, or are spread over another number of devices.
         """
+        if params.mesh is not None and self.shards not in (1, params.shards):
+            raise CoreInferError(
+                f"shards={self.shards}: the model is spread over {params.shards} devices, each of which keeps its own "
+                "neurons; leave it out"
+            )
         n = self.shards if params.mesh is None else params.shards
         if params.config.mlp_size % n:
             raise CoreInferError(

@@ -14,7 +14,7 @@ from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.backends import width_multiple
 from coreinfer_jax.model.host import check_on_device, shapes_on_host
 from coreinfer_jax.model.shards import along, over_shards, own_part, shard_here, shards_here, specs
-from coreinfer_jax.model.weights import Linear, Mlp, Params, check_params
+from coreinfer_jax.model.weights import Linear, Mlp, Params, check_dense
 from coreinfer_jax.sparsity.calibration import explained_by
 from coreinfer_jax.sparsity.linear import LinearFit, neurons_worth
 from coreinfer_jax.sparsity.neurons import CoreNeurons
@@ -52,14 +52,6 @@ def compact(params: Params, core: CoreNeurons) -> Params:
     core.check(params.config)
     check_linear(params, core.linear)
     return narrow(params, *on_device(params, core), core.linear)
-
-
-def check_dense(params: Params) -> None:
-    """Refuse parameters that have been narrowed: their neurons are numbered differently."""
-    check_params(params)
-    F = params.config.mlp_size
-    if any(layer.mlp.up.rows or layer.mlp.width != F or layer.mlp.linear for layer in params.layers):
-        raise CoreInferError("params are narrowed to core neurons already: give the dense params of the model")
 
 
 def check_linear(params: Params, linear: Linears) -> None:

@@ -19,11 +19,11 @@ from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.shards import constrained
-from coreinfer_jax.model.weights import Layer, Params
+from coreinfer_jax.model.weights import Layer, Params, check_dense
 from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, ToNarrow, by_set, to_gather
 from coreinfer_jax.sparsity.groups import Clusters, Groups
 from coreinfer_jax.sparsity.measures import fused, nearest_group, stability_figure
-from coreinfer_jax.sparsity.narrow import check_dense, compact
+from coreinfer_jax.sparsity.narrow import compact
 from coreinfer_jax.sparsity.rules import MOST_TOKENS, Observer, Sums, Votes
 from coreinfer_jax.sparsity.votes import Tally, Voting, count_each, kept_neurons, most_voted, some_tokens
 

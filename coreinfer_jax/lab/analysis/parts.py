@@ -21,8 +21,7 @@ from coreinfer_jax.lab.clustering.grouping import check_seed
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.host import check_on_device
-from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.narrow import check_dense
+from coreinfer_jax.model.weights import Params, check_dense
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import LEAST_TEXTS, Corpus
 from coreinfer_jax.text.documents import Documents

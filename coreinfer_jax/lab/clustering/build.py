@@ -33,10 +33,9 @@ from coreinfer_jax.lab.clustering.grouping import (
 from coreinfer_jax.lab.clustering.storage import voting_settings, write_clusters
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.host import check_on_device
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.weights import Params, check_dense
 from coreinfer_jax.progress import progress
 from coreinfer_jax.sparsity.groups import Clusters, TextVectors
-from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import Documents
 

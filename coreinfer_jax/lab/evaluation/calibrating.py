@@ -13,9 +13,8 @@ from coreinfer_jax.lab.evaluation.material import Material, from_documents, own_
 from coreinfer_jax.lab.evaluation.sensitivity import layer_gains, linear_up_to
 from coreinfer_jax.lab.evaluation.settings import without_prior
 from coreinfer_jax.model.host import check_on_device
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.weights import Params, check_dense
 from coreinfer_jax.sparsity.calibration import Calibration, explained_by
-from coreinfer_jax.sparsity.narrow import check_dense
 from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.documents import Documents

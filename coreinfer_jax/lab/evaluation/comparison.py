@@ -21,9 +21,9 @@ from coreinfer_jax.lab.evaluation.settings import (
 )
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.host import check_on_device
-from coreinfer_jax.model.weights import Params, weight_bytes_per_step
+from coreinfer_jax.model.weights import Params, check_dense, weight_bytes_per_step
 from coreinfer_jax.sparsity.calibration import explained_by
-from coreinfer_jax.sparsity.narrow import check_dense, narrowed_bytes
+from coreinfer_jax.sparsity.narrow import narrowed_bytes
 from coreinfer_jax.sparsity.rules import Rule
 from coreinfer_jax.sparsity.stability import CoreConfig
 from coreinfer_jax.text import Tokenizer

@@ -12,8 +12,7 @@ from coreinfer_jax.lab.evaluation.comparison import interval
 from coreinfer_jax.lab.evaluation.settings import Foreknown, PerToken, Setting
 from coreinfer_jax.lab.reading import batches
 from coreinfer_jax.model.host import check_on_device
-from coreinfer_jax.model.weights import Params
-from coreinfer_jax.sparsity.narrow import check_dense
+from coreinfer_jax.model.weights import Params, check_dense
 from coreinfer_jax.sparsity.stability import CoreConfig
 
 ROWS = 8
