@@ -24,6 +24,7 @@ from benchmarks import (
     many_devices,
     model_card,
     performance,
+    published,
     quality_page,
     robustness,
     shares,
@@ -60,7 +61,12 @@ def current() -> dict[Path, str]:
         DOCS / "guides" / "several-devices.md": {"shares": shares.table, "many devices": many_devices.table},
         DOCS / "robustness.md": {"robustness": robustness.table},
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
-        DOCS / "chat-model.md": {"chat model rules": chat_model.rules, "chat model answers": chat_model.answers},
+        DOCS / "chat-model.md": {
+            "chat model rules": chat_model.rules,
+            "published wikitext": published.wikitext,
+            "published own text": published.own_text,
+            "chat model answers": chat_model.answers,
+        },
         core_neurons.PAGE: core_neurons.tables(),
         model_card.CARD: {"figures": model_card.figures, "held-out": model_card.held_out},
         performance.PAGE: {
