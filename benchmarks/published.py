@@ -45,7 +45,7 @@ from coreinfer_jax.text.documents import Documents, read_utf8
 
 # The share of the neurons that is left out.
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
-WIKITEXT = Texts(prompt_tokens=(256,), continuation=128, texts=20)
+WIKITEXT = Texts(prompt_tokens=(256,), continuation=128, texts=16)
 # CATS reads the whole gate to find a token's neurons. Here it keeps fewer of them, so that the gate counts.
 COUNTED = "each token its own (CATS), its whole gate counted"
 OURS = chat_model.OURS
@@ -58,7 +58,7 @@ RULES: dict[str, Callable[[float], Setting]] = {
 
 # GLASS's protocol: the share of neurons that is kept, tokens of the full model's own text, how many of these texts are
 # judged by and how many are learnt from, and over how many of the full model's most probable tokens.
-KEEP, NEW, JUDGED, LEARNT, TOP = 0.5, 256, 12, 12, 100
+KEEP, NEW, JUDGED, LEARNT, TOP = 0.5, 256, 10, 6, 100
 ROWS = 8
 LOCAL, GLOBAL, FUSED = "GRIFFIN: the prompt alone", "global: other texts alone", "ranks of both (GLASS)"
 CORES: dict[str, CoreConfig] = {
