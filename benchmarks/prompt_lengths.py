@@ -16,7 +16,7 @@ from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import Corpus
 from coreinfer_jax.text.documents import Documents, read_documents
 
-TEXTS = Texts(prompt_tokens=(32, 128, 512), continuation=64, texts=10)
+TEXTS = Texts(prompt_tokens=(32, 512), continuation=64, texts=8)
 NAMES = ("votes (the paper)", "GRIFFIN", BEFORE, OURS)
 _Result = dict[str, Any]
 

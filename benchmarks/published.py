@@ -43,6 +43,7 @@ from coreinfer_jax.text import Tokenizer
 from coreinfer_jax.text.corpus import Beginnings, Corpus
 from coreinfer_jax.text.documents import Documents, read_utf8
 
+PARTS = WIKITEXT_PART, OWN_PART = ("wikitext", "own-text")
 # The share of the neurons that is left out.
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 WIKITEXT = Texts(prompt_tokens=(256,), continuation=128, texts=16)
@@ -58,7 +59,7 @@ RULES: dict[str, Callable[[float], Setting]] = {
 
 # GLASS's protocol: the share of neurons that is kept, tokens of the full model's own text, how many of these texts are
 # judged by and how many are learnt from, and over how many of the full model's most probable tokens.
-KEEP, NEW, JUDGED, LEARNT, TOP = 0.5, 256, 10, 6, 100
+KEEP, NEW, JUDGED, LEARNT, TOP = 0.5, 256, 8, 4, 100
 ROWS = 8
 LOCAL, GLOBAL, FUSED = "GRIFFIN: the prompt alone", "global: other texts alone", "ranks of both (GLASS)"
 CORES: dict[str, CoreConfig] = {
@@ -83,20 +84,23 @@ PUBLISHED: tuple[tuple[str, str, str, float, tuple[float | None, ...]], ...] = (
 )
 
 
-def measure(data: Path) -> Iterator[_Result]:
-    """One result of WikiText-2, and one of what the full model writes.
+def measure(data: Path, parts: Sequence[str]) -> Iterator[_Result]:
+    """One result of each part.
 
     Raises:
         CoreInferError: texts that are not there, or SmolLM2 is not installed.
     """
-    return of_model(*chat_model.load_model(), data / "text" / "wikitext2_test.txt")
+    return of_model(*chat_model.load_model(), data / "text" / "wikitext2_test.txt", parts)
 
 
-def of_model(params: Params, tokenizer: Tokenizer, wikitext: Path) -> Iterator[_Result]:
-    """Both results of a calibrated model."""
-    articles = read_articles(wikitext)
-    yield environment() | {"kind": "wikitext"} | _on_articles(params, tokenizer, articles)
-    yield environment() | {"kind": "own text"} | _on_own_text(params, tokenizer)
+def of_model(params: Params, tokenizer: Tokenizer, wikitext: Path, parts: Sequence[str]) -> Iterator[_Result]:
+    """The results of a calibrated model."""
+    measured = {
+        WIKITEXT_PART: lambda: _on_articles(params, tokenizer, read_articles(wikitext)),
+        OWN_PART: lambda: _on_own_text(params, tokenizer),
+    }
+    for part in parts:
+        yield environment() | {"kind": part} | measured[part]()
 
 
 def read_articles(path: Path) -> Documents:
@@ -256,7 +260,7 @@ def newest(kind: str) -> _Result:
 
 def wikitext() -> str:
     """Perplexity on WikiText-2 by sparsity, and what papers print for other models."""
-    result = newest("wikitext")
+    result = newest(WIKITEXT_PART)
     found = {(own["name"], own["left_out"]): own for own in result["settings"]}
     dense = result["settings"][0]["dense_perplexity"]["mean"]
     left_out = [f"{share:.0%} left out" for share in SPARSITIES]
@@ -281,7 +285,7 @@ def _ratio(figures: _Result, dense: float) -> str:
 
 def own_text() -> str:
     """GLASS's protocol: perplexity and divergence on the full model's own texts."""
-    result = newest("own text")
+    result = newest(OWN_PART)
     rows = [["chosen by", "perplexity", f"KL of the top {result['top']}", "KL of all tokens", "agreement"]]
     rows.append(["all neurons", _spread(result["dense_perplexity"], 2), "0", "0", "100%"])
     for own in result["settings"]:

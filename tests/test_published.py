@@ -52,7 +52,7 @@ def test_articles_begin_at_titles_and_not_at_headings(wikitext):
 
 
 def test_both_results_are_measured_and_shown(small, quick, wikitext, monkeypatch):
-    results = list(published.of_model(small, Lengths(), wikitext))
+    results = list(published.of_model(small, Lengths(), wikitext, published.PARTS))
     on_articles, own_text = results
     assert [own["name"] for own in on_articles["settings"]] == list(published.RULES)
     read = {own["name"]: own["bytes_per_token"] for own in on_articles["settings"]}
