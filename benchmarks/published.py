@@ -46,7 +46,7 @@ from coreinfer_jax.text.documents import Documents, read_utf8
 PARTS = WIKITEXT_PART, OWN_PART = ("wikitext", "own-text")
 # The share of the neurons that is left out.
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
-WIKITEXT = Texts(prompt_tokens=(256,), continuation=128, texts=16)
+WIKITEXT = Texts(prompt_tokens=(256,), continuation=64, texts=8)
 # CATS reads the whole gate to find a token's neurons. Here it keeps fewer of them, so that the gate counts.
 COUNTED = "each token its own (CATS), its whole gate counted"
 OURS = chat_model.OURS
