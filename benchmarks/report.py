@@ -64,6 +64,7 @@ def current() -> dict[Path, str]:
         DOCS / "chat-model.md": {
             "chat model rules": chat_model.rules,
             "published wikitext": published.wikitext,
+            "published own text": published.own_text,
             "chat model answers": chat_model.answers,
         },
         core_neurons.PAGE: core_neurons.tables(),
