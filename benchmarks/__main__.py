@@ -26,6 +26,7 @@ from benchmarks import (
     many_devices,
     prediction,
     profile,
+    prompt_lengths,
     published,
     quality,
     report,
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "keep-ratio", "perplexity by keep ratio", lambda o: [keep_ratio.measure(o.texts)], _add_texts)
     _add(commands, "quality", "what rules cost", lambda o: quality.measure(o.texts, o.models), _add_quality_options)
     _add(commands, "chat-model", "what fewer neurons cost SmolLM2", lambda o: chat_model.measure(o.data), _add_data)
+    _add(commands, "prompt-lengths", "SmolLM2 by length of prompt", lambda o: prompt_lengths.measure(o.data), _add_data)
     _add(
         commands,
         "published",

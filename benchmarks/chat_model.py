@@ -60,9 +60,8 @@ DRAWN: dict[str, tuple[str, str, str]] = {
     OURS: ("tab:blue", "-", "D"),
     "each token its own (CATS)": ("tab:green", ":", "^"),
 }
-# Prompts of the first length are read of every kind; of the others, of one. Continuations of another text follow the
-# prompts of one kind.
-PROMPT, OTHER_PROMPTS, OF_KIND = 128, (32, 512), "encyclopedia"
+# Continuations of another text follow the prompts of one kind. GRIFFIN's prior is read of another.
+PROMPT, OF_KIND = 128, "encyclopedia"
 NEWS, SWITCHED = "news and dialogue", "news and dialogue, topic switched"
 TEXTS = Texts(continuation=64, texts=10)
 OWN = "own answers"
@@ -79,7 +78,7 @@ def _alike(keep: float, **settings: Any) -> CoreConfig:
 
 
 def measure(data: Path) -> Iterator[_Result]:
-    """One result of answers, then one per kind of text and length of prompt, the usual length first.
+    """One result of answers, then one per kind of text.
 
     Raises:
         CoreInferError: texts that are not there, or SmolLM2 is not installed.
@@ -126,17 +125,16 @@ def _kinds(data: Path) -> dict[str, Documents]:
 
 
 def _excerpts(params: Params, tokenizer: Tokenizer, kinds: Mapping[str, Documents]) -> Iterator[tuple[str, Excerpts]]:
-    def of(kind: str, length: int, switched: bool = False) -> tuple[str, Excerpts]:
-        how = replace(TEXTS, prompt_tokens=(length,), switched=switched)
+    def of(kind: str, switched: bool = False) -> tuple[str, Excerpts]:
+        how = replace(TEXTS, prompt_tokens=(PROMPT,), switched=switched)
         chosen = Corpus(kinds[kind], tokenizer, how.seed).select(how.tokens, how.texts, half=1)
         [excerpts] = excerpts_of(chosen, how)
         return SWITCHED if switched else kind, excerpts
 
     # The same half of the package's prompts that a calibration only judges by.
     yield OWN, judged_answers(params, tokenizer, TEXTS)
-    yield from (of(kind, PROMPT) for kind in kinds)
-    yield of(NEWS, PROMPT, switched=True)
-    yield from (of(OF_KIND, length) for length in OTHER_PROMPTS)
+    yield from (of(kind) for kind in kinds)
+    yield of(NEWS, switched=True)
 
 
 def figures_of(result: _Result) -> _Result:
@@ -189,7 +187,7 @@ def rules() -> str:
         found = _by_name(result)
         rows = [["", *(f"keep {keep:g}" for keep in KEEPS), "perplexity at 0.8"]]
         for name in RULES:
-            cells = [_cell(found[name, keep]) for keep in KEEPS]
+            cells = [cell_of(found[name, keep]) for keep in KEEPS]
             rows.append([name, *cells, f"{found[name, 0.8]['perplexity']['mean']:.1f}"])
         dense = found[OURS, 0.8]["dense_perplexity"]["mean"]
         what = f"Prompts of {result['prompt_tokens']} tokens; perplexity with all neurons {dense:.1f}."
@@ -213,7 +211,8 @@ def _in_cell(text: str) -> str:
     return "".join(f"\\{letter}" if letter in "*_`<>$#[]" else letter for letter in shown)
 
 
-def _cell(figures: _Result) -> str:
+def cell_of(figures: _Result) -> str:
+    """KL divergence with its interval, and agreement."""
     low, high = figures["kl"]["ci95"]
     return f"{figures['kl']['mean']:.2f} ({low:.2f} .. {high:.2f}), {figures['agreement']['mean']:.0%}"
 

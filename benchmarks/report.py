@@ -25,6 +25,7 @@ from benchmarks import (
     many_devices,
     model_card,
     performance,
+    prompt_lengths,
     published,
     quality_page,
     robustness,
@@ -65,6 +66,7 @@ def current() -> dict[Path, str]:
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
         DOCS / "chat-model.md": {
             "chat model rules": chat_model.rules,
+            "prompt lengths": prompt_lengths.table,
             "published wikitext": published.wikitext,
             "published own text": published.own_text,
             "chat model answers": chat_model.answers,

@@ -1,4 +1,4 @@
-"""The comparison with published methods: what it reads, chooses and counts, on a small model."""
+"""The comparisons of SmolLM2 with published methods: what they read, choose and count, on a small model."""
 
 from dataclasses import replace
 
@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from benchmarks import published
+from benchmarks import prompt_lengths, published
 from benchmarks.published import COUNTED, FUSED, GLOBAL, LOCAL, OURS
 from coreinfer_jax.lab.evaluation import Texts
 from coreinfer_jax.lab.evaluation.comparison import bytes_per_token
 from coreinfer_jax.lab.evaluation.measure import collect
 from coreinfer_jax.sparsity.rules import Griffin
 from coreinfer_jax.text.corpus import Beginnings
+from coreinfer_jax.text.documents import Documents
 from tests.support import LLAMA, random_model
 from tests.test_calibration import Lengths
 from tests.test_linear import explained
@@ -116,3 +117,17 @@ def test_texts_that_end_too_early_are_refused(quick):
     ends_at_once = random_model(replace(LLAMA, eos_ids=tuple(range(LLAMA.vocab_size))))
     with pytest.raises(ci.CoreInferError, match="0 of the model's own texts have more than 6 tokens"):
         published._written(ends_at_once, [[5, 7]] * published.ROWS, 2)
+
+
+def test_every_length_of_prompt_is_followed_by_the_same_text(small, monkeypatch):
+    monkeypatch.setattr(prompt_lengths, "TEXTS", Texts(prompt_tokens=(4, 9), continuation=8, texts=3))
+    monkeypatch.setattr(prompt_lengths, "KEEPS", (0.5,))
+    results = list(
+        prompt_lengths.of_model(small, Lengths(), Documents("words", "", tuple(ARTICLES.split("Title")[1:])))
+    )
+    assert [result["prompt_tokens"] for result in results] == [4, 9]
+    for name, short, long in zip(prompt_lengths.NAMES, *(result["settings"] for result in results), strict=True):
+        assert (short["name"], long["name"]) == (name, name)
+        assert short["kl"]["mean"] != long["kl"]["mean"]
+    monkeypatch.setattr(prompt_lengths, "read_results", lambda name: results)
+    assert [line.split(" | ")[0] for line in prompt_lengths.table().splitlines()[2:4]] == ["| 4, 50%", "| 9, 50%"]
