@@ -46,6 +46,8 @@ def of_model(params: Params, tokenizer: Tokenizer, documents: Documents) -> Iter
 def table() -> str:
     """KL divergence with its interval, and agreement, by length and keep ratio."""
     results = {result["prompt_tokens"]: result for result in read_results("prompt-lengths")}
+    if not results:
+        return "No results yet."
     rows = [["prompt tokens, neurons kept", *NAMES]]
     for length, result in sorted(results.items()):
         found = {(own["name"], own["keep"]): own for own in result["settings"]}
