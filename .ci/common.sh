@@ -4,6 +4,7 @@ export PYTHONWARNINGS=  # the suite sets its own
 unset PYTHONDONTWRITEBYTECODE # commands by the hundred would compile every module anew
 export HF_HUB_OFFLINE=1 # nothing is fetched but packages
 work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 # Test processes and commands compile many equal programs; those of another JAX or other flags are kept apart.
 export JAX_COMPILATION_CACHE_DIR=$work/programs
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1

@@ -65,6 +65,8 @@ PROMPT, OF_KIND = 128, "encyclopedia"
 NEWS, SWITCHED = "news and dialogue", "news and dialogue, topic switched"
 TEXTS = Texts(continuation=64, texts=10)
 OWN = "own answers"
+# What is no kind of text: answers that are shown.
+ANSWERS = "answers"
 # What GRIFFIN's prior is summed up over: tokens of a text, and of all.
 PRIOR_LENGTH, PRIOR_TOKENS = 384, 8192
 # What it is asked, and how many of its answers' tokens are shown.
@@ -91,7 +93,7 @@ def measure(data: Path) -> Iterator[_Result]:
     prior = {**collect(params, known, [without_prior(Griffin())]), **prior_of(calibration)}
     settings = {(name, keep): rule(keep) for name, rule in RULES.items() for keep in KEEPS}
     settings |= {(OURS, keep): RULES[OURS](keep) for keep in OTHER_KEEPS}
-    yield environment() | {"kind": "answers", "answers": _answers(params, tokenizer)}
+    yield environment() | {"kind": ANSWERS, "answers": _answers(params, tokenizer)}
     for kind, excerpts in _excerpts(params, tokenizer, kinds):
         made = environment()
         found = compare_on(params, excerpts, list(settings.values()), TEXTS.seed, prior)
@@ -159,9 +161,9 @@ def _answers(params: Params, tokenizer: Tokenizer) -> list[_Result]:
     return answers
 
 
-def newest() -> dict[tuple[str, int], _Result]:
-    """The newest result of each kind and length of prompt; that of answers has none, 0."""
-    return {(own["kind"], own.get("prompt_tokens", 0)): own for own in read_results("chat-model")}
+def newest() -> dict[str, _Result]:
+    """The newest result of each kind of text, and of `ANSWERS`."""
+    return {own["kind"]: own for own in read_results("chat-model")}
 
 
 def summary() -> str:
@@ -181,8 +183,8 @@ def summary() -> str:
 def rules() -> str:
     """Every rule on every kind of text: KL divergence with its interval, and agreement."""
     parts = []
-    for (kind, _), result in newest().items():
-        if kind == "answers":
+    for kind, result in newest().items():
+        if kind == ANSWERS:
             continue
         found = _by_name(result)
         rows = [["", *(f"keep {keep:g}" for keep in KEEPS), "perplexity at 0.8"]]
@@ -197,7 +199,7 @@ def rules() -> str:
 
 def answers() -> str:
     """Questions and what is answered with all neurons and with fewer."""
-    result = newest()["answers", 0]
+    result = newest()[ANSWERS]
     names = ["all", *(f"{keep:g}" for keep in ANSWER_KEEPS)]
     rows = [["question", "all neurons", *(f"keep {name}" for name in names[1:])]]
     for own in result["answers"]:
@@ -218,8 +220,8 @@ def cell_of(figures: _Result) -> str:
 
 
 def _of_kinds() -> list[_Result]:
-    """The newest result of each kind: with prompts of the usual length, or of those that it has."""
-    return [own for (kind, length), own in newest().items() if kind != SWITCHED and (length == PROMPT or kind == OWN)]
+    """The newest result of each kind of text that its own continuation follows."""
+    return [own for kind, own in newest().items() if kind not in (SWITCHED, ANSWERS)]
 
 
 def _by_name(result: _Result) -> dict[tuple[str, float], _Result]:

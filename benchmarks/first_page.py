@@ -45,7 +45,7 @@ def _speed(runs: dict[str, list[Result]]) -> str:
 
 def quality() -> str:
     """What SmolLM2 loses on its own answers and on other texts, by the share of neurons kept and the way to choose."""
-    found = {kind: result for (kind, _), result in chat_model.newest().items() if kind in KINDS}
+    found = {kind: chat_model.newest()[kind] for kind in KINDS}
     rows = [["SmolLM2-135M, texts", "neurons kept", *WAYS.values()]]
     for kind in KINDS:
         of = {(own["name"], own["keep"]): own for own in found[kind]["settings"]}

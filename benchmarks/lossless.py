@@ -200,6 +200,7 @@ def _draw_result(axes: "Axes", place: int, result: _Result) -> None:
 
 def _title(result: _Result) -> str:
     name = result["model"].rpartition("/")[2].rpartition(":")[2]
+    name = "SmolLM2" if "smollm2" in name else name
     return f"{name}{', MLPs on the host' if result['on_host'] else ''}"
 
 

@@ -173,7 +173,7 @@ def _written(params: Params, prompts: Sequence[list[int]], count: int) -> list[_
         CoreInferError: fewer than two.
     """
     long: list[_Text] = []
-    for first in range(0, len(prompts) - ROWS + 1, ROWS):
+    for first in range(0, len(prompts), ROWS):
         chosen = prompts[first : first + ROWS]
         out = ci.generate(params, chosen, None, max_new_tokens=NEW + 1, eos_ids=params.config.eos_ids)
         rows = zip(chosen, out.tokens, out.lengths, strict=True)

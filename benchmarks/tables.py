@@ -18,8 +18,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def made_on(*results: Mapping[str, Any]) -> str:
-    """Hardware, versions (of all results), revision and date."""
+    """Hardware of the first result; versions, revisions and dates of all."""
     versions = {name: number for result in results for name, number in result["versions"].items()}
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
-    first = results[0]
-    return f"{first['hardware']}; {listed}; revision {first['git_revision']}, {first['date']}."
+    made = ", ".join(dict.fromkeys(f"{result['git_revision']} of {result['date']}" for result in results))
+    return f"{results[0]['hardware']}; {listed}; revision {made}."

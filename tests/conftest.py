@@ -10,6 +10,7 @@ from tempfile import mkdtemp
 import jax
 import pytest
 
+from coreinfer_jax.engine import lossless
 from tests.stand_ins import write_data, write_shallow
 
 # Silent promotion hides mistakes in model code; warnings are errors through pyproject.toml.
@@ -33,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 # Most of the time of a test run would go into optimising small programs. Without, the suite takes half of it, and half
 # of that with the older emitter, which the newer JAX does not have: an unknown flag ends the process. Set XLA_FLAGS, to
-# nothing for XLA's own choice, to test what is optimised: .ci/run does so where numbers depend on it.
+# nothing for XLA's own choice, to test what is optimised: .ci/long does so where numbers depend on it, .ci/run in part.
 HAS_OLDER_EMITTER = jax.__version_info__ < (0, 11)
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 OLDER_EMITTER = " --xla_cpu_use_fusion_emitters=false" if HAS_OLDER_EMITTER else ""
@@ -77,6 +78,12 @@ def few_maps() -> Iterator[None]:
     maps = Path("/proc/self/maps")
     if maps.is_file() and maps.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture
+def drafts_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every lossless pass verifies a draft of one step of core neurons, where there are any, whatever that costs."""
+    monkeypatch.setattr(lossless, "BEST", 2)
 
 
 @pytest.fixture(scope="session")

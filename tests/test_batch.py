@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -375,6 +376,26 @@ def test_lines_without_memory_are_bad_ones(batch: Run, work: Path, monkeypatch: 
     assert made[3]["error"].startswith("3 rows of 256 positions: ")
     assert ["text" in made[number] for number in (1, 4)] == [True, True]
     assert all(f"[line {number}: {made[number]['error']}]" in told for number in (2, 3))
+
+
+def test_a_prompt_that_has_no_place_beside_others_waits_for_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that penalise are of another kind: where there is no memory for both, one comes after the other."""
+    params = random_model(OPT)
+    prompts = [Prompt(i, [5, 6, 7 + i], {"repetition_penalty": 1.5} if i % 2 else {}) for i in range(4)]
+    alive: list[weakref.ref[object]] = []
+    begin_lane = batching._Lane.__init__
+
+    def begun(lane: object, *arguments: object) -> None:
+        if any(one() is not None for one in alive):
+            raise ci.CoreInferError("no memory")
+        alive.append(weakref.ref(lane))
+        begin_lane(lane, *arguments)
+
+    monkeypatch.setattr(batching._Lane, "__init__", begun)
+    made = {one.prompt.index: one.tokens.tolist() for one in generate_many(params, prompts, None, max_new_tokens=6)}
+    for prompt in prompts:
+        assert made[prompt.index] == alone(params, prompt.tokens, None, max_new_tokens=6, **prompt.options)
+    assert len(alive) > 1
 
 
 def test_other_work_is_not_mixed_in(batch: Run, work: Path, shallow: dict[str, Path]) -> None:

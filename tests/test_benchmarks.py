@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -556,9 +557,21 @@ def test_settings_with_and_without_linear_neurons_read_as_much():
     found = linear_cost.compared(params, [3, 4, 5, 6], 0.5, rounds=2)
     read = found["bytes_per_token"]
     assert read["with"] == pytest.approx(read["without"], rel=0.05)
-    for phase in found["phases"].values():
-        assert phase["times"]["min"] <= phase["times"]["median"] <= phase["times"]["max"]
-        assert phase["with"]["min"] > 0
+    assert set(found["phases"]) == set(linear_cost.PHASES)
+
+
+def test_what_linear_neurons_take_is_compared_round_by_round(monkeypatch):
+    taken = iter([1.0, 1.0, 2.0, 3.0, 4.0, 8.0])  # the first pair compiles
+
+    def generated(*arguments, **options):
+        took = next(taken)
+        stats = {"selection_seconds": took, "compaction_seconds": took, "decode_seconds": 2 * took, "decode_steps": 2}
+        return SimpleNamespace(stats=SimpleNamespace(**stats, bytes_read_per_token=1.0))
+
+    monkeypatch.setattr(ci, "generate", generated)
+    found = linear_cost.compared(random_model(MODELS["llama"]), [3], 0.5, rounds=2)["phases"]["step"]
+    assert (found["without"]["max"], found["with"]["max"]) == (4000, 8000)
+    assert (found["times"]["min"], found["times"]["max"]) == (1.5, 2.0)
 
 
 def test_the_table_of_linear_neurons_has_each_keep_ratio(monkeypatch):

@@ -377,6 +377,7 @@ def test_other_bytes_are_refused(text: object) -> None:
         parse_bytes("device_memory", text)
 
 
+@pytest.mark.usefixtures("drafts_always")
 def test_the_command_plans_before_it_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(write_shallow("opt", tmp_path))
     core = ["--beta", "0.4", "--max-new-tokens", "8"]
@@ -401,7 +402,9 @@ def test_the_command_plans_before_it_loads(tmp_path: Path, capsys: pytest.Captur
     assert main([*once[:4], "--max-new-tokens", "8", "--method", "dense"]) == 0
     full = capsys.readouterr().out
     assert main([*once, "--device-memory", "64MiB", "--lossless"]) == 0
-    assert capsys.readouterr().out == full
+    drafted = capsys.readouterr()
+    assert drafted.out == full
+    assert re.search(r"lossless: [1-9]\d* of", drafted.err)
 
 
 def test_a_planned_command_says_what_it_says_once(

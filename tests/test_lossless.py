@@ -48,12 +48,6 @@ def dense(name: str, new: int, **options: object) -> ci.Generation:
     return ci.generate(random_model(MODELS[name]), PROMPTS, None, max_new_tokens=new, **options)
 
 
-@pytest.fixture
-def drafts_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every pass verifies a draft of one step of core neurons, where there are any, whatever that costs."""
-    monkeypatch.setattr(lossless, "BEST", 2)
-
-
 @pytest.mark.usefixtures("drafts_always")
 @pytest.mark.parametrize(("name", "core"), first_quick(MODELS, [FEW]))
 def test_greedy_batches_are_the_full_models(name: str, core: ci.CoreConfig) -> None:
@@ -68,12 +62,14 @@ def test_greedy_batches_are_the_full_models(name: str, core: ci.CoreConfig) -> N
         assert all(0 <= a <= r for a, r in zip(drafting.accepted[name], drafting.reached[name], strict=True))
 
 
+@pytest.mark.usefixtures("drafts_always")
 def test_a_single_row_drafts_more_and_penalties_count_within_a_draft() -> None:
     params = random_model(LLAMA)
     for options in ({}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}):
         out = ci.generate(params, PROMPTS[:1], None, max_new_tokens=40, lossless=True, **options)
         expected = ci.generate(params, PROMPTS[:1], None, max_new_tokens=40, **options)
         np.testing.assert_array_equal(out.tokens, expected.tokens)
+        assert out.stats.drafting.verifications > 10
     assert draft_size(params.token_embedding, 1) == SIZE
 
 

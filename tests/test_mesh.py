@@ -171,10 +171,13 @@ def test_linear_neurons_are_shared_out_too(name: str) -> None:
     ],
     ids=["lossless", "lossless drawn", "drawn"],
 )
+@pytest.mark.usefixtures("drafts_always")
 def test_all_ways_to_draw(options: dict[str, object]) -> None:
     one = ci.generate(wide("llama"), ROWS, ci.CoreConfig(shards=4), max_new_tokens=20, **options)
     many = ci.generate(over("llama", 4), ROWS, ci.CoreConfig(), max_new_tokens=20, **options)
     check_same(one, many)
+    if "lossless" in options:
+        assert many.stats.drafting.verifications > 5
 
 
 def test_streams_conversations_and_scores() -> None:

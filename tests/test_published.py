@@ -122,12 +122,20 @@ def test_texts_that_end_too_early_are_refused(quick):
 def test_every_length_of_prompt_is_followed_by_the_same_text(small, monkeypatch):
     monkeypatch.setattr(prompt_lengths, "TEXTS", Texts(prompt_tokens=(4, 9), continuation=8, texts=3))
     monkeypatch.setattr(prompt_lengths, "KEEPS", (0.5,))
+    read, compare_on = [], prompt_lengths.compare_on
+
+    def compared(params, excerpts, *others):
+        read.append(excerpts.rows)
+        return compare_on(params, excerpts, *others)
+
+    monkeypatch.setattr(prompt_lengths, "compare_on", compared)
     results = list(
         prompt_lengths.of_model(small, Lengths(), Documents("words", "", tuple(ARTICLES.split("Title")[1:])))
     )
     assert [result["prompt_tokens"] for result in results] == [4, 9]
     for name, short, long in zip(prompt_lengths.NAMES, *(result["settings"] for result in results), strict=True):
         assert (short["name"], long["name"]) == (name, name)
-        assert short["kl"]["mean"] != long["kl"]["mean"]
+    short_rows, long_rows = read
+    np.testing.assert_array_equal(short_rows[:, -8:], long_rows[:, -8:])
     monkeypatch.setattr(prompt_lengths, "read_results", lambda name: results)
     assert [line.split(" | ")[0] for line in prompt_lengths.table().splitlines()[2:4]] == ["| 4, 50%", "| 9, 50%"]

@@ -22,6 +22,7 @@ from coreinfer_jax.io.loading import model_path, open_model, stored_fingerprint
 from coreinfer_jax.lab.evaluation.calibrating import BOUND, TEXTS, Bound, Calibrated, calibrate
 from coreinfer_jax.lab.evaluation.comparison import Texts
 from coreinfer_jax.lab.evaluation.speed import milliseconds_per_token
+from coreinfer_jax.model.spread import spread_calibration
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choosers import Core, settings_of
 from coreinfer_jax.text import Tokenizer
@@ -125,7 +126,8 @@ def _speed(params: Params, tokenizer: Tokenizer, found: Calibrated) -> dict[str,
     prompt = tokenizer.encode(TIMED_PROMPT)[: params.config.max_positions // 2]
     new_tokens = min(TIMED_TOKENS, params.config.max_positions - len(prompt))
     ways: dict[str, Core] = {"all": None, "core": found.calibration.core}
-    taken = milliseconds_per_token(replace(params, calibration=found.calibration), prompt, ways, new_tokens, ROUNDS)
+    known = found.calibration if params.mesh is None else spread_calibration(found.calibration, params.mesh)
+    taken = milliseconds_per_token(replace(params, calibration=known), prompt, ways, new_tokens, ROUNDS)
     medians = {way: float(np.median(times)) for way, times in taken.items()}
     kind = jax.devices()[0].device_kind
     device = kind if params.mesh is None else f"{params.shards} x {kind}"

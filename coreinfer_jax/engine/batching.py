@@ -1,7 +1,7 @@
 """Many prompts through few rows: a finished row's place is taken by the next prompt."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Unpack
 
@@ -119,8 +119,8 @@ def generate_many(
         An iterator over what becomes of each prompt, in the order in which they finish.
 
     Raises:
-        CoreInferError: at the call what `generate` refuses; of a prompt, too, and of rows that do not fit the device,
-            unless `refused` takes it.
+        CoreInferError: at the call what `generate` refuses; later what it refuses of a prompt, and rows that do not
+            fit the device, unless `refused` takes the error.
     """
     check_whole("rows", rows, 1)
     check_dense(params)
@@ -343,10 +343,8 @@ def _of_capacity(
     """
     lanes: dict[_Kind, _Lane] = {}
     while (asked := waiting.take(capacity)) is not None:
-        try:
-            work = _placed(asked, lanes, rows, until)
-        except CoreInferError as error:
-            refused(asked.prompt, error)
+        work = yield from _placed(asked, lanes, rows, until, refused)
+        if work is None:
             continue
         if work.is_over:
             yield work.finished()
@@ -355,12 +353,35 @@ def _of_capacity(
         while waiting.has(capacity) and not all(lane.has_room for lane in lanes.values()):
             for lane in lanes.values():
                 yield from lane.advance(STEPS, waited_for=True)
+    yield from _ended(lanes)
+
+
+def _ended(lanes: dict[_Kind, _Lane]) -> Iterator[Finished]:
+    """All that is at work, to its end."""
     while any(lane.is_busy for lane in lanes.values()):
         for lane in lanes.values():
             yield from lane.advance(DISPATCH, waited_for=False)
 
 
-def _placed(asked: _Asked, lanes: dict[_Kind, _Lane], rows: int, until: Until | None) -> _Work:
+def _placed(
+    asked: _Asked, lanes: dict[_Kind, _Lane], rows: int, until: Until | None, refused: Refused
+) -> Generator[Finished, None, _Work | None]:
+    """A prompt at work, or None where it was refused.
+
+    Whether it is does not depend on the others: where it has no place beside them, they end first and make room.
+    """
+    try:
+        return _put(asked, lanes, rows, until)
+    except CoreInferError as error:
+        if not lanes:
+            refused(asked.prompt, error)
+            return None
+    yield from _ended(lanes)
+    lanes.clear()
+    return (yield from _placed(asked, lanes, rows, until, refused))
+
+
+def _put(asked: _Asked, lanes: dict[_Kind, _Lane], rows: int, until: Until | None) -> _Work:
     """A prompt with its first token and, if there are to be more, in a row of the state of its kind."""
     work = _Work(asked, begin(asked.request), until)
     work.add(np.array(work.begun.rows.token).tolist())

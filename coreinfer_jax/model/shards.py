@@ -115,7 +115,7 @@ def over_shards(
 
 
 def on_shards(results: Callable[..., Any]) -> Callable[[Callable[Given, Made]], Callable[Given, Made]]:
-    """Of a function of `params` and further arrays, the same on each device's own parts of them, as `over_shards`.
+    """Make a function of `params` and further arrays run on each device's own parts of them, as `over_shards` does.
 
     Args:
         results: specs of what it returns, from its arrays. What is given by name is no array.
