@@ -1,5 +1,6 @@
 """Tokenizers against the libraries they come from: ids, which files are read, what goes wrong with them."""
 
+import io
 import json
 import logging
 import shutil
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import coreinfer_jax as ci
-from coreinfer_jax.text import TOKENIZER_FILES, load_tokenizer, with_transformers
+from coreinfer_jax.text import TOKENIZER_FILES, load_tokenizer, sentencepiece_cost, with_transformers
 
 # How sentencepiece writes a space: it decodes to one.
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -423,6 +424,26 @@ def test_a_sentencepiece_model_with_a_piece_that_is_no_text(llama2, tmp_path):
     assert whole.count(piece + b"\x15") == 1  # the piece, its score next
     (tmp_path / "tokenizer.model").write_bytes(whole.replace(piece + b"\x15", b"\xff" + piece[1:] + b"\x15"))
     refused(tmp_path, "tokenizer.model")
+
+
+def test_a_sentencepiece_model_that_makes_texts_much_longer(llama2, tmp_path):
+    """Its table of replacements holds a long one; NFKC's own longest, 33 bytes, is no reason."""
+    trained = io.BytesIO()
+    words = [f"{letter}{letter} ab" for letter in "abcdefgh"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_writer=trained, vocab_size=14, minloglevel=2
+    )
+    whole = trained.getvalue()
+    (tmp_path / "tokenizer.model").write_bytes(whole)
+    load_tokenizer(tmp_path)
+    table = (4).to_bytes(4, "little") + bytes(4) + b"short\0" + b"x" * 300 + b"\0"
+    settings = b"\x12" + bytes([len(table) & 127 | 128, len(table) >> 7]) + table
+    (tmp_path / "tokenizer.model").write_bytes(whole + b"\x1a" + bytes([len(settings) & 127 | 128, 2]) + settings)
+    refused(tmp_path, "tokenizer.model")
+    with pytest.raises(ci.CoreInferError, match="replaces characters by up to 300 bytes, more than 256"):
+        load_tokenizer(tmp_path)
+    assert max(map(len, sentencepiece_cost._replacements(whole))) == 33
+    assert max(map(len, sentencepiece_cost._replacements((llama2 / "tokenizer.model").read_bytes()))) == 0
 
 
 def test_a_reason_that_quotes_the_file_is_cut_short(tinystories, tmp_path):

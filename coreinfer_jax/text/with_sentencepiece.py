@@ -8,6 +8,7 @@ from typing import Any
 
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.files import MOST_VOCABULARY, read_bytes
+from coreinfer_jax.text.sentencepiece_cost import check_expansion
 from coreinfer_jax.text.tokenizer_files import (
     AddedToken,
     check_text,
@@ -142,6 +143,7 @@ def read_model(file: Path, override: bytes = b"") -> Any:
     try:
         if not content:
             raise ValueError("the file is empty")  # sentencepiece would make a processor that is not initialised
+        check_expansion(content)
         processor = sentencepiece.SentencePieceProcessor(model_proto=content + override)
         # Some mistakes show only in use; pieces that are not UTF-8 in the first look at them.
         processor.decode(processor.encode("a"))
