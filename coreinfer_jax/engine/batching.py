@@ -370,10 +370,11 @@ def _placed(
 
     Whether it is does not depend on the others: where it has no place beside them, they end first and make room.
     """
+    is_alone = not lanes
     try:
         return _put(asked, lanes, rows, until)
     except CoreInferError as error:
-        if not lanes:
+        if is_alone:
             refused(asked.prompt, error)
             return None
     yield from _ended(lanes)
