@@ -279,8 +279,7 @@ def wikitext() -> str:
 
 
 def _ratio(figures: _Result, dense: float) -> str:
-    low, high = figures["ci95"]
-    return f"{figures['mean']:.1f} ({low:.1f} .. {high:.1f}), x {figures['mean'] / dense:.2f}"
+    return f"{_spread(figures, 1)}, x {figures['mean'] / dense:.2f}"
 
 
 def own_text() -> str:
