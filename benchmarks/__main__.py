@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import (
     batch,
     chat_model,
+    chat_questions,
     compiled,
     continuations,
     decode,
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "keep-ratio", "perplexity by keep ratio", lambda o: [keep_ratio.measure(o.texts)], _add_texts)
     _add(commands, "quality", "what rules cost", lambda o: quality.measure(o.texts, o.models), _add_quality_options)
     _add(commands, "chat-model", "what fewer neurons cost SmolLM2", lambda o: chat_model.measure(o.data), _add_data)
+    _add(commands, "chat-questions", "SmolLM2 on its own answers to questions", lambda _: chat_questions.measure())
     _add(commands, "prompt-lengths", "SmolLM2 by length of prompt", lambda o: prompt_lengths.measure(o.data), _add_data)
     _add(
         commands,

@@ -11,6 +11,7 @@ from benchmarks import (
     batch,
     charts,
     chat_model,
+    chat_questions,
     compiled,
     core_neurons,
     first_answer,
@@ -66,6 +67,7 @@ def current() -> dict[Path, str]:
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),
         DOCS / "chat-model.md": {
             "chat model rules": chat_model.rules,
+            "chat questions": chat_questions.table,
             "prompt lengths": prompt_lengths.table,
             "published wikitext": published.wikitext,
             "published own text": published.own_text,
