@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from benchmarks import prompt_lengths, published
+from benchmarks import chat_questions, prompt_lengths, published
 from benchmarks.published import COUNTED, FUSED, GLOBAL, LOCAL, OURS
 from coreinfer_jax.lab.evaluation import Texts
 from coreinfer_jax.lab.evaluation.comparison import bytes_per_token
+from coreinfer_jax.lab.evaluation.material import prompt_halves
 from coreinfer_jax.lab.evaluation.measure import collect
 from coreinfer_jax.sparsity.rules import Griffin
 from coreinfer_jax.text.corpus import Beginnings
@@ -139,3 +140,19 @@ def test_every_length_of_prompt_is_followed_by_the_same_text(small, monkeypatch)
     np.testing.assert_array_equal(short_rows[:, -8:], long_rows[:, -8:])
     monkeypatch.setattr(prompt_lengths, "read_results", lambda name: results)
     assert [line.split(" | ")[0] for line in prompt_lengths.table().splitlines()[2:4]] == ["| 4, 50%", "| 9, 50%"]
+
+
+def test_questions_that_nothing_is_learnt_from_are_answered_greedily(small, monkeypatch):
+    monkeypatch.setattr(chat_questions, "TEXTS", Texts(texts=5, continuation=6))
+    monkeypatch.setattr(chat_questions, "KEEPS", (0.5,))
+    tokenizer = Lengths(has_chat_template=True)
+    found = chat_questions.answered(small, tokenizer)
+    learnt, judged = prompt_halves(small, tokenizer, chat_questions.TEXTS)
+    for row, prompt in zip(found.rows.tolist(), found.context.tolist(), strict=True):
+        assert row[:prompt] in judged and row[:prompt] not in learnt
+        alone = ci.generate(small, [row[:prompt]], None, max_new_tokens=7)
+        assert row[prompt : prompt + 7] == alone.tokens[0].tolist()
+    result = chat_questions.of_model(small, tokenizer)
+    monkeypatch.setattr(chat_questions, "read_results", lambda name: [result])
+    assert [line.split(" | ")[0] for line in chat_questions.table().splitlines()[2:3]] == ["| 50%"]
+    assert [own["name"] for own in result["settings"]] == list(chat_questions.NAMES)
