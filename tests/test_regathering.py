@@ -1,5 +1,6 @@
 """Core neurons that follow a text in lossless decoding: what is seen of it, when they are gathered, what it costs."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,13 +17,15 @@ from coreinfer_jax.engine.drafting import CORE, LOOKUP, Trust
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.lossless import Seconds
 from coreinfer_jax.engine.regathering import EVERY, Regathering, no_passes
-from coreinfer_jax.engine.verification import spare_time
+from coreinfer_jax.engine.verification import Drafted, spare_time
 from tests.support import LLAMA, MODELS, check_same_core, random_model, with_mlps_on_host
 from tests.test_compilation import traced
 from tests.test_generate import empty_cache, run_all
+from tests.test_linear import explained
 from tests.test_lossless import DRAWN, FEW, PROMPTS, no_drafts
+from tests.test_mesh import ROWS, over, wide
 
-NEW = 100
+NEW = 88
 SHARED_VOTES = replace(ci.CoreConfig.paper(), beta=0.3, per_row=False)
 # What no look and no gather takes long beside.
 SLOW = Seconds(single=1000.0, verify=1000.0, step=1.0)
@@ -127,7 +130,7 @@ def test_a_text_that_may_drift_as_far_as_it_likes_keeps_its_prompts_neurons(monk
     ("name", "core", "options"),
     [
         ("llama", FEW, {}),
-        ("llama", SHARED_VOTES, {}),
+        pytest.param("llama", SHARED_VOTES, {}, marks=pytest.mark.slow),
         pytest.param("opt", FEW, DRAWN, marks=pytest.mark.slow),
     ],
     ids=["llama", "llama-shared-votes", "opt-drawn"],
@@ -146,7 +149,7 @@ def test_a_text_that_drifted_has_the_neurons_chosen_of_all_of_it(
         expected = np.asarray(layer.mlp.up.weight)[own]
         np.testing.assert_array_equal(kept.mlp.up.weight[..., : own.shape[-1], :], expected)
     assert drafting.regathering_milliseconds > 0
-    assert f"core neurons gathered anew {['once', '2 times'][drafting.regathered - 1]}" in facts(out.stats, NEW)
+    assert re.search(r"; core neurons gathered anew (once|2 times), drift \d+% at", facts(out.stats, NEW))
 
 
 def test_gathering_anew_traces_nothing() -> None:
@@ -159,6 +162,30 @@ def test_gathering_anew_traces_nothing() -> None:
     assert messages == []
 
 
+@pytest.mark.slow
+def test_devices_follow_a_text_together() -> None:
+    asked: dict[str, Any] = {"max_new_tokens": NEW, "lossless": True, "regather_at": 0.0}
+    one = ci.generate(wide("llama"), ROWS, ci.CoreConfig(beta=0.3, shards=4), **asked)
+    many = ci.generate(over("llama", 4), ROWS, ci.CoreConfig(beta=0.3), **asked)
+    np.testing.assert_array_equal(one.tokens, many.tokens)
+    check_same_core(one.core, many.core)
+    assert one.stats.drafting.regathered == many.stats.drafting.regathered > 0
+    assert one.stats.drafting.drift == many.stats.drafting.drift
+
+
+@pytest.mark.slow
+def test_a_calibrated_text_has_the_neurons_chosen_of_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are of what linear neurons leave, which ask for what MLPs read."""
+    params, core = explained(random_model(LLAMA)), ci.CoreConfig(beta=0.3, allocation="equal")
+    with followed(monkeypatch) as made:
+        out = ci.generate(params, PROMPTS, core, max_new_tokens=NEW, lossless=True, regather_at=0.0)
+    known, _ = made["gathered"][-1]
+    assert any(out.core.linear)
+    texts = [prompt + row.tolist() for prompt, row in zip(PROMPTS, out.tokens, strict=True)]
+    check_same_core(out.core, ci.generate(params, beginnings(texts, known.summed), core, max_new_tokens=1).core)
+
+
+@pytest.mark.slow
 def test_a_conversation_goes_on_from_a_turn_that_followed_its_text() -> None:
     params, tokens, past = random_model(LLAMA), PROMPTS[0], None
     for new in (70, 5):
@@ -198,18 +225,21 @@ def test_what_following_takes_is_in_the_account() -> None:
     ],
 )
 def test_core_neurons_follow_where_they_are_asked_to_and_can(core: object, options: Any, expected: bool) -> None:
-    request = make_request(random_model(LLAMA), PROMPTS, core, {"lossless": True} | options)
-    assert request.regathers == expected
+    asked = {"lossless": True, "max_new_tokens": NEW} | options
+    assert make_request(random_model(LLAMA), PROMPTS, core, asked).regathers == expected
 
 
 def test_nothing_is_watched_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = []
-    decode = lossless.decode_drafted
-    monkeypatch.setattr(
-        lossless, "decode_drafted", lambda *given, **named: states.append(given[2]) or decode(*given, **named)
-    )
+    states, decode = [], lossless.decode_drafted
+
+    def spied(params: ci.Params, narrow: ci.Params, state: Drafted, *rest: Any, size: int) -> Any:
+        states.append(state)
+        return decode(params, narrow, state, *rest, size=size)
+
+    monkeypatch.setattr(lossless, "decode_drafted", spied)
     out = ci.generate(random_model(LLAMA), PROMPTS, FEW, max_new_tokens=NEW, lossless=True)
-    assert [state.watched for state in states] == [None] * len(states) != []
+    assert states
+    assert all(state.watched is None for state in states)
     assert (out.stats.drafting.regathered, out.stats.drafting.drift) == (0, None)
 
 

@@ -134,7 +134,7 @@ def generate_many(
 
 def _check_options(options: GenerateOptions) -> None:
     given: Any = options
-    if used := [name for name in _ELSEWHERE if given.get(name)]:
+    if used := [name for name in _ELSEWHERE if given.get(name) is not None and given[name] is not False]:
         raise CoreInferError(
             f"{used[0]}={given[used[0]]}: rows that come and go have none; leave it out, or use generate"
         )

@@ -135,25 +135,25 @@ def _followed(run: _Run, seconds: Seconds, costs: Array) -> _Run:
         return run
     assert run.state.watched is not None, "where core neurons follow"
     single = float(agreed(jnp.asarray(seconds.single, jnp.float32), run.params.mesh))
+
+    def has_room(run: _Run, seconds: float | None) -> bool:
+        return _has_room(run, costs, UNMEASURED if seconds is None else seconds / single)
+
+    if not has_room(run, known.sum_seconds):
+        return _charged(run, known.skipped(rows), single)
     known = known.summed_up(run.state.watched, rows)
     run = _charged(run, known, single)
-    left = np.where(np.array(rows.done), 0, np.array(rows.sampling.budget) - np.array(rows.length)).max()
-    if left < EVERY or not _has_room(run, costs, _passes(known.look_seconds, single)):
+    if not has_room(run, known.look_seconds):
         return run
     known, chosen = known.looked()
     run = _charged(run, known, single)
-    if not known.has_drifted or not _has_room(run, costs, _passes(known.gather_seconds, single)):
+    if not known.has_drifted or not has_room(run, known.gather_seconds):
         return run
     known, narrow = known.gathered(chosen)
     # Other neurons draft otherwise than those before.
     state = replace(run.state, trust=run.state.trust.forgotten(CORE))
     decode = partial(decode_drafted, run.params, narrow, size=run.size)
     return _charged(replace(run, narrow=narrow, decode=decode, state=state), known, single)
-
-
-def _passes(seconds: float | None, single: float) -> float:
-    """What takes so long, in passes over one token that take `single` seconds."""
-    return UNMEASURED if seconds is None else seconds / single
 
 
 def _charged(run: _Run, known: Regathering, single: float) -> _Run:

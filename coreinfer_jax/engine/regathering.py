@@ -36,10 +36,11 @@ class Regathering:
         request: by which they are chosen.
         sums: of each observed layer, over the prompts and the tokens since.
         first: int32 [B], how many tokens of each row the sums held at first.
-        summed: int32 [B], how many they hold.
+        summed: int32 [B], up to which position all tokens are in them, but for those that there was no time to sum up.
         chosen: the neurons in use.
         drift: the share of them that the last look would have replaced; None before the first.
         times: how often they were gathered anew.
+        sum_seconds: what summing up took the last time, None before the first.
         look_seconds: what the last look took, None before the first.
         gather_seconds: what the last gather took, None before the first.
         seconds: what summing up, looking and gathering took in all.
@@ -52,13 +53,15 @@ class Regathering:
     chosen: Chosen
     drift: float | None = None
     times: int = 0
+    sum_seconds: float | None = None
     look_seconds: float | None = None
     gather_seconds: float | None = None
     seconds: float = 0.0
 
     def is_due(self, rows: Rows) -> bool:
-        """Whether some row has so many new tokens that it may have drifted."""
-        return bool((np.array(rows.position) - self.summed).max() >= EVERY)
+        """Whether some row has so many new tokens that it may have drifted, and some as many to make."""
+        left = np.where(np.array(rows.done), 0, np.array(rows.sampling.budget) - np.array(rows.length))
+        return min((np.array(rows.position) - self.summed).max(), left.max()) >= EVERY  # type: ignore[no-any-return]
 
     @property
     def has_drifted(self) -> bool:
@@ -73,13 +76,18 @@ class Regathering:
         observer = self.request.chooser.observer(counted, params)
         assert observer is not None, "something is observed"
         # The first turn may have compiled.
-        turns = 2 if (self.summed == self.first).all() else 1
+        turns = 2 if self.sum_seconds is None else 1
         taken, sums = [], self.sums
         for _ in range(turns):
             began = perf_counter()
             sums = jax.block_until_ready(with_watched(params.weights, observer, watched, self.sums))
             taken.append(self._since(began))
-        return replace(self, sums=sums, summed=position, seconds=self.seconds + turns * min(taken))
+        seconds = self.seconds + turns * min(taken)
+        return replace(self, sums=sums, summed=position, sum_seconds=min(taken), seconds=seconds)
+
+    def skipped(self, rows: Rows) -> "Regathering":
+        """Without the tokens of `rows` that are not summed up yet: their places are needed."""
+        return replace(self, summed=np.array(rows.position))
 
     def looked(self) -> tuple["Regathering", Chosen]:
         """What is chosen of the sums, and how far it is from the neurons in use."""
