@@ -61,7 +61,7 @@ class Regathering:
     def is_due(self, rows: Rows) -> bool:
         """Whether some row has so many new tokens that it may have drifted, and some as many to make."""
         left = np.where(np.array(rows.done), 0, np.array(rows.sampling.budget) - np.array(rows.length))
-        return min((np.array(rows.position) - self.summed).max(), left.max()) >= EVERY  # type: ignore[no-any-return]
+        return min((np.array(rows.position) - self.summed).max(), left.max()) >= EVERY
 
     @property
     def has_drifted(self) -> bool:
