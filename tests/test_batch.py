@@ -217,6 +217,7 @@ def test_what_cannot_be_run_is_refused() -> None:
         "groups": lambda: generate_many(params, PROMPTS, ci.Similarity()),
         "without mlps_on_host": lambda: generate_many(with_mlps_on_host(params), PROMPTS),
         "lossless=True: ": lambda: next(generate_many(params, PROMPTS, lossless=True)),
+        "regather_at=0.0: ": lambda: next(generate_many(params, PROMPTS, regather_at=0.0)),
         "max_new_tokens=200 exceed": lambda: next(generate_many(params, PROMPTS, max_new_tokens=200)),
         "index=-1": lambda: Prompt(-1, [3]),
         "index=4294967296: give at most": lambda: Prompt(2**32, [3]),

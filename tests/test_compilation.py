@@ -14,6 +14,7 @@ import coreinfer_jax as ci
 from coreinfer_jax.engine.drafting import BEST
 from coreinfer_jax.engine.options import GREEDY
 from coreinfer_jax.engine.programs import decode, no_sums, prefill
+from coreinfer_jax.engine.regathering import no_passes
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.sampling import make_sampling
 from coreinfer_jax.engine.verification import decode_drafted, nothing_drafted
@@ -21,7 +22,7 @@ from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import leaf_bytes
 from coreinfer_jax.sparsity.rules import RULES
-from tests.support import LLAMA, MODELS, half_slow, random_model
+from tests.support import LLAMA, MODELS, first_quick, half_slow, random_model
 
 RNG = np.random.default_rng(0)
 
@@ -153,15 +154,16 @@ def test_decode_loop_temporaries_stay_below_one_layer(kind: str, dtype: str) -> 
     assert 0 < memory.temp_size_in_bytes < layer
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_verifying_drafts_copies_neither_weights_nor_cache(dtype: str) -> None:
-    """Not for what is read in turns, the full weights and the narrowed ones."""
+@pytest.mark.parametrize(("watches", "dtype"), first_quick([True, False], ["float32", "bfloat16"]))
+def test_verifying_drafts_copies_neither_weights_nor_cache(watches: bool, dtype: str) -> None:
+    """Not for what is read in turns, the full weights and the narrowed ones; nor what is kept of activations."""
     config = replace(WIDE, num_layers=2)
     params = random_model(config, dtype=dtype)
     layer = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params.layers[0]))
     narrow = ci.compact(params, ci.CoreNeurons([range(600)] * 2))
     rows = replace(prefilled(params, capacity=8192), history=jnp.zeros((1, 8192), jnp.int32))
-    state, costs = nothing_drafted(rows, 3), jnp.ones(2)
+    watched = no_passes(params, np.zeros(1, np.int32), places=1024, layers=(0, 1)) if watches else None
+    state, costs = nothing_drafted(rows, 3, watched), jnp.ones(2)
     lowered = decode_drafted.lower(params, narrow, state, np.int32(8), costs, np.int32(BEST), size=3)
     assert 0 < lowered.compile().memory_analysis().temp_size_in_bytes < layer
 

@@ -218,6 +218,17 @@ def add_lossless(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_regathering(parser: argparse.ArgumentParser) -> None:
+    """Whether core neurons that draft follow the text."""
+    parser.add_argument(
+        "--regather-at",
+        type=float,
+        metavar="SHARE",
+        help="with --lossless: choose core neurons anew from the text so far, where so many would be replaced "
+        "(default: those of the prompt stay)",
+    )
+
+
 def device_memory(options: argparse.Namespace) -> int | None:
     """The bytes of `--device-memory`, beyond which JAX then takes none of a GPU; before anything else asks for one."""
     if options.device_memory is None:

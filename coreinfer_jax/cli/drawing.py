@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from coreinfer_jax.cli import processes
-from coreinfer_jax.cli.arguments import add_lossless, check_text
+from coreinfer_jax.cli.arguments import add_lossless, add_regathering, check_text
 from coreinfer_jax.engine.options import GenerateOptions, drawing_of
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io.generation_config import Recommended, read_recommended
@@ -20,7 +20,7 @@ def add_sampling(
     parser: argparse.ArgumentParser, temperature: float, new_tokens: int, offers_lossless: bool = True
 ) -> None:
     """How tokens are drawn, and when to stop; `temperature` is for models that recommend none."""
-    parser.set_defaults(usual_temperature=temperature, lossless=False)
+    parser.set_defaults(usual_temperature=temperature, lossless=False, regather_at=None)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default {new_tokens}, if there is room")
     usual = "default: as the model's generation_config.json recommends"
     parser.add_argument(
@@ -43,6 +43,7 @@ def add_sampling(
     parser.add_argument("--seed", type=int, help="for temperatures above 0 (default 0)")
     if offers_lossless:
         add_lossless(parser)
+        add_regathering(parser)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
 
 
@@ -78,6 +79,7 @@ def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokeni
         "eos_ids": (*config.eos_ids, *stops, *ends),
         "key": options.seed or 0,
         "lossless": options.lossless,
+        "regather_at": options.regather_at,
     }
     # All names in `drawn` are options; a type checker cannot know that of a dict.
     asked = GenerateOptions(**drawn)  # type: ignore[typeddict-item]

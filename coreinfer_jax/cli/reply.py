@@ -63,5 +63,16 @@ def _drafts(drafting: Drafting) -> str:
     passes = drafting.verifications + drafting.single_passes
     return (
         f"; lossless: {drafting.verifications} of {passes} passes verified drafts, "
-        f"{drafting.accepted_per_draft:.2f} tokens of each accepted"
+        f"{drafting.accepted_per_draft:.2f} tokens of each accepted{_regathered(drafting)}"
+    )
+
+
+def _regathered(drafting: Drafting) -> str:
+    """How core neurons followed the text; nothing where they stayed, or were not looked at."""
+    if drafting.drift is None:
+        return ""
+    times = "once" if drafting.regathered == 1 else f"{drafting.regathered} times"
+    return (
+        f"; core neurons gathered anew {times}, drift {drafting.drift:.0%} at the last look, "
+        f"{drafting.regathering_milliseconds:.0f} ms in all"
     )

@@ -31,7 +31,7 @@ WINDOW = 512
 # Decode steps between two looks at which rows have finished, where prompts wait for their places.
 STEPS = 8
 # What a step of many rows has no use for.
-_ELSEWHERE = ("lossless", "device_memory", "device_rows")
+_ELSEWHERE = ("lossless", "regather_at", "device_memory", "device_rows")
 # What a key can be folded with.
 _MOST_INDEX = 2**32 - 1
 
@@ -112,8 +112,8 @@ def generate_many(
         refused: called with a prompt that cannot be answered, such as one that there is no memory for, and with the
             error; the others go on. By default the error is raised.
         **options: see `GenerateOptions`; those of a `Prompt` come before these. A prompt draws as alone with the key
-            `jax.random.fold_in(key, index)`, whatever is run beside it. `lossless`, `device_memory` and `device_rows`
-            are refused.
+            `jax.random.fold_in(key, index)`, whatever is run beside it. `lossless`, `regather_at`, `device_memory`
+            and `device_rows` are refused.
 
     Returns:
         An iterator over what becomes of each prompt, in the order in which they finish.
@@ -134,7 +134,7 @@ def generate_many(
 
 def _check_options(options: GenerateOptions) -> None:
     given: Any = options
-    if used := [name for name in _ELSEWHERE if given.get(name)]:
+    if used := [name for name in _ELSEWHERE if given.get(name) is not None and given[name] is not False]:
         raise CoreInferError(
             f"{used[0]}={given[used[0]]}: rows that come and go have none; leave it out, or use generate"
         )

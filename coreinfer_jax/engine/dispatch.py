@@ -15,6 +15,7 @@ from coreinfer_jax.engine.streamed import decode_streamed
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.host import is_on_host, mlp_bytes
 from coreinfer_jax.model.weights import Params, leaf_bytes, weight_bytes_per_step
+from coreinfer_jax.sparsity.choice import Chosen
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Dispatch:
         bytes_read_per_token: of weights and KV cache, over all passes so far.
         drafting: what has come of drafts so far, None where there are none.
         moved_bytes: of MLPs that stay on the host, what was moved to the device so far.
+        chosen: core neurons that follow the text, those in use; None where the prompt's stay.
     """
 
     rows: Rows
@@ -38,6 +40,7 @@ class Dispatch:
     bytes_read_per_token: float
     drafting: Drafting | None = None
     moved_bytes: int = 0
+    chosen: Chosen | None = None
 
 
 def undrafted(weights: Params, rows: Rows, steps_per_dispatch: int) -> Iterator[Dispatch]:

@@ -50,6 +50,10 @@ class Trust:
         """The probability that a drafted token is accepted, float32 [B, 2]."""
         return (self.accepted + PRIOR_TOKENS * PRIOR_SHARE) / (self.reached + PRIOR_TOKENS)
 
+    def forgotten(self, drafter: int) -> "Trust":
+        """The same but for one drafter, of which nothing is known."""
+        return Trust(self.reached.at[:, drafter].set(0.0), self.accepted.at[:, drafter].set(0.0))
+
 
 def no_experience(rows: int) -> Trust:
     """The trust in drafters that `rows` (B) rows begin with."""

@@ -7,7 +7,7 @@ from typing import Unpack
 
 import numpy as np
 
-from coreinfer_jax.checks import check_flag, parse_bytes
+from coreinfer_jax.checks import check_flag, check_share, parse_bytes
 from coreinfer_jax.engine.budget import check_plan, plan_request
 from coreinfer_jax.engine.loop import STREAM_CHUNK, run
 from coreinfer_jax.engine.options import GenerateOptions, drawing_of
@@ -98,14 +98,31 @@ def make_request(
     check_dense(params)
     drawing, lossless = drawing_of(options, params.config), options.get("lossless", False)
     check_flag("lossless", lossless)
+    regather_at = options.get("regather_at")
+    if regather_at is not None:
+        _check_regathering(regather_at, lossless, params)
     prompts = pad_prompts(tokens, params.config)
     new = options.get("max_new_tokens", MAX_NEW_TOKENS)
     check_length(int(prompts.lengths.max()), new, params.config)
     chooser = chooser_for(params, core)
     there = options.get("device_rows")
-    request = checked_request(params, prompts, chooser, options.get("groups"), drawing, int(new), past, there, lossless)
+    request = checked_request(
+        params, prompts, chooser, options.get("groups"), drawing, int(new), past, there, lossless, regather_at
+    )
     budget = options.get("device_memory")
     return request if budget is None else _planned(request, parse_bytes("device_memory", budget), tells)
+
+
+def _check_regathering(regather_at: float, lossless: bool, params: Params) -> None:
+    """Refuse a drift that is no share, or where core neurons cannot follow the text."""
+    check_share("regather_at", regather_at)
+    if not lossless:
+        raise CoreInferError(f"regather_at={regather_at}: is of lossless generation; add lossless, or leave it out")
+    if is_on_host(params):
+        raise CoreInferError(
+            f"regather_at={regather_at}: of a model whose MLPs stay on the host the prompt's core neurons draft; "
+            "leave it out"
+        )
 
 
 def _planned(request: Request, budget: int, tells: bool) -> Request:

@@ -18,6 +18,7 @@ from coreinfer_jax.checks import check_finite
 from coreinfer_jax.engine.dispatch import bytes_read_per_token, undrafted
 from coreinfer_jax.engine.lossless import drafted
 from coreinfer_jax.engine.programs import no_sums, prefill
+from coreinfer_jax.engine.regathering import regathering
 from coreinfer_jax.engine.request import Past, Request
 from coreinfer_jax.engine.results import Chunk, Stats
 from coreinfer_jax.engine.rows import Rows
@@ -74,7 +75,8 @@ def run(request: Request, tokens_per_dispatch: int) -> Iterator[tuple[Chunk, Pas
     if request.lossless:
         # The full model does not draft for itself.
         narrow = None if core is None or all(own is None for own in core.layers) else weights
-        dispatches = drafted(request.params, narrow, there.whole, rows, tokens_per_dispatch)
+        following = regathering(request, past.sums, begun.chosen)
+        dispatches = drafted(request.params, narrow, there.whole, rows, tokens_per_dispatch, following)
     else:
         dispatches = undrafted(weights, rows, tokens_per_dispatch)
     began = perf_counter()
@@ -88,6 +90,8 @@ def run(request: Request, tokens_per_dispatch: int) -> Iterator[tuple[Chunk, Pas
             moved_bytes=moved + made.moved_bytes,
             drafting=made.drafting,
         )
+        if made.chosen is not None:
+            core, stats = made.chosen.core, replace(stats, choices=made.chosen.choices)
         past = replace(past, cache=made.rows.cache)
         yield Chunk(made.tokens, made.lengths, core=core, stats=stats, device_rows=past.device_rows), past
         if not np.array(made.rows.done).all():

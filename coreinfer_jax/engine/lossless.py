@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.engine.dispatch import Dispatch, bytes_read_per_token
-from coreinfer_jax.engine.drafting import BEST, DRAFTERS, SINGLE, could_pay
+from coreinfer_jax.engine.drafting import BEST, CORE, DRAFTERS, SINGLE, could_pay
+from coreinfer_jax.engine.regathering import EVERY, Regathering, nothing_watched
 from coreinfer_jax.engine.results import Drafting
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.streamed_verification import decode_drafted_streamed
@@ -62,6 +63,7 @@ class _Run:
         size: tokens that are drafted at most (n).
         state: of the rows.
         tokens: of each row, since the state was last shown.
+        regathering: how core neurons follow the rows' texts; None where they stay.
     """
 
     params: Params
@@ -71,6 +73,7 @@ class _Run:
     size: int
     state: Drafted
     tokens: tuple[tuple[int, ...], ...]
+    regathering: Regathering | None = None
 
     @property
     def is_over(self) -> bool:
@@ -84,7 +87,12 @@ class _Run:
 
 
 def drafted(
-    params: Params, narrow: Params | None, there: Mapping[int, Mlp], rows: Rows, tokens_per_dispatch: int
+    params: Params,
+    narrow: Params | None,
+    there: Mapping[int, Mlp],
+    rows: Rows,
+    tokens_per_dispatch: int,
+    regathering: Regathering | None = None,
 ) -> Iterator[Dispatch]:
     """Dispatches of about so many tokens of the full model per row, until every row is done.
 
@@ -95,22 +103,65 @@ def drafted(
         narrow: the same narrowed to core neurons, or None to draft by prompt lookup alone.
         there: where MLPs stay on the host, those that are on the device all the same, by the layers' numbers.
         rows: that hold their history.
-        tokens_per_dispatch: of the row that makes most; up to a draft's tokens more.
+        tokens_per_dispatch: of the row that makes most; up to a draft's tokens more. Fewer between two looks at core
+            neurons that follow the text.
+        regathering: how these follow it; None where they stay.
     """
     streams, full = is_on_host(params), params.weights
     size = draft_size(params.token_embedding, rows.token.shape[0], streams)
     moved = sum(mlp_bytes(layer.mlp) for l, layer in enumerate(params.layers) if l not in there) if streams else 0
     decode = partial(decode_drafted_streamed, full, narrow, there) if streams else partial(decode_drafted, full, narrow)
     nothing = ((),) * rows.token.shape[0]
-    run = _Run(full, narrow, moved, partial(decode, size=size), size, nothing_drafted(rows, size), nothing)
+    watched = None if regathering is None else nothing_watched(regathering, size)
+    state = nothing_drafted(rows, size, watched)
+    run = _Run(full, narrow, moved, partial(decode, size=size), size, state, nothing, regathering)
     run, seconds = _measured(run)
+    if seconds.step is None:
+        run = replace(run, regathering=None)  # core neurons do not draft
+    most = tokens_per_dispatch if run.regathering is None else min(tokens_per_dispatch, EVERY)
     costs, made = agreed(seconds.costs, params.mesh), 0
     while True:
         made += sum(map(len, run.tokens))
         yield _dispatch(run, seconds, made)
         if run.is_over:
             return
-        run = replace(run, tokens=nothing).on(tokens_per_dispatch, costs, BEST)
+        run = _followed(replace(run, tokens=nothing), seconds, costs).on(most, costs, BEST)
+
+
+def _followed(run: _Run, seconds: Seconds, costs: Array) -> _Run:
+    """The run with core neurons that follow its texts, where it is time to look at these."""
+    known, rows = run.regathering, run.state.rows
+    if known is None or not known.is_due(rows):
+        return run
+    assert run.state.watched is not None, "where core neurons follow"
+    single = float(agreed(jnp.asarray(seconds.single, jnp.float32), run.params.mesh))
+
+    def has_room(run: _Run, seconds: float | None) -> bool:
+        return _has_room(run, costs, UNMEASURED if seconds is None else seconds / single)
+
+    if not has_room(run, known.sum_seconds):
+        return _charged(run, known.skipped(rows), single)
+    known = known.summed_up(run.state.watched, rows)
+    run = _charged(run, known, single)
+    if not has_room(run, known.look_seconds):
+        return run
+    known, chosen = known.looked()
+    run = _charged(run, known, single)
+    if not known.has_drifted or not has_room(run, known.gather_seconds):
+        return run
+    known, narrow = known.gathered(chosen)
+    # Other neurons draft otherwise than those before.
+    state = replace(run.state, trust=run.state.trust.forgotten(CORE))
+    decode = partial(decode_drafted, run.params, narrow, size=run.size)
+    return _charged(replace(run, narrow=narrow, decode=decode, state=state), known, single)
+
+
+def _charged(run: _Run, known: Regathering, single: float) -> _Run:
+    """The run after what its regathering did, and that in its account."""
+    assert run.state.watched is not None, "where core neurons follow"
+    taken, start = jnp.float32(known.seconds / single), jnp.array(known.summed)
+    state = replace(run.state, watched=replace(run.state.watched, start=start, taken=taken))
+    return replace(run, state=state, regathering=known)
 
 
 def _measured(run: _Run) -> tuple[_Run, Seconds]:
@@ -184,8 +235,16 @@ def _dispatch(run: _Run, seconds: Seconds, made: int) -> Dispatch:
     if run.narrow is not None:
         read += int(state.core_steps) * bytes_read_per_token(run.narrow, state.rows.cache)
     lengths = np.array([len(new) for new in run.tokens], np.int32)
-    drafting = _drafting(run, seconds, made)
-    return Dispatch(state.rows, tokens, lengths, passes, read * rows / max(made, 1), drafting, run.moved * passes)
+    return Dispatch(
+        rows=state.rows,
+        tokens=tokens,
+        lengths=lengths,
+        steps=passes,
+        bytes_read_per_token=read * rows / max(made, 1),
+        drafting=_drafting(run, seconds, made),
+        moved_bytes=run.moved * passes,
+        chosen=None if run.regathering is None else run.regathering.chosen,
+    )
 
 
 def _drafting(run: _Run, seconds: Seconds, made: int) -> Drafting:
@@ -194,6 +253,7 @@ def _drafting(run: _Run, seconds: Seconds, made: int) -> Drafting:
     reached, accepted = {}, {}
     for name, said, kept in by_place:
         reached[name], accepted[name] = tuple(said), tuple(kept)
+    known = run.regathering
     return Drafting(
         tokens=made,
         single_passes=int(state.single),
@@ -204,6 +264,9 @@ def _drafting(run: _Run, seconds: Seconds, made: int) -> Drafting:
         single_milliseconds=_milliseconds(seconds.single),
         verify_milliseconds=_milliseconds(seconds.verify),
         core_step_milliseconds=_milliseconds(seconds.step),
+        regathered=0 if known is None else known.times,
+        drift=None if known is None else known.drift,
+        regathering_milliseconds=0.0 if known is None else 1000 * known.seconds,
     )
 
 

@@ -46,6 +46,10 @@ class GenerateOptions(TypedDict, total=False):
         device_rows: of params with MLPs on the host, what an earlier `Generation` left on the device; it is used up.
         lossless: make the full model's own tokens, greedy or drawn: core neurons, and what followed the same words
             earlier in the text, only draft, and the full model keeps what it agrees with; False.
+        regather_at: lossless, let core neurons follow the text: choose them anew now and then, from the prompt and all
+            that was made since, and gather them anew where more than this share of those in use would be replaced, in
+            [0, 1]. Neurons that the caller gave stay, and so do those of `Auto` and of votes with the budget `mean`,
+            which ask for all tokens at once. None keeps the prompt's, the default.
     """
 
     groups: Groups | None
@@ -61,6 +65,7 @@ class GenerateOptions(TypedDict, total=False):
     device_memory: int | str | None
     device_rows: DeviceRows | None
     lossless: bool
+    regather_at: float | None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from coreinfer_jax.engine.programs import prefill_bytes
 from coreinfer_jax.engine.prompts import Prompts, without_first
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes
+from coreinfer_jax.model.host import is_on_host
 from coreinfer_jax.model.shards import bytes_in_a_memory
 from coreinfer_jax.model.weights import Layer, Params
 from coreinfer_jax.sparsity.choice import Choosing, Ranked, Seen, ToNarrow
@@ -75,6 +76,7 @@ class Request:
         counted: bool [B, T], which tokens of the prompts the chooser observes.
         device_rows: what earlier calls left of MLPs that stay on the host.
         lossless: whether core neurons only draft, and the full model decides.
+        regather_at: lossless, the drift beyond which core neurons are gathered anew; None where they stay.
     """
 
     params: Params
@@ -88,6 +90,7 @@ class Request:
     counted: np.ndarray
     device_rows: DeviceRows = NOTHING
     lossless: bool = False
+    regather_at: float | None = None
 
     @property
     def rows(self) -> int:
@@ -122,6 +125,16 @@ class Request:
     def observed(self) -> tuple[int, ...]:
         """The layers that it observes."""
         return self.chooser.observed_layers(self.params.config, self.groups)
+
+    @property
+    def regathers(self) -> bool:
+        """Whether its core neurons follow its text.
+
+        What observes nothing has no reason to choose anew, and what does not add up has not seen enough. Of MLPs that
+        stay on the host, the weights that neurons are ranked by are not at hand.
+        """
+        asked = self.lossless and self.regather_at is not None and not is_on_host(self.params)
+        return asked and bool(self.observed) and self.chooser.adds_up
 
     @cached_property
     def to_narrow(self) -> ToNarrow:
@@ -167,8 +180,9 @@ class Request:
         kept, sets = self.gathered
         multiple = multiple_of(self.params)
         widths = [padded_width(neurons, config.mlp_size, multiple) for neurons in kept]
-        narrowed = (narrowed_bytes(self.params, (l,), width, sets) for l, width in enumerate(widths))
-        return self._new_cache_bytes + sum(narrowed)
+        narrowed = sum(narrowed_bytes(self.params, (l,), width, sets) for l, width in enumerate(widths))
+        # While weights are gathered anew, those before are there.
+        return self._new_cache_bytes + (2 if self.regathers else 1) * narrowed
 
     @property
     def needed_bytes(self) -> int:
@@ -187,6 +201,7 @@ def checked_request(
     past: Past | None = None,
     device_rows: DeviceRows | None = None,
     lossless: bool = False,
+    regather_at: float | None = None,
 ) -> Request:
     """The request of these parts, where the chooser can choose for it and there is memory for it.
 
@@ -200,7 +215,9 @@ def checked_request(
     counted = chooser.counted(prompts.tokens, prompts.lengths, past.read if past else 0, params.config)
     there = device_rows or (NOTHING if past is None else past.device_rows)
     check_rows(there, params)
-    request = Request(params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted, there, lossless)
+    request = Request(
+        params, prompts, text, chooser, groups, drawing, max_new_tokens, past, counted, there, lossless, regather_at
+    )
     narrows = any(request.gathered[0])
     check_memory(
         bytes_in_a_memory(request.needed_bytes, params.mesh),

@@ -30,6 +30,10 @@ class Drafting:
         single_milliseconds: of one such pass, measured in the first few tokens; None where there were too few.
         verify_milliseconds: of one pass that verifies; None where there was no time to lose for measuring it.
         core_step_milliseconds: of one pass of the narrowed weights; None too where none could pay.
+        regathered: how often core neurons were gathered anew, as the text had drifted from those in use.
+        drift: the share of those in use that the last look at the text would have replaced, a mean over layers and
+            rows; None before the first look, and where they stay.
+        regathering_milliseconds: of all summing up, choosing and gathering for that, a part of `decode_seconds`.
     """
 
     tokens: int
@@ -41,6 +45,9 @@ class Drafting:
     single_milliseconds: float | None
     verify_milliseconds: float | None
     core_step_milliseconds: float | None
+    regathered: int = 0
+    drift: float | None = None
+    regathering_milliseconds: float = 0.0
 
     @property
     def accepted_per_draft(self) -> float:
@@ -98,7 +105,7 @@ class Chunk:
     Attributes:
         tokens: int32 [B, n]; behind its own, a row holds the fill id.
         lengths: int32 [B], how many of the n belong to each row. Lossless, rows make tokens at different speeds.
-        core: the core neurons in use, None when dense.
+        core: the core neurons in use, None when dense. Lossless, they may follow the text.
         stats: costs up to and including this chunk.
         device_rows: of MLPs that stay on the host, what is on the device; the next chunk's, or a later call that is
             given them, may use them up.
@@ -119,7 +126,7 @@ class Generation:
         tokens: int32 [B, max_new_tokens], new tokens only; after a row's length it holds `fill_id`.
         lengths: int32 [B], new tokens per row, an EOS counted.
         fill_id: the model's padding id, or 0 when it has none.
-        core: the core neurons used, None when dense.
+        core: the core neurons used, None when dense. Lossless, they may follow the text: those used last.
         stats: costs.
         device_rows: what it left on the device of MLPs that stay on the host, for the `device_rows` of a later call:
             that moves only what it lacks. Their memory is theirs as long as they are.

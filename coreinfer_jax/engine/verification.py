@@ -6,6 +6,7 @@ also when they are drawn (drafter-invariant speculative decoding: Daliri et al. 
 sampling (Leviathan et al. 2023) would keep the distribution alone, and its tokens would depend on the drafts.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -32,14 +33,55 @@ from coreinfer_jax.engine.penalties import penalised
 from coreinfer_jax.engine.programs import DISPATCH
 from coreinfer_jax.engine.rows import Rows, with_token
 from coreinfer_jax.engine.sampling import draw
-from coreinfer_jax.model import extend, observe_nothing, unembed
-from coreinfer_jax.model.backends import DECODE_OPTIONS
+from coreinfer_jax.model import MlpPass, extend, observe_nothing, unembed
+from coreinfer_jax.model.backends import DECODE_OPTIONS, write
 from coreinfer_jax.model.cache import KVCache
-from coreinfer_jax.model.shards import WHOLE, on_shards, specs
-from coreinfer_jax.model.weights import Params
+from coreinfer_jax.model.shards import WHOLE, along, on_shards, specs
+from coreinfer_jax.model.weights import Layer, Params
 
 # What may be lost, at most, of the time that the full model alone takes.
 LOSS = 0.03
+
+
+@struct.dataclass
+class Watched:
+    """What the full model's MLPs made of each row's latest tokens, with room for W of them, and what this has cost.
+
+    As in a cache, what rejected drafts leave behind a row's text is overwritten by its next tokens. All layers are in
+    one array: a pass then writes twice, and not twice per layer.
+
+    Attributes:
+        inputs: [B, L, W, D], what the MLPs of the observed layers (L) read.
+        activations: [B, L, W, F], what their neurons made of it.
+        start: int32 [B], the position of the first of these tokens.
+        taken: float32 [], what core neurons that follow the text took so far, in passes over one token.
+        layers: the observed ones.
+    """
+
+    inputs: Array
+    activations: Array
+    start: Array
+    taken: Array
+    layers: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def specs(self) -> "Watched":
+        """Neurons are spread over devices."""
+        return replace(self, inputs=WHOLE, activations=along(3, 4), start=WHOLE, taken=WHOLE)
+
+    def observe(self, l: int, layer: Layer, seen: MlpPass) -> MlpPass | None:
+        """The `observe` of `extend`, for `with_pass`."""
+        return seen if l in self.layers else None
+
+    def with_pass(self, passes: Sequence[MlpPass | None], position: Array) -> "Watched":
+        """`passes` of all layers over tokens [B, T] put in, those from `position` int32 [B] on."""
+        own = [seen for seen in passes if seen is not None]
+        inputs, activations = ([getattr(seen, name) for seen in own] for name in ("inputs", "activations"))
+        places = (position - self.start)[:, None] + jnp.arange(inputs[0].shape[1])[None, :]
+        return replace(
+            self,
+            inputs=write(self.inputs, jnp.stack(inputs, axis=2), places),
+            activations=write(self.activations, jnp.stack(activations, axis=2), places),
+        )
 
 
 @struct.dataclass
@@ -54,6 +96,7 @@ class Drafted:
         core_steps: int32 [], steps of narrowed weights.
         reached: int32 [2, n], by drafter and place: drafted tokens before which all were accepted.
         accepted: int32 [2, n], those of them that were accepted too.
+        watched: what core neurons are chosen anew from; None where they stay.
     """
 
     rows: Rows
@@ -63,14 +106,16 @@ class Drafted:
     core_steps: Array
     reached: Array
     accepted: Array
+    watched: Watched | None = None
 
 
-def nothing_drafted(rows: Rows, size: int) -> Drafted:
+def nothing_drafted(rows: Rows, size: int, watched: Watched | None = None) -> Drafted:
     """`rows` before any draft of `size` (n) tokens."""
     by_place = np.zeros((len(DRAFTERS), size), np.int32)
     # Arrays of their own: the state is donated.
-    counts = [jnp.asarray(count) for count in (0, 0, 0, by_place, by_place)]
-    return Drafted(rows, no_experience(rows.token.shape[0]), *counts)
+    single, verified, core_steps, reached, accepted = map(jnp.asarray, (0, 0, 0, by_place, by_place))
+    trust = no_experience(rows.token.shape[0])
+    return Drafted(rows, trust, single, verified, core_steps, reached, accepted, watched)
 
 
 # The state is donated: each dispatch extends the cache in place.
@@ -155,8 +200,9 @@ def spare_time(state: Drafted, costs: Array) -> Array:
     """What may still be lost, in passes over one token, float32 []; infinite where all rows are complete.
 
     So much may be lost altogether: the share `LOSS` of what the full model alone takes for the tokens so far and up to
-    64 more, no more than each row's budget. Lost is what all passes took, less a pass for each token of the row that
-    has made fewest: the full model alone would have taken these, and will take as many for the rest.
+    64 more, no more than each row's budget. Lost is what all passes took, and choosing and gathering anew, less a pass
+    for each token of the row that has made fewest: the full model alone would have taken these, and will take as many
+    for the rest.
 
     Args:
         state: of the rows.
@@ -166,6 +212,8 @@ def spare_time(state: Drafted, costs: Array) -> Array:
     in_sight = jnp.where(rows.done, rows.length, jnp.minimum(rows.sampling.budget, rows.length + DISPATCH))
     passes = jnp.stack([state.single, state.verified, state.core_steps]).astype(jnp.float32)
     taken = passes[0] + passes[1] * costs[0] + passes[2] * costs[1]
+    if state.watched is not None:
+        taken += state.watched.taken
     needed = jnp.where(rows.done, jnp.inf, (rows.length - 1).astype(jnp.float32)).min()
     return LOSS * (in_sight.max() - 1).astype(jnp.float32) - (taken - needed)
 
@@ -191,9 +239,12 @@ def read_drafts(params: Params, loop: Progress, plan: Plan, drafts: Array, valid
 
     Its keys and values replace those that narrowed weights wrote for the drafts.
     """
-    rows = loop.state.rows
+    rows, watched = loop.state.rows, loop.state.watched
     tokens = jnp.concatenate([rows.token[:, None], drafts], axis=1)
-    hidden, cache, _ = extend(params, tokens, rows.cache, rows.position, observe_nothing)
+    observe = observe_nothing if watched is None else watched.observe
+    hidden, cache, seen = extend(params, tokens, rows.cache, rows.position, observe)
+    if watched is not None:
+        loop = replace(loop, state=replace(loop.state, watched=watched.with_pass(seen, rows.position)))
     return keep_agreed(params, loop, plan, tokens, valid, cache, hidden)
 
 

@@ -85,6 +85,15 @@ class CoreNeurons:
         """Neurons kept per layer, `mlp_size` (F) where a layer stays dense."""
         return tuple(mlp_size if indices is None else int(indices.shape[-1]) for indices in self.layers)
 
+    def replaced_by(self, other: "CoreNeurons") -> float:
+        """The share of these neurons that `other`, as many of each layer, does not have: a mean over layers and rows.
+
+        0 where no layer is narrowed.
+        """
+        both = zip(self.layers, other.layers, strict=True)
+        pairs = [(own, new) for own, new in both if own is not None and new is not None]
+        return float(np.mean([_missing(own, new) for own, new in pairs])) if pairs else 0.0
+
     def check(self, config: ModelConfig) -> None:
         """Refuse a model these core neurons do not belong to."""
         if len(self.layers) != config.num_layers:
@@ -104,6 +113,12 @@ class CoreNeurons:
         """Refuse a batch of another number of rows than these core neurons have sets for."""
         if self.rows not in (None, rows):
             raise CoreInferError(f"core neurons for {self.rows} rows, but tokens have {rows}; give one set, or {rows}")
+
+
+def _missing(indices: np.ndarray, others: np.ndarray) -> float:
+    """The share of indices [K] or [B, K] that are not among `others`, row by row."""
+    rows = zip(np.atleast_2d(indices), np.atleast_2d(others), strict=True)
+    return float(np.mean([~np.isin(own, new, assume_unique=True) for own, new in rows]))
 
 
 def _checked(layer: int, indices: ArrayLike) -> np.ndarray:
