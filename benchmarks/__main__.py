@@ -21,6 +21,7 @@ from benchmarks import (
     keep_ratio,
     kernels,
     linear_cost,
+    linear_fallback,
     linear_neurons,
     long_prompts,
     lossless,
@@ -94,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         _add_texts,
     )
     _add(commands, "linear-cost", "what linear neurons take of a run", lambda _: linear_cost.measure())
+    _add(
+        commands,
+        "linear-fallback",
+        "what linear neurons without a calibration are worth",
+        lambda o: linear_fallback.measure(o.data),
+        _add_data,
+    )
     _add(commands, "many-devices", "large models over devices that are not there", lambda _: many_devices.measure())
     _add(commands, "shares", "what it costs that devices keep their own", lambda o: shares.measure(o.texts), _add_texts)
     _add(commands, "lossless", "drafts that the full model verifies", _lossless, _add_lossless_options)

@@ -27,7 +27,7 @@ from coreinfer_jax.engine.batching import Finished, Prompt, generate_many
 from coreinfer_jax.io import loading
 from coreinfer_jax.io.batch_output import settings_path
 from coreinfer_jax.sparsity.choosers import Core
-from tests import test_linear, test_prediction
+from tests import test_linear, test_linear_groups, test_prediction
 from tests.stand_ins import tale
 from tests.support import LLAMA, OPT, random_model, with_mlps_on_host
 
@@ -71,6 +71,11 @@ WAYS: dict[str, Callable[[], tuple[ci.Params, Core, ci.Groups | None]]] = {
         random_model(OPT),
         test_prediction.FUSED,
         test_prediction.groups(test_prediction.FUSED, compacted=False),
+    ),
+    "similarity, linear neurons": lambda: (
+        test_linear_groups.known(),
+        test_prediction.SIMILARITY,
+        test_linear_groups.groups(),
     ),
     # Its prompts keep different numbers of neurons, which asks for two states.
     "auto": lambda: (random_model(OPT), AUTO, test_prediction.groups(AUTO, compacted=False)),

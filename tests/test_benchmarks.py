@@ -17,6 +17,7 @@ from benchmarks import (
     environment,
     gpu_aims,
     linear_cost,
+    linear_fallback,
     linear_neurons,
     lossless,
     memory,
@@ -41,6 +42,7 @@ from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.lab.evaluation.settings import described
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.structure import abstract_params
+from coreinfer_jax.model.weights import Linear
 from coreinfer_jax.text.documents import Documents
 from tests.support import MODELS, random_model
 from tests.test_linear import explained
@@ -591,6 +593,51 @@ def test_the_table_of_linear_neurons_has_each_keep_ratio(monkeypatch):
     _, _, *rows = linear_neurons.table().partition("\n\n")[0].splitlines()
     assert [row.split("|")[1].strip() for row in rows] == [f"a, {keep:.0%}" for keep in linear_neurons.KEEPS]
     assert "| a, 20% | 0.400, 80% | 0.400, 80% | 0.200, 80% | 3 |" in rows
+
+
+def test_fits_of_a_prompt_are_its_regression_where_they_have_all_directions():
+    """Against least squares, for directions of both kinds; with a large ridge they foretell the mean."""
+    layer, rng = random_model(MODELS["llama"]).layers[0], np.random.default_rng(0)
+    x, a = rng.normal(size=(200, 32)), rng.normal(size=(200, 96))
+    tokens = linear_fallback.weighted(layer, x, a)
+    root = np.sqrt(tokens[2] / tokens[2].sum())[:, None]
+    design = np.concatenate([x, np.ones((200, 1))], axis=1)
+    expected = design @ np.linalg.lstsq(design * root, a * root, rcond=None)[0]
+    given = linear_fallback.leading(layer, 32)
+    for ridge, foretold in ((1e-6, expected), (1e6, np.broadcast_to((root**2 * a).sum(axis=0), a.shape))):
+        for found in (
+            linear_fallback.of_prompt(layer, tokens, 32, ridge),
+            linear_fallback.onto(layer, tokens, given, ridge),
+        ):
+            np.testing.assert_allclose(found.expected(jnp.asarray(x[None], jnp.float32))[0], foretold, atol=2e-2)
+
+
+def test_the_table_of_fallbacks_has_every_way(monkeypatch):
+    def one(name, keep):
+        figures = {"kl": {"mean": keep, "ci95": [0.1, 0.9]}, "agreement": {"mean": 0.5}, "bytes_per_token": 3e6}
+        return {"name": name, "keep": keep} | figures
+
+    names = (linear_fallback.TODAY, f"{linear_fallback.WEIGHTS}, 32")
+    settings = [one(name, keep) for name in names for keep in linear_fallback.KEEPS]
+    made = {"versions": {}, "hardware": "", "git_revision": "", "date": "", "texts": 6, "prompt_tokens": 128}
+    monkeypatch.setattr(linear_fallback, "read_results", lambda name: [made | {"settings": settings}])
+    _, _, *rows = linear_fallback.table().partition("\n\n")[0].splitlines()
+    cells = "0.40 (0.10 .. 0.90), 50%, 3 MB | 0.80 (0.10 .. 0.90), 50%, 3 MB"
+    assert rows == [
+        f"| {linear_fallback.TODAY} | {cells} |",
+        f"| 32 linear neurons, directions from the weights | {cells} |",
+    ]
+
+
+def test_directions_of_weights_are_what_gate_and_up_read_most():
+    layer = random_model(MODELS["llama"]).layers[0]
+    direction = np.random.default_rng(0).normal(size=32)
+    up, gate = (np.outer(np.arange(1, 97), direction) for _ in range(2))
+    mlp = replace(layer.mlp, up=Linear(jnp.asarray(up, jnp.float32)), gate=Linear(jnp.asarray(gate, jnp.float32)))
+    scale = np.asarray(layer.mlp_norm.scale, np.float64)
+    [found] = linear_fallback.leading(replace(layer, mlp=mlp), 1) * scale
+    read = direction * scale
+    assert abs(found @ read) / np.linalg.norm(read) == pytest.approx(1, abs=1e-6)
 
 
 def test_drafted_tokens_are_counted_by_place_over_all_texts():

@@ -136,6 +136,18 @@ def test_groups_choose_as_on_one_device(core: Chooser, compacted: bool) -> None:
         assert one.stats.choices == many.stats.choices
 
 
+@pytest.mark.parametrize("core", half_slow([FUSED, SIMILARITY, STEADY]), ids=lambda core: core.method)
+def test_groups_have_linear_neurons_as_on_one_device(core: Chooser) -> None:
+    rows, known = [prompt(40, 0), prompt(9, 1)], explained(model())
+    spread, cut = ci.spread(known, ci.make_mesh(4)), replace(core, shards=4)
+    one, many = (
+        ci.generate(params, rows, own, groups=ci.prepare_groups(params, clusters(), own), max_new_tokens=NEW)
+        for params, own in ((known, cut), (spread, core))
+    )
+    check_same(one, many)
+    assert all(many.core.linear)
+
+
 def test_given_neurons_may_lie_anywhere() -> None:
     """All of one layer's on one device; of another none on some; with sets of each row."""
     first, spaced = np.arange(20), np.arange(0, F, 7)

@@ -42,7 +42,6 @@ SETTINGS = (
 # Options that change nothing with any other method.
 OF_METHODS = {
     "compensation": "stability",
-    "linear": "stability",
     "allocation": "stability",
     "prior_tokens": "stability",
     "group_tokens": "fused",

@@ -22,6 +22,7 @@ from coreinfer_jax.model.host import is_on_host
 from coreinfer_jax.model.shards import constrained
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.allocate import Narrowing
+from coreinfer_jax.sparsity.calibration import Explained, explained_by
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.moving import NOTHING, DeviceRows, narrow_from_host
 from coreinfer_jax.sparsity.narrow import (
@@ -259,6 +260,9 @@ class Chooser(Narrowing, Choosing):
             reads its own narrowed weights. False chooses one set for all rows together: the narrowed weights are
             read once per step for the whole batch.
         count_bos: whether a beginning-of-sequence token at the start of the prompt counts, as in the paper.
+        linear: whether linear neurons stand for those that are not kept, where the model's calibration has them. A
+            layer that gets no larger a share of its neurons than the calibration found them to be worth, and more than
+            they cost, then keeps so many fewer that it reads no more bytes.
         shards: into how many equal parts each layer's neurons are cut, of which each keeps its own best K / shards. 1
             means as many as the model is spread over; on one device more than 1 shows what that costs.
         method: how results name it.
@@ -266,6 +270,7 @@ class Chooser(Narrowing, Choosing):
 
     per_row: bool = True
     count_bos: bool = True
+    linear: bool = True
     shards: int = 1
     method: ClassVar[str]
 
@@ -273,6 +278,7 @@ class Chooser(Narrowing, Choosing):
         super().__post_init__()
         check_flag("per_row", self.per_row)
         check_flag("count_bos", self.count_bos)
+        check_flag("linear", self.linear)
         check_whole("shards", self.shards, 1)
 
     def shards_of(self, params: Params) -> int:
@@ -297,6 +303,20 @@ class Chooser(Narrowing, Choosing):
         """As many of `kept` neurons as all shards have an equal number of, at least one each."""
         n = self.shards_of(params)
         return n * max(1, kept // n)
+
+    def explained(self, params: Params) -> Explained | None:
+        """What is known of a model's linear neurons, if they are wanted."""
+        return explained_by(params) if self.linear else None
+
+    def beside_linear(self, shares: tuple[int, ...], params: Params) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Of each layer's share of its neurons, how many are kept beside linear ones, and whether there are any."""
+        known, F = self.explained(params), params.config.mlp_size
+        if known is None:
+            return tuple(self.of_shards(share, params) for share in shares), (False,) * len(shares)
+        worth, most = linear_worth(params), min(known.up_to * F, F - 1)
+        linear = tuple(worth < share <= most for share in shares)
+        own = (share - worth * beside for share, beside in zip(shares, linear, strict=True))
+        return tuple(self.of_shards(share, params) for share in own), linear
 
     def counted(self, tokens: np.ndarray, lengths: np.ndarray, cached: int, config: ModelConfig) -> np.ndarray:
         """All tokens of the prompts, but for a leading BOS where it does not count."""

@@ -66,32 +66,34 @@ class Clusters:
     origin: Origin
     fingerprint: str
 
-    def sets(self, gamma: float, narrowed: tuple[int, ...], shards: int = 1) -> tuple[CoreNeurons, ...]:
+    def sets(self, gamma: float, narrowed: tuple[int, ...], shards: int = 1, fewer: int = 0) -> tuple[CoreNeurons, ...]:
         """Every group's K = max(1, floor(gamma F)) most frequent neurons per layer `narrowed`, ties to the lower index.
 
-        Of several `shards`, equal parts of a layer's neurons, each keeps its own K / n.
+        Of several `shards`, equal parts of a layer's neurons, each keeps its own K / n. K is `fewer` neurons less where
+        linear ones take their place.
 
         Raises:
             CoreInferError: a published list of fewer than K neurons.
         """
         L, F = self.frequencies.shape[1:]
-        kept = kept_neurons(gamma, F, shards)
+        share = kept_neurons(gamma, F, shards)
+        kept = share - fewer
         if self.origin == "published":
-            self._check_lengths(gamma, kept, narrowed)
+            self._check_lengths(gamma, share, kept, narrowed)
         parts = self.frequencies.reshape(*self.frequencies.shape[:-1], shards, F // shards)
         ranked = np.argsort(-parts, axis=-1, kind="stable")[..., : kept // shards]
         numbers = np.sort(ranked, axis=-1) + np.arange(shards)[:, None] * (F // shards)
         chosen = numbers.reshape(*numbers.shape[:-2], kept).astype(np.int32)
         return tuple(CoreNeurons(group[l] if l in narrowed else None for l in range(L)) for group in chosen)
 
-    def _check_lengths(self, gamma: float, kept: int, narrowed: tuple[int, ...]) -> None:
+    def _check_lengths(self, gamma: float, share: int, kept: int, narrowed: tuple[int, ...]) -> None:
         lengths = (self.frequencies[:, list(narrowed)] > 0).sum(axis=-1)
         if lengths.min() < kept:
             c, i = np.unravel_index(lengths.argmin(), lengths.shape)
-            F = self.frequencies.shape[-1]
+            F, most = self.frequencies.shape[-1], int(lengths.min()) + share - kept
             raise CoreInferError(
                 f"gamma={gamma}: asks for {kept} of {F} neurons, but the list of group {self.names[c]!r} in layer "
-                f"{narrowed[i]} has {lengths.min()}; give at most gamma={_ratio_of(int(lengths.min()), F):.4f}"
+                f"{narrowed[i]} has {lengths.min()}; give at most gamma={_ratio_of(most, F):.4f}"
             )
 
     def largest_ratio(self) -> float:
@@ -124,6 +126,7 @@ class Groups:
         centroids: float32 [C, F].
         tables: of each narrowed layer, int32 [C, K].
         frequencies: of each narrowed layer, float32 [C, F].
+        offsets: of each narrowed layer, float32 [C, D], where linear neurons stand beside the groups' own; else empty.
     """
 
     params: Params
@@ -135,6 +138,12 @@ class Groups:
     centroids: Array
     tables: list[Array]
     frequencies: list[Array]
+    offsets: list[Array]
+
+    @property
+    def linear(self) -> bool:
+        """Whether linear neurons stand beside the groups' own."""
+        return bool(self.offsets)
 
 
 def _ratio_of(neurons: int, mlp_size: int) -> float:

@@ -92,12 +92,44 @@ def _ranked(
     )
     numbers = [own + shard_here() * len(of_layer) for own, of_layer in zip(indices, norms, strict=True)]
     offsets = [
-        total(down.mixed(jnp.where(gone, share * mean_activations(own) if constant is None else constant[None], 0)))
+        _written(down, gone, share * mean_activations(own) if constant is None else constant[None])
         if compensated or constant is not None
         else None
         for own, gone, down, constant, share in zip(sums, dropped, downs, constants, shares, strict=True)
     ]
     return numbers, offsets
+
+
+@partial(jax.jit, static_argnames="mesh")
+def stand_ins(
+    indices: list[Array], downs: list[Linear], constants: list[Array], *, mesh: Mesh | None = None
+) -> list[Array]:
+    """What neurons outside of given sets write where each stands at its constant: per layer, float32 [R, D].
+
+    Args:
+        indices: per layer, ascending int32 [R, K]; on a mesh, of each device as many, one device's behind another's.
+        downs: per layer, the down projection of F neurons.
+        constants: per layer, [F].
+        mesh: of devices that neurons are spread over.
+    """
+    run = over_shards(
+        _stand_ins,
+        mesh,
+        results=[WHOLE] * len(downs),
+        arguments=([along(1, 2)] * len(downs), [down.by_inputs() for down in downs], [along(0, 1)] * len(downs)),
+    )
+    return run(indices, downs, constants)
+
+
+def _stand_ins(indices: list[Array], downs: list[Linear], constants: list[Array]) -> list[Array]:
+    sizes = [len(constant) for constant in constants]
+    kept = [membership(own - shard_here() * size, size) for own, size in zip(indices, sizes, strict=True)]
+    return [_written(down, ~own, constant[None]) for own, down, constant in zip(kept, downs, constants, strict=True)]
+
+
+def _written(down: Linear, gone: Array, values: Array) -> Array:
+    """What neurons that are `gone`, bool [R, F], write where they stand at `values`, [R, F] or [1, F]: [R, D]."""
+    return total(down.mixed(jnp.where(gone, values, 0)))
 
 
 # A sort is one program on a CPU, which runs those of several layers side by side: 32 layers of 14336 neurons take 92 ms

@@ -2,9 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,16 @@ from coreinfer_jax.checks import check_fraction, check_number, check_whole
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.host import check_on_device
+from coreinfer_jax.model.host import check_on_device, is_on_host, layers_on_device
 from coreinfer_jax.model.shards import constrained
 from coreinfer_jax.model.weights import Layer, Params, check_dense
-from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Seen, ToNarrow, by_set, to_gather
+from coreinfer_jax.sparsity.calibration import explained_by
+from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Ranked, Seen, ToNarrow, by_set, to_gather
 from coreinfer_jax.sparsity.groups import Clusters, Groups
 from coreinfer_jax.sparsity.measures import fused, nearest_group, stability_figure
 from coreinfer_jax.sparsity.narrow import compact
+from coreinfer_jax.sparsity.neurons import CoreNeurons
+from coreinfer_jax.sparsity.ranking import stand_ins
 from coreinfer_jax.sparsity.rules import MOST_TOKENS, Observer, Sums, Votes
 from coreinfer_jax.sparsity.votes import Tally, Voting, count_each, kept_neurons, most_voted, some_tokens
 
@@ -65,16 +69,34 @@ class GroupChooser(Chooser):
             raise CoreInferError(f"groups={shown(groups)}: give what prepare_groups returns")
         if params is not groups.params:
             raise CoreInferError("groups were prepared for other params; prepare_groups with the params of this call")
-        kept, asked = (self._kept(ratio, params) for ratio in (groups.gamma, self.group_ratio))
+        kept, asked = (self._share(ratio, params) for ratio in (groups.gamma, self.group_ratio))
         if kept != asked or self.layers != groups.layers:
             raise CoreInferError(
                 f"groups were prepared for {kept} neurons in layers={groups.layers}, but core asks for {asked} in "
                 f"layers={self.layers}; give prepare_groups the same gamma (or beta) and layers"
             )
+        if groups.linear != self.of_ratio(self.group_ratio, params)[1]:
+            raise CoreInferError(
+                f"groups were prepared {'with' if groups.linear else 'without'} linear neurons, but core asks for "
+                f"linear={self.linear}; give prepare_groups the same"
+            )
         self.check_votes(groups.clusters)
 
-    def _kept(self, ratio: float, params: Params) -> int:
+    def _share(self, ratio: float, params: Params) -> int:
         return kept_neurons(ratio, params.config.mlp_size, self.shards_of(params))
+
+    def of_ratio(self, ratio: float, params: Params) -> tuple[int, bool]:
+        """How many neurons of a narrowed layer a keep ratio keeps beside linear ones, and whether there are any."""
+        [kept], [linear] = self.beside_linear((self._share(ratio, params),), params)
+        return kept, linear
+
+    def to_narrow(self, params: Params, groups: Groups | None, rows: int) -> ToNarrow:
+        """What is gathered, less what linear neurons cost of it."""
+        shares, sets = self.gathered(params, groups, rows)
+        layers = list(zip(shares, *self.beside_linear(shares, params), strict=True))
+        kept = tuple(width if share else None for share, width, _ in layers)
+        linear = tuple(bool(share) and beside for share, _, beside in layers)
+        return ToNarrow(kept, sets, linear, linear)
 
     def check_votes(self, clusters: Clusters) -> None:
         """Refuse clusters whose texts voted differently from how prompts would, or did not say how often."""
@@ -108,7 +130,7 @@ class GroupChooser(Chooser):
 class Similarity(GroupChooser):
     """Similarity-guided: the neurons of the group of texts that the prompt is nearest to.
 
-    `layers`, `per_row` and `count_bos` are those of every `Chooser`.
+    `layers`, `per_row`, `count_bos` and `linear` are those of every `Chooser`.
 
     Attributes:
         gamma: keep ratio of a group's neurons, in (0, 1].
@@ -151,7 +173,7 @@ class Similarity(GroupChooser):
 class Fused(GroupChooser):
     """The neurons with most votes when the frequencies of the prompt's group count as more tokens of the prompt.
 
-    `layers`, `per_row` and `count_bos` are those of every `Chooser`.
+    `layers`, `per_row`, `count_bos` and `linear` are those of every `Chooser`.
 
     Attributes:
         beta: keep ratio, in (0, 1].
@@ -183,21 +205,47 @@ class Fused(GroupChooser):
 
     def choose(self, seen: Seen) -> Chosen:
         """The most voted neurons, votes of the group counted in."""
-        groups, config = seen.groups, seen.params.config
-        assert groups is not None, "checked"
+        assert seen.groups is not None, "checked"
         sums, _ = by_set(self, seen)
-        assigned = self._assigned(sums, groups)
-        narrowed = self.narrowed_layers(config.num_layers)
+        assigned = self._assigned(sums, seen.groups)
+        narrowed = self.narrowed_layers(seen.params.config.num_layers)
+        if seen.ranked:
+            indices, offsets = _of_groups_ranked([seen.ranked[l] for l in narrowed], assigned)
+        else:
+            indices, offsets = self._ranked(seen, narrowed, sums, assigned)
+        choices = tuple(Choice("fused", group=group) for group in np.asarray(assigned).tolist())
+        return to_gather(narrowed, indices, offsets, seen.params, choices, bool(offsets))
+
+    def rank_layer(self, seen: Seen, l: int) -> Ranked | None:
+        """With linear neurons, what each group would make of a layer, [R, C, K] and [R, C, D].
+
+        Which group a prompt has is known once all layers are read.
+        """
+        if seen.groups is None or not seen.narrowing.linear[l]:
+            return None
+        sums, _ = by_set(self, seen)
+        R, C = len(sums[l]["votes"]), len(seen.groups.centroids)
+        # One after the other: a plan has room for one.
+        made = [self._ranked(seen, (l,), sums, jnp.full(R, c, jnp.int32)) for c in range(C)]
+        indices, offsets = (jnp.stack([own for [own] in arrays], axis=1) for arrays in zip(*made, strict=True))
+        return indices, offsets
+
+    def _ranked(
+        self, seen: Seen, layers: tuple[int, ...], sums: Mapping[int, Sums], assigned: Array
+    ) -> tuple[list[Array], list[Array]]:
+        """The most voted neurons of some layers, and what linear neurons leave constant; [] without these."""
+        groups, narrowed = seen.groups, self.narrowed_layers(seen.params.config.num_layers)
+        assert groups is not None, "checked"
+        kept, linear = self.of_ratio(self.beta, seen.params)
         indices = _fused(
-            [sums[l] for l in narrowed],
-            groups.frequencies,
+            [sums[l] for l in layers],
+            [groups.frequencies[narrowed.index(l)] for l in layers],
             assigned,
             np.float32(self.group_tokens),
-            kept=self._kept(self.beta, seen.params),
+            kept=kept,
             shards=self.shards_of(seen.params),
         )
-        choices = tuple(Choice("fused", group=group) for group in np.asarray(assigned).tolist())
-        return to_gather(narrowed, indices, None, seen.params, choices)
+        return indices, _stand_ins(seen.params, layers, indices) if linear else []
 
 
 @struct.dataclass
@@ -235,7 +283,7 @@ class _WholeAndEarly:
 class Auto(GroupChooser):
     """For a stable prompt its own most voted neurons, for others those of its group; its own where there are no groups.
 
-    `layers`, `per_row` and `count_bos` are those of every `Chooser`.
+    `layers`, `per_row`, `count_bos` and `linear` are those of every `Chooser`.
 
     Attributes:
         beta: keep ratio of the prompt's own neurons, in (0, 1].
@@ -280,7 +328,7 @@ class Auto(GroupChooser):
         if groups is None:
             return
         super().check(params, groups, rows)
-        own, group = (self._kept(ratio, params) for ratio in (self.beta, self.group_ratio))
+        own, group = (self._share(ratio, params) for ratio in (self.beta, self.group_ratio))
         if self.per_row and rows > 1 and own != group:
             raise CoreInferError(
                 f"beta={self.beta} keeps {own} neurons and gamma={self.gamma} {group}: rows of one batch need the same "
@@ -306,22 +354,34 @@ class Auto(GroupChooser):
         groups, config = seen.groups, seen.params.config
         sums, counted = by_set(self, seen)
         narrowed = self.narrowed_layers(config.num_layers)
-        own, figures = _own_and_figures(
-            [sums[l] for l in narrowed],
-            kept=self._kept(self.beta, seen.params),
-            shards=self.shards_of(seen.params),
-            mesh=seen.params.mesh,
-        )
+        own, figures = self._own_and_figures(seen.params, [sums[l] for l in narrowed])
         whole = {l: {"votes": layer["whole"].counts, "total": layer["whole"].sums} for l, layer in sums.items()}
         assigned = None if groups is None else self._assigned(whole, groups)
         found = [None] * len(counted) if assigned is None else np.asarray(assigned).tolist()
         choices = tuple(map(self._choice, counted.tolist(), np.asarray(figures).tolist(), found))
         by_group = np.array([choice.method == "similarity" for choice in choices])
-        if groups is None or assigned is None or not by_group.any():
-            return to_gather(narrowed, own, None, seen.params, choices)
-        if by_group.all():
+        if groups is not None and assigned is not None and by_group.all():
             return _of_assigned(self, seen, assigned, choices)
-        return to_gather(narrowed, _mixed(own, groups.tables, assigned, by_group), None, seen.params, choices)
+        offsets: list[Any] = []
+        if self.of_ratio(self.beta, seen.params)[1]:
+            ranked = [seen.ranked[l][1] for l in narrowed if l in seen.ranked]
+            offsets = ranked or _stand_ins(seen.params, narrowed, own)
+        if groups is not None and assigned is not None and by_group.any():
+            own, offsets = _mixed((own, offsets), (groups.tables, groups.offsets), assigned, by_group)
+        return to_gather(narrowed, own, offsets, seen.params, choices, bool(offsets))
+
+    def rank_layer(self, seen: Seen, l: int) -> Ranked | None:
+        """The prompt's own neurons, where linear ones stand beside them."""
+        narrowed = self.narrowed_layers(seen.params.config.num_layers)
+        if l not in narrowed or not self.of_ratio(self.beta, seen.params)[1]:
+            return None
+        sums, _ = by_set(self, seen)
+        indices, _ = self._own_and_figures(seen.params, [sums[l]])
+        return indices[0], _stand_ins(seen.params, (l,), indices)[0]
+
+    def _own_and_figures(self, params: Params, sums: list[dict[str, Tally]]) -> tuple[list[Array], Array]:
+        kept, _ = self.of_ratio(self.beta, params)
+        return _own_and_figures(sums, kept=kept, shards=self.shards_of(params), mesh=params.mesh)
 
     def _choice(self, counted: int, figure: float, group: int | None) -> Choice:
         if counted < self.least_tokens:
@@ -362,8 +422,14 @@ def prepare_groups(params: Params, clusters: Clusters, core: GroupChooser, *, co
     core.check_votes(clusters)
     if compacted:
         check_on_device(params, "prepare_groups with compacted=True")
-    narrowed = core.narrowed_layers(params.config.num_layers)
-    sets = clusters.sets(core.group_ratio, narrowed, core.shards_of(params))
+    narrowed, shards = core.narrowed_layers(params.config.num_layers), core.shards_of(params)
+    kept, linear = core.of_ratio(core.group_ratio, params)
+    share = kept_neurons(core.group_ratio, params.config.mlp_size, shards)
+    sets = clusters.sets(core.group_ratio, narrowed, shards, share - kept)
+    tables = [jnp.stack([jnp.asarray(chosen.layers[l]) for chosen in sets]) for l in narrowed]
+    offsets = _stand_ins_of_groups(params, narrowed, tables) if linear else []
+    if linear:
+        sets = tuple(_with_linear(chosen, narrowed, [own[c] for own in offsets]) for c, chosen in enumerate(sets))
     return Groups(
         params=params,
         clusters=clusters,
@@ -372,9 +438,37 @@ def prepare_groups(params: Params, clusters: Clusters, core: GroupChooser, *, co
         sets=sets,
         narrowed=tuple(compact(params, chosen) for chosen in sets) if compacted else (),
         centroids=jnp.asarray(clusters.centroids),
-        tables=[jnp.stack([jnp.asarray(chosen.layers[l]) for chosen in sets]) for l in narrowed],
+        tables=tables,
         frequencies=[jnp.asarray(clusters.frequencies[:, l]) for l in narrowed],
+        offsets=offsets,
     )
+
+
+def _with_linear(core: CoreNeurons, narrowed: tuple[int, ...], offsets: list[Array]) -> CoreNeurons:
+    by_layer = dict(zip(narrowed, offsets, strict=True))
+    return CoreNeurons(core.layers, [by_layer.get(l) for l in range(len(core.layers))], linear=True)
+
+
+def _stand_ins(params: Params, layers: tuple[int, ...], indices: list[Array]) -> list[Array]:
+    """What the constants of linear fits write for all neurons outside of sets: of some layers, float32 [R, D]."""
+    known = explained_by(params)
+    assert known is not None, "linear neurons stand beside the sets"
+    downs, constants = [params.layers[l].mlp.down for l in layers], [known.fits[l].constants for l in layers]
+    return stand_ins(indices, downs, constants, mesh=params.mesh)
+
+
+def _stand_ins_of_groups(params: Params, narrowed: tuple[int, ...], tables: list[Array]) -> list[Array]:
+    """`_stand_ins` of all groups, wherever the MLPs are."""
+    if not is_on_host(params):
+        return _stand_ins(params, narrowed, tables)
+    made: list[Array] = []
+    with closing(layers_on_device(params, {})) as layers:
+        for l, layer in enumerate(layers):
+            jax.block_until_ready(made)  # the MLP before this one is free then, and the next may come
+            if l in narrowed:
+                there = replace(params, layers=(*params.layers[:l], layer, *params.layers[l + 1 :]))
+                made += _stand_ins(there, (l,), [tables[narrowed.index(l)]])
+    return made
 
 
 def _of_assigned(chooser: Chooser, seen: Seen, assigned: Array, choices: tuple[Choice, ...]) -> Chosen:
@@ -384,9 +478,9 @@ def _of_assigned(chooser: Chooser, seen: Seen, assigned: Array, choices: tuple[C
     if len(choices) == 1 and groups.narrowed:
         group = int(assigned[0])
         return Chosen(groups.sets[group], None, groups.narrowed[group], choices)
-    return to_gather(
-        chooser.narrowed_layers(config.num_layers), _looked_up(groups.tables, assigned), None, seen.params, choices
-    )
+    indices, offsets = _looked_up((groups.tables, groups.offsets), assigned)
+    narrowed = chooser.narrowed_layers(config.num_layers)
+    return to_gather(narrowed, indices, offsets, seen.params, choices, groups.linear)
 
 
 def _alike(chooser: Chooser, ratio: float, params: Params) -> tuple[int, ...]:
@@ -429,11 +523,26 @@ def _fused(
     ]
 
 
-@jax.jit
-def _looked_up(tables: list[Array], assigned: Array) -> list[Array]:
-    return [table[assigned] for table in tables]
+# Of each layer, neurons and offsets: [R, K] and [R, D], or of groups [C, K] and [C, D]; no offsets without linear ones.
+_OfLayers = tuple[list[Array], list[Array]]
 
 
 @jax.jit
-def _mixed(own: list[Array], tables: list[Array], assigned: Array, by_group: Array) -> list[Array]:
-    return [jnp.where(by_group[:, None], table[assigned], mine) for mine, table in zip(own, tables, strict=True)]
+def _looked_up(of_groups: _OfLayers, assigned: Array) -> _OfLayers:
+    found: _OfLayers = jax.tree.map(lambda table: table[assigned], of_groups)
+    return found
+
+
+@jax.jit
+def _mixed(own: _OfLayers, of_groups: _OfLayers, assigned: Array, by_group: Array) -> _OfLayers:
+    mixed: _OfLayers = jax.tree.map(
+        lambda mine, table: jnp.where(by_group[:, None], table[assigned], mine), own, of_groups
+    )
+    return mixed
+
+
+@jax.jit
+def _of_groups_ranked(ranked: list[tuple[Array, Array]], assigned: Array) -> _OfLayers:
+    """Of neurons and offsets with each of the groups, [R, C, K] and [R, C, D], those with the assigned ones."""
+    places = jnp.arange(len(assigned)), assigned
+    return [indices[places] for indices, _ in ranked], [offset[places] for _, offset in ranked]

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from coreinfer_jax.checks import check_flag, check_fraction, check_name, check_share
+from coreinfer_jax.checks import check_fraction, check_name, check_share
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.weights import Params
@@ -14,7 +14,6 @@ from coreinfer_jax.sparsity.calibration import PRIOR_RULE, Explained, calibratio
 from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Ranked, Seen, ToNarrow, by_set, to_gather
 from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.linear import LinearFit
-from coreinfer_jax.sparsity.narrow import linear_worth
 from coreinfer_jax.sparsity.ranking import rank
 from coreinfer_jax.sparsity.rules import Contribution, Observer, Rule, Sums, Votes, rule_named
 
@@ -23,7 +22,8 @@ from coreinfer_jax.sparsity.rules import Contribution, Observer, Rule, Sums, Vot
 class CoreConfig(Chooser):
     """Stability-guided: the prompt's own neurons. `CoreConfig.paper()` is what the paper does.
 
-    `layers`, `per_row` and `count_bos` are those of every `Chooser`.
+    `layers`, `per_row`, `count_bos` and `linear` are those of every `Chooser`; linear neurons stand only where the
+    calibration's prior is used.
 
     Attributes:
         beta: keep ratio: share of F kept as sentence-wise core neurons, in (0, 1]; K = max(1, floor(beta F)) in each
@@ -33,9 +33,6 @@ class CoreConfig(Chooser):
         rule: what ranks neurons: a `Rule`, or the name of one as it is by default (docs/quality.md).
         compensation: the share of its mean activation at which a neuron that is not kept stands, in [0, 1]; per layer a
             constant vector in the MLP's output. A half measured best. It does not count where linear neurons stand.
-        linear: whether linear neurons stand for those that are not kept, where the model's calibration has them and its
-            prior is used. A layer that gets no larger a share of its neurons than the calibration found them to be
-            worth, and more than they cost, then keeps so many fewer that it reads no more bytes.
         allocation: how `beta` is shared out over the narrowed layers, the total being the same: by `sensitivity` each
             gets what it is worth by the model's calibration, and without one the first gets more; `equal` gives all the
             same, as in the paper.
@@ -47,7 +44,6 @@ class CoreConfig(Chooser):
     beta: float = 0.5
     rule: Rule | str = field(default_factory=Contribution)
     compensation: float = 0.5
-    linear: bool = True
     allocation: Allocation = "sensitivity"
     method: ClassVar[str] = "stability"
 
@@ -56,7 +52,6 @@ class CoreConfig(Chooser):
         check_fraction("beta", self.beta)
         object.__setattr__(self, "rule", rule_named(self.rule))
         check_share("compensation", self.compensation)
-        check_flag("linear", self.linear)
         check_name("allocation", self.allocation, ALLOCATIONS)
 
     @classmethod
@@ -95,24 +90,18 @@ class CoreConfig(Chooser):
         """Whether what a calibration read counts beside the prompt."""
         return isinstance(self.ranking, Contribution) and self.ranking.prior_tokens > 0
 
-    def _explained(self, params: Params) -> Explained | None:
+    def explained(self, params: Params) -> Explained | None:
         """What is known of linear neurons, if they are wanted and stand beside what else is known."""
-        return explained_by(params) if self.linear and self._knows_texts else None
+        return super().explained(params) if self._knows_texts else None
 
     def _shares(self, params: Params) -> tuple[int, ...]:
         """How many neurons each layer may keep, linear ones counted in by what they cost."""
-        least = 0.0 if self._explained(params) is None else LEAST_BESIDE_LINEAR
+        least = 0.0 if self.explained(params) is None else LEAST_BESIDE_LINEAR
         return allocate(self, params.config, gains_of(params), least)
 
     def _widths_and_linear(self, params: Params) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         """Per layer, neurons kept besides linear ones, and whether there are linear ones."""
-        shares, known = self._shares(params), self._explained(params)
-        if known is None:
-            return tuple(self.of_shards(share, params) for share in shares), (False,) * len(shares)
-        worth, most = linear_worth(params), known.up_to * params.config.mlp_size
-        linear = tuple(worth < share <= most for share in shares)
-        own = (share - worth * beside for share, beside in zip(shares, linear, strict=True))
-        return tuple(self.of_shards(share, params) for share in own), linear
+        return self.beside_linear(self._shares(params), params)
 
     def linear_layers(self, params: Params) -> tuple[bool, ...]:
         """In which layers linear neurons stand beside those that are kept."""

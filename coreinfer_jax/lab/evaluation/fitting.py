@@ -106,7 +106,7 @@ def learn(params: Params, texts: Beginnings) -> tuple[tuple[Sums, ...], Explaine
     return tuple(prior), Explained(tuple(fits), tuple(left)) if enough else None
 
 
-def fit(products: Products, down: Matrix, dropped: Matrix, size: int) -> LinearFit:
+def fit(products: Products, down: Matrix, dropped: Matrix, size: int, ridge: float = RIDGE) -> LinearFit:
     """The fit of one layer.
 
     Args:
@@ -114,6 +114,7 @@ def fit(products: Products, down: Matrix, dropped: Matrix, size: int) -> LinearF
         down: the down projection W, [D, F].
         dropped: bool [n, F], the neurons outside of each of n core sets.
         size: directions (r).
+        ridge: of the regression, as a share of the inputs' mean variance.
 
     Raises:
         CoreInferError: activations too large for 16 bits.
@@ -122,10 +123,10 @@ def fit(products: Products, down: Matrix, dropped: Matrix, size: int) -> LinearF
     whole = weight if weight > 0 else np.float64(1)
     x, a = x / whole, a / whole
     covariance, mixed = xx / whole - np.outer(x, x), xa / whole - np.outer(x, a)
-    ridge = max(RIDGE * np.trace(covariance) / len(x), np.finfo(np.float32).tiny)
-    values, vectors = np.linalg.eigh(covariance + ridge * np.eye(len(x)))
+    added = max(ridge * np.trace(covariance) / len(x), np.finfo(np.float32).tiny)
+    values, vectors = np.linalg.eigh(covariance + added * np.eye(len(x)))
     # Inputs times this are uncorrelated, and have a variance of 1.
-    whitening = (vectors / np.sqrt(np.maximum(values, ridge))) @ vectors.T
+    whitening = (vectors / np.sqrt(np.maximum(values, added))) @ vectors.T
     whitened = (whitening @ mixed).astype(np.float32)
     spread = np.zeros_like(covariance, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # looked at below
