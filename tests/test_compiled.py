@@ -91,7 +91,7 @@ def _cases(*names: str) -> list[object]:
 
 
 def _marks(device: str, model: str, name: str) -> list[pytest.MarkDecorator]:
-    """Each case is quick with one of the models, but sorting and prefills take the compiler for TPUs a minute or two."""
+    """Each case is quick with one model; sorting and prefills take the compiler for TPUs a minute or two."""
     slow = name not in QUICK[model] or (device == "v6e" and name in SLOW)
     marks = [pytest.mark.slow] if slow else []
     if (device, model, name) in WRITTEN_BACK:
