@@ -31,6 +31,7 @@ beside() { # name, command...
 meet() { # name
     local status=0
     wait "${beside[$1]}" || status=$?
+    unset "beside[$1]"
     cat "$work/$1.log"
     return $status
 }
