@@ -100,9 +100,9 @@ def test_dense_generation_equals_a_plain_loop(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "core"),
     [
-        pytest.param("opt", ci.CoreConfig(), marks=pytest.mark.slow),
         ("opt-350m-style", replace(VOTES, rule=ci.rules.Votes(budget="mean"), layers=(0.5, 1.0))),
         ("llama", ci.CoreConfig()),
+        pytest.param("opt", ci.CoreConfig(), marks=pytest.mark.slow),
         pytest.param("relu-llama", None, marks=pytest.mark.slow),
     ],
 )
