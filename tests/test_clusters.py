@@ -99,7 +99,7 @@ def test_a_group_does_not_depend_on_the_other_groups(tmp_path: Path) -> None:
         np.testing.assert_array_equal(whole.centroids[c], alone.centroids[0])
 
 
-@pytest.mark.parametrize("labels", [None, LABELS], ids=["k-means", "topics"])
+@pytest.mark.parametrize("labels", first_quick([None, LABELS]), ids=["k-means", "topics"])
 def test_the_same_arguments_give_identical_files(labels: tuple[str, ...] | None, tmp_path: Path) -> None:
     for name in ("one", "two"):
         build(tmp_path / name, documents(labels=labels), seed=3)

@@ -66,7 +66,7 @@ def check_same(on_host: ci.Params, params: ci.Params, tokens: list[list[int]], c
 @pytest.mark.parametrize(
     ("name", "core"),
     [
-        pytest.param(name, core, marks=[] if (i + j) % 3 == 0 else [pytest.mark.slow])
+        pytest.param(name, core, marks=[] if (i + j) % 6 == 0 else [pytest.mark.slow])
         for i, name in enumerate(["opt", "llama", "opt-350m-style"])
         for j, core in enumerate(CORES)
     ],

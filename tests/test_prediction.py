@@ -17,7 +17,7 @@ from coreinfer_jax.sparsity.choice import Chooser
 from coreinfer_jax.sparsity.choosers import Core, chooser_of
 from coreinfer_jax.sparsity.measures import nearest_group
 from coreinfer_jax.sparsity.votes import Tally
-from tests.support import LLAMA, OPT, check_same_core, first_quick, half_slow, random_model
+from tests.support import LLAMA, OPT, check_same_core, first_quick, half_slow, one_quick_in, random_model
 from tests.test_bad_input import refusal
 from tests.test_compilation import traced
 from tests.test_votes import reference_votes
@@ -133,7 +133,7 @@ def test_distances_are_euclidean_and_ties_go_to_the_lower_group() -> None:
     assert nearest_group(votes, 4, jnp.asarray(centroids)).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("gamma", [0.01, 0.29, 0.5, 1.0])
+@pytest.mark.parametrize("gamma", half_slow([0.29, 0.01, 1.0, 0.5]))
 def test_gamma_is_honoured(gamma: float) -> None:
     core = replace(SIMILARITY, gamma=gamma)
     out = ci.generate(model(), [prompt(9, 0)], core, groups=groups(core), max_new_tokens=3)
@@ -148,7 +148,7 @@ def test_only_the_layers_asked_for_are_narrowed_and_the_deciding_layer_need_not_
         assert out.stats.choices[0].group == reference_group(prompt(9, 0))
 
 
-@pytest.mark.parametrize(("core", "compacted"), half_slow([SIMILARITY, STEADY, FUSED], [True, False]))
+@pytest.mark.parametrize(("core", "compacted"), one_quick_in(3, [SIMILARITY, STEADY, FUSED], [True, False]))
 def test_rows_of_a_batch_equal_their_single_runs(core: Chooser, compacted: bool) -> None:
     rows = [prompt(5, 0), prompt(45, 1), prompt(64, 2), prompt(33, 3)]
     ready = groups(SIMILARITY, compacted)

@@ -23,6 +23,8 @@ ARTICLES = "".join(
     for i in range(1, 5)
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def small():
