@@ -8,6 +8,8 @@ trap 'rm -rf "$work"' EXIT
 # Test processes and commands compile many equal programs; those of another JAX or other flags are kept apart.
 export JAX_COMPILATION_CACHE_DIR=$work/programs
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+export OMP_NUM_THREADS=1 # two processes run at a time; threads of more would wait for each other
+export PIP_COMPILE=0     # most of what is installed is never imported, and the rest is compiled when it is
 
 data=
 if [ -d ../shared/data ]; then
@@ -19,6 +21,20 @@ elif [ -n "${CI:-}" ]; then
 fi
 
 say() { printf '\n== %s (%s s)\n' "$*" "$SECONDS"; }
+
+# What needs one processor runs beside other things: `beside` begins it, `meet` waits for it and shows what it said.
+declare -A beside=()
+beside() { # name, command...
+    "${@:2}" >"$work/$1.log" 2>&1 &
+    beside[$1]=$!
+}
+meet() { # name
+    local status=0
+    wait "${beside[$1]}" || status=$?
+    unset "beside[$1]"
+    cat "$work/$1.log"
+    return $status
+}
 
 # A skipped test is a failure where what it needs is there.
 check_skips() { # log, reason that is allowed

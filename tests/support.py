@@ -63,9 +63,14 @@ def half_slow(*axes: Iterable[object]) -> list[object]:
 
     With two or more axes each value has a quick one.
     """
+    return one_quick_in(2, *axes)
+
+
+def one_quick_in(many: int, *axes: Iterable[object]) -> list[object]:
+    """Parameters: all combinations of the axes' values, all slow but those whose numbers add up to a multiple."""
     numbered = [list(enumerate(axis)) for axis in axes]
     return [
-        pytest.param(*(value for _, value in one), marks=[pytest.mark.slow] if sum(i for i, _ in one) % 2 else [])
+        pytest.param(*(value for _, value in one), marks=[pytest.mark.slow] if sum(i for i, _ in one) % many else [])
         for one in product(*numbered)
     ]
 

@@ -104,11 +104,11 @@ class Watch:
     ("name", "core", "lossless"),
     [
         ("opt", CORE, False),
-        ("llama", ci.CoreConfig(beta=0.4, layers=(0.3, 1.0)), False),
+        pytest.param("llama", ci.CoreConfig(beta=0.4, layers=(0.3, 1.0)), False, marks=pytest.mark.slow),
         ("linear", ci.CoreConfig(beta=0.5, allocation="equal"), False),
         ("opt", None, False),
         ("llama", CORE, True),
-        ("opt", None, True),
+        pytest.param("opt", None, True, marks=pytest.mark.slow),
     ],
     ids=["narrowed", "some-layers", "linear", "dense", "lossless", "lossless-lookup"],
 )

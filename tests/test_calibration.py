@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import coreinfer_jax as ci
 from coreinfer_jax.cli import main
 from coreinfer_jax.io.calibration_file import CALIBRATION, SHIPPED, read_calibration, read_facts, write_calibration
-from coreinfer_jax.lab.evaluation import Bound, Texts, calibrate
+from coreinfer_jax.lab.evaluation import Bound, Texts, calibrate, material
 from coreinfer_jax.lab.evaluation.material import from_documents, own_answers
 from coreinfer_jax.model.weights import named_leaves, params_bytes, with_leaves
 from coreinfer_jax.sparsity.allocate import allocate
@@ -27,6 +28,16 @@ from tests.test_compilation import traced
 from tests.test_generate import PROMPTS, prompt_activations
 
 SMALL = Texts(prompt_tokens=(8,), continuation=8, texts=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_settings() -> Iterator[None]:
+    """Some of the keep ratios that a calibration tries, and one round of timing: the others do the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coreinfer_jax.lab.evaluation.calibrating.KEEPS", (0.05, 0.3, 0.6, 0.8, 0.95))
+        patch.setattr("coreinfer_jax.lab.evaluation.sensitivity.LINEAR_TRIED", (0.35, 0.8))
+        patch.setattr("coreinfer_jax.cli.calibrate.ROUNDS", 1)
+        yield
 
 
 class Numbers:
@@ -208,12 +219,12 @@ def test_a_bound_that_none_meets_means_all_neurons():
 OWN = Texts(continuation=4, texts=10)
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", first_quick([True, False]))
 def test_a_model_answers_the_prompts_of_the_package_where_there_are_no_texts(chat, monkeypatch):
-    monkeypatch.setattr("coreinfer_jax.lab.evaluation.material.TEMPERATURE", 0)
-    monkeypatch.setattr("coreinfer_jax.lab.evaluation.material.LEARNT", 5)
+    monkeypatch.setattr(material, "TEMPERATURE", 0)
+    monkeypatch.setattr(material, "LEARNT", 5)
     params = random_model(replace(OPT, eos_ids=()))
-    material = own_answers(params, Lengths(chat), OWN)
+    read = own_answers(params, Lengths(chat), OWN)
     folder = Path(ci.__file__).parent / "assets" / "prompts"
     questions = (folder / "questions.txt").read_text(encoding="utf-8").splitlines()
     openings = (folder / "openings.txt").read_text(encoding="utf-8").split("\n<|endoftext|>\n")[:-1]
@@ -221,11 +232,11 @@ def test_a_model_answers_the_prompts_of_the_package_where_there_are_no_texts(cha
     prompts = {(*opened, *Lengths().encode(text)) for text in questions} | {
         tuple(Lengths().encode(o)) for o in openings
     }
-    [held_out] = material.held_out
-    assert [len(held_out.rows), len(material.tried.rows), len(material.known.rows)] == [10, 16, 3 * 80]
-    known = [tuple(row[:n]) for row, n in zip(material.known.rows, material.known.lengths, strict=True)]
+    [held_out] = read.held_out
+    assert [len(held_out.rows), len(read.tried.rows), len(read.known.rows)] == [10, 16, 3 * 80]
+    known = [tuple(row[:n]) for row, n in zip(read.known.rows, read.known.lengths, strict=True)]
     assert {text[:-5] for text in known} < prompts
-    for excerpts in (material.tried, held_out):
+    for excerpts in (read.tried, held_out):
         for row, context in zip(excerpts.rows, excerpts.context, strict=True):
             assert tuple(row[:context]) in prompts
     for row, context in zip(held_out.rows[:3], held_out.context, strict=False):
@@ -254,8 +265,9 @@ def test_answers_that_are_too_short_are_refused():
 
 def test_prompts_that_a_model_has_no_room_for_are_left_out():
     small = random_model(replace(OPT, max_positions=20, eos_ids=()))
-    found = calibrate(small, Lengths(), texts=OWN)
-    assert max(found.facts["texts"]["prompt_tokens"]) <= 20 - 5
+    read = own_answers(small, Lengths(), OWN)
+    assert max(read.prompts) <= 20 - 5
+    assert max(read.held_out[0].context) <= 20 - 5
     with pytest.raises(ci.CoreInferError, match="7 positions have no room for the prompts of the package"):
         own_answers(random_model(replace(OPT, max_positions=7)), Lengths(), OWN)
 
@@ -379,7 +391,10 @@ def test_mistakes_get_one_line_and_leave_what_is_there(arguments, said, model, s
 
 @pytest.mark.parametrize("json_too", first_quick([False, True]))
 def test_a_model_is_calibrated_without_texts(model, tmp_path, capsys, monkeypatch, json_too):
-    monkeypatch.setattr("coreinfer_jax.lab.evaluation.material.LEARNT", 5)
+    monkeypatch.setattr(material, "LEARNT", 5)
+    monkeypatch.setattr(material, "ANSWERS", 1)
+    prompts = material._prompts
+    monkeypatch.setattr(material, "_prompts", lambda tokenizer: prompts(tokenizer)[::5])
     directory = shutil.copytree(model, tmp_path / "mine")
     (directory / CALIBRATION).unlink()
     small = ["--texts", "4", "--continuation", "4", "--max-kl", "1e6"]
@@ -456,7 +471,7 @@ def test_a_calibration_that_does_not_fit_is_refused(change, said, tmp_path, caps
         assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", first_quick(["opt", "llama"]))
 def test_a_model_with_a_layer_that_writes_nothing_is_calibrated(name, tmp_path):
     params = random_model(MODELS[name])
     silent = with_leaves(
@@ -590,7 +605,7 @@ def test_batches_of_calibrated_models_are_chosen_row_by_row_or_together(per_row)
         check_same_core(out.core.row(b), expected_core(params, own, kept, 0.5, params.calibration.prior, 10.0))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", first_quick(["bfloat16", "float16"]))
 def test_16_bit_weights_decode_with_their_offsets(dtype):
     params = random_model(LLAMA, dtype=dtype)
     out = ci.generate(params, [PROMPTS[0]], ci.CoreConfig(beta=0.4), max_new_tokens=1)

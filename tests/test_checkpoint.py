@@ -25,7 +25,7 @@ from coreinfer_jax.io.hub import looks_like_hub_id, needed_files
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.families import FAMILIES
 from coreinfer_jax.model.weights import named_leaves
-from tests.support import LLAMA, MODELS, OPT, OPT_350M_STYLE, random_model
+from tests.support import LLAMA, MODELS, OPT, OPT_350M_STYLE, one_quick_in, random_model
 
 Tensors = dict[str, np.ndarray]
 TIED_LLAMA = replace(LLAMA, tied=True)
@@ -207,8 +207,7 @@ def test_casts_equal_numpys(tmp_path, hub, dtype):
     assert_leaves(ci.load(converted, "float32")[0], rounded)
 
 
-@pytest.mark.parametrize("stored", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
-@pytest.mark.parametrize("chunk", [1, 33, 500])
+@pytest.mark.parametrize(("chunk", "stored"), one_quick_in(3, [1, 33, 500], [FLOAT32, FLOAT16, BFLOAT16]), ids=str)
 def test_large_tensors_are_read_by_rows(tmp_path, monkeypatch, stored, chunk):
     monkeypatch.setattr(mapping, "CHUNK", chunk)
     tensors = {name: array.astype(stored) for name, array in hub_tensors(OPT).items()}

@@ -87,7 +87,7 @@ def test_lossless_writes_what_all_neurons_write(run, generate, tinystories):
     [
         ([], None),
         (["--method", "stability"], ci.CoreConfig()),
-        (["--method", "dense"], None),
+        pytest.param(["--method", "dense"], None, marks=pytest.mark.slow),
         (
             ["--rule", "votes", "--alpha", "0.3", "--beta", "0.7", "--budget", "mean"],
             ci.CoreConfig(beta=0.7, rule=ci.rules.Votes(alpha=0.3, budget="mean")),
@@ -368,14 +368,14 @@ SHELL = [
         r"coreinfer: error: the output cannot be written: No space left on device[^\n]*\n",
     ),
     (f"generate {PROMPT!r} --max-new-tokens 2 2>/dev/full", (0,), r""),
-    ("info nowhere 2>/dev/full", (2,), r""),
     ("info nowhere 2>&-", (2,), r""),
-    ("info embedded:opt --json 2>&-", (0,), r""),
     ("chat <&-", (0,), r"\[no chat template[^\n]*\n\[/reset[^\n]*\n\n"),
+    pytest.param("info nowhere 2>/dev/full", (2,), r"", marks=pytest.mark.slow),
+    pytest.param("info embedded:opt --json 2>&-", (0,), r"", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("line", "statuses", "told"), SHELL, ids=[line for line, *_ in SHELL])
+@pytest.mark.parametrize(("line", "statuses", "told"), SHELL)
 def test_streams_that_are_closed_or_full(line, statuses, told):
     """In a process of its own, whose status comes before any pipe."""
     script = Path(sys.executable).parent / "coreinfer"
@@ -408,7 +408,7 @@ def test_a_device_that_is_not_there(run, tinystories, device):
     assert_refused(run("generate", PROMPT, "--model", tinystories, "--device", device), f"--device {device}")
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu", "abacus"])
+@pytest.mark.parametrize("platform", ["cuda", "abacus", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_a_platform_that_is_not_there(platform):
     command = [
         sys.executable,

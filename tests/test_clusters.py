@@ -23,7 +23,8 @@ from coreinfer_jax.lab.clustering.published import read_lists
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.weights import named_leaves
-from tests.support import LLAMA, OPT, half_slow, random_model
+from coreinfer_jax.sparsity.choice import Chooser
+from tests.support import LLAMA, OPT, first_quick, half_slow, random_model
 from tests.test_bad_input import refusal
 from tests.test_prediction import activations, voted
 from tests.test_votes import reference_votes
@@ -98,7 +99,7 @@ def test_a_group_does_not_depend_on_the_other_groups(tmp_path: Path) -> None:
         np.testing.assert_array_equal(whole.centroids[c], alone.centroids[0])
 
 
-@pytest.mark.parametrize("labels", [None, LABELS], ids=["k-means", "topics"])
+@pytest.mark.parametrize("labels", first_quick([None, LABELS]), ids=["k-means", "topics"])
 def test_the_same_arguments_give_identical_files(labels: tuple[str, ...] | None, tmp_path: Path) -> None:
     for name in ("one", "two"):
         build(tmp_path / name, documents(labels=labels), seed=3)
@@ -237,7 +238,7 @@ def native(directory: Path, config: ModelConfig) -> Path:
 
 
 @pytest.mark.parametrize("layers", [3, pytest.param(32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", first_quick(REAL))
 def test_published_lists_drive_generation(name: str, layers: int, data: Path, tmp_path: Path) -> None:
     """All 32 layers of them, or the first ones alone."""
     config, groups = replace(REAL[name][0], num_layers=layers), REAL[name][1]
@@ -517,7 +518,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_build_inspect_and_generate(run, shallow: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "core", first_quick([ci.Auto(beta=0.4, gamma=0.4), ci.Similarity(gamma=0.4), ci.Fused(beta=0.4)])
+)
+def test_build_inspect_and_generate(core: Chooser, run, shallow: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     out, model = tmp_path / "clusters", ("--model", shallow["opt"])
     columns = ("--text-column", "text", "--label-column", "topic")
     status, told, err = run("clusters", "build", *model, "--data", corpus, *columns, "--out", out)
@@ -529,20 +533,17 @@ def test_build_inspect_and_generate(run, shallow: dict[str, Path], corpus: Path,
     assert (status, facts["names"], facts["sizes"], facts["gamma"]) == (0, ["king", "sea"], [2, 2], 0.4)
     params, tokenizer = ci.load(shallow["opt"])
     assert facts["model"] == fingerprint(params)
-    for core in (ci.Similarity(gamma=0.4), ci.Fused(beta=0.4), ci.Auto(beta=0.4, gamma=0.4)):
-        method = core.method
-        groups = ci.prepare_groups(params, ci.load_clusters(out), core)
-        prompt = tokenizer.encode("The queen")
-        expected = ci.generate(params, [prompt], core, groups=groups, max_new_tokens=6)
-        options = ("--method", method, "--clusters", out, "--gamma", 0.4, "--beta", 0.4, "--temperature", 0)
-        status, shown, err = run("generate", "The queen", *model, *options, "--max-new-tokens", 6, "--json")
-        assert status == 0, err
-        result = json.loads(shown)
-        assert result["tokens"] == expected.tokens[0].tolist()
-        assert result["stats"]["choices"] == [asdict(choice) for choice in expected.stats.choices]
-        choice = expected.stats.choices[0]
-        why = " (unstable: 3 voting tokens, fewer than 32)" if method == "auto" else ""
-        assert err.startswith(f"[{choice.method} by {facts['names'][choice.group]!r}{why}: 40% of ")
+    groups = ci.prepare_groups(params, ci.load_clusters(out), core)
+    expected = ci.generate(params, [tokenizer.encode("The queen")], core, groups=groups, max_new_tokens=6)
+    options = ("--method", core.method, "--clusters", out, "--gamma", 0.4, "--beta", 0.4, "--temperature", 0)
+    status, shown, err = run("generate", "The queen", *model, *options, "--max-new-tokens", 6, "--json")
+    assert status == 0, err
+    result = json.loads(shown)
+    assert result["tokens"] == expected.tokens[0].tolist()
+    assert result["stats"]["choices"] == [asdict(choice) for choice in expected.stats.choices]
+    choice = expected.stats.choices[0]
+    why = " (unstable: 3 voting tokens, fewer than 32)" if core.method == "auto" else ""
+    assert err.startswith(f"[{choice.method} by {facts['names'][choice.group]!r}{why}: 40% of ")
 
 
 def test_auto_without_clusters_says_what_it_does(run, shallow: dict[str, Path]) -> None:

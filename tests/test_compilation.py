@@ -22,7 +22,7 @@ from coreinfer_jax.model.cache import init_cache
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import leaf_bytes
 from coreinfer_jax.sparsity.rules import RULES
-from tests.support import LLAMA, MODELS, first_quick, half_slow, random_model
+from tests.support import LLAMA, MODELS, first_quick, one_quick_in, random_model
 
 RNG = np.random.default_rng(0)
 
@@ -55,7 +55,7 @@ def test_the_guard_sees_a_trace() -> None:
     assert any("tracing" in message for message in messages)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", first_quick(["llama", "opt"]))
 def test_within_a_bucket_nothing_is_traced_again(name: str) -> None:
     params = random_model(MODELS[name])
     run(params, 10)
@@ -115,7 +115,7 @@ def prefill_temporaries(
     return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
 
-@pytest.mark.parametrize(("name", "rule"), half_slow(["opt", "llama"], ["votes", "contribution"]))
+@pytest.mark.parametrize(("name", "rule"), first_quick(["llama", "opt"], ["contribution", "votes"]))
 def test_one_layer_is_summed_up_before_the_next(name: str, rule: str) -> None:
     """The compiler would else keep the activations of all layers to the end; a block of tokens is what each may add."""
     tokens, block, few, many = 512, 64, 2, 12
@@ -141,7 +141,7 @@ def test_a_prefill_does_not_score_what_the_cache_has_room_for() -> None:
 SETS = {"dense": (None, 1), "four-rows": (None, 4), "one-set": (range(600), 1), "set-per-row": ([range(600)] * 3, 3)}
 
 
-@pytest.mark.parametrize(("kind", "dtype"), half_slow(SETS, ["float32", "bfloat16"]))
+@pytest.mark.parametrize(("kind", "dtype"), one_quick_in(4, SETS, ["float32", "bfloat16"]))
 def test_decode_loop_temporaries_stay_below_one_layer(kind: str, dtype: str) -> None:
     """XLA would hoist float32 copies of bfloat16 weights out of the loop, every layer's at once, and copy the cache in
     every step; at this capacity the cache is larger than a layer."""

@@ -37,6 +37,10 @@ DECODE: dict[str, dict[str, Any]] = {
     "sampled": {"keeps": (0.2,), "sampled": True},
 }
 SLOW = ("sampled", "prefill")
+QUICK = {
+    "llama-3.1-8b": ("dense", "narrowed", "one core set for all rows"),
+    "opt-6.7b": ("a core set per row", "sampled", "prefill"),
+}
 # XLA's TPU code brings the keys of several rows and many heads onto the chip, and writes all of them back in every
 # step: before JAX 0.11 those of two rows, since then of four.
 WRITTEN_BACK = [("v6e", "opt-6.7b", "one core set for all rows")]
@@ -87,10 +91,12 @@ def _cases(*names: str) -> list[object]:
 
 
 def _marks(device: str, model: str, name: str) -> list[pytest.MarkDecorator]:
-    """Sorting and prefills take the compiler for TPUs a minute or two."""
+    """Each case is quick with one model; sorting and prefills take the compiler for TPUs a minute or two."""
+    slow = name not in QUICK[model] or (device == "v6e" and name in SLOW)
+    marks = [pytest.mark.slow] if slow else []
     if (device, model, name) in WRITTEN_BACK:
-        return [pytest.mark.xfail(reason="the cache is written back whole", raises=AssertionError, strict=True)]
-    return [pytest.mark.slow] if device == "v6e" and name in SLOW else []
+        marks.append(pytest.mark.xfail(reason="the cache is written back whole", raises=AssertionError, strict=True))
+    return marks
 
 
 @pytest.mark.aot
@@ -109,7 +115,7 @@ def test_a_decode_step_moves_what_it_needs(device: str, model: str, case: str) -
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("device", "model", "per_host"),
-    [("h100", "llama-2-70b", 8), ("v5e-8", "llama-3.1-8b", 8)],
+    [("h100", "llama-2-70b", 8), pytest.param("v5e-8", "llama-3.1-8b", 8, marks=pytest.mark.slow)],
     indirect=["device"],
 )
 def test_over_many_devices_a_layer_waits_twice(device: str, model: str, per_host: int) -> None:

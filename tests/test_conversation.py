@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import coreinfer_jax as ci
-from tests.support import MODELS, check_same_core, half_slow, random_model
+from tests.support import MODELS, check_same_core, one_quick_in, random_model
 
 CORES = {
     "stability": ci.CoreConfig(),
@@ -28,7 +28,7 @@ def answer(params: ci.Params, tokens: list[int], past: ci.Conversation | None, c
     return np.concatenate([chunk.tokens[0] for chunk, _ in chunks]).tolist(), last, conversation
 
 
-@pytest.mark.parametrize(("name", "core"), half_slow(["opt", "llama"], CORES))
+@pytest.mark.parametrize(("name", "core"), one_quick_in(3, ["opt", "llama"], CORES))
 def test_every_turn_equals_a_fresh_start(name: str, core: str) -> None:
     params, chooser = random_model(MODELS[name]), CORES[core]
     tokens: list[int] = []

@@ -24,7 +24,7 @@ from coreinfer_jax.lab.evaluation.measure import measure
 from coreinfer_jax.model.families import family_of
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.model.layers import rms_normed
-from tests.support import with_mlps_on_host
+from tests.support import half_slow, one_quick_in, with_mlps_on_host
 from tests.test_parity import FAMILIES, TOLERANCE, as_family, assert_same_until_a_tie, random_reference
 
 torch = pytest.importorskip("torch")
@@ -62,7 +62,7 @@ def greedy(model, tokens: list[int]) -> np.ndarray:
     return whole.numpy()
 
 
-@pytest.mark.parametrize("family", CHOSEN)
+@pytest.mark.parametrize("family", [*one_quick_in(2, tuple(CHOSEN)[1:]), pytest.param("Llama", marks=pytest.mark.slow)])
 def test_rows_of_unequal_length_make_the_tokens_of_transformers(family: str) -> None:
     model, params = pair(family)
     prompts = [prompt(length) for length in (23, 5)]
@@ -159,7 +159,7 @@ def choices(every: int) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize(("family", "chooser"), choices(every=1))
+@pytest.mark.parametrize(("family", "chooser"), choices(every=2))
 def test_core_neurons_decode_as_transformers_does_without_the_others(family: str, chooser: str) -> None:
     (model, params), core, tokens = pair(family), CHOOSERS[chooser], prompt(23)
     groups = None if chooser == "stability" else groups_of(params, core)
@@ -222,8 +222,7 @@ def test_offsets_come_before_the_norm_behind_the_mlp(family: str) -> None:
     assert np.abs(plain.logprobs[0][1:] + masked.loss[0]).max() > 1e-2
 
 
-@pytest.mark.parametrize("family", CHOSEN)
-@pytest.mark.parametrize("chunk", [1, 500])
+@pytest.mark.parametrize(("family", "chunk"), half_slow(CHOSEN, [1, 500]))
 def test_large_tensors_are_read_by_rows(
     family: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

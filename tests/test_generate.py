@@ -11,7 +11,7 @@ import pytest
 import coreinfer_jax as ci
 from coreinfer_jax.model import extend, unembed
 from coreinfer_jax.model.cache import KVCache, bucket, init_cache
-from tests.support import LLAMA, MODELS, OPT, check_same_core, half_slow, random_model
+from tests.support import LLAMA, MODELS, OPT, check_same_core, half_slow, one_quick_in, random_model
 from tests.test_votes import reference_selection
 
 RNG = np.random.default_rng(0)
@@ -100,10 +100,10 @@ def test_dense_generation_equals_a_plain_loop(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "core"),
     [
-        ("opt", ci.CoreConfig()),
         ("opt-350m-style", replace(VOTES, rule=ci.rules.Votes(budget="mean"), layers=(0.5, 1.0))),
         ("llama", ci.CoreConfig()),
-        ("relu-llama", None),
+        pytest.param("opt", ci.CoreConfig(), marks=pytest.mark.slow),
+        pytest.param("relu-llama", None, marks=pytest.mark.slow),
     ],
 )
 def test_rows_of_a_padded_batch_equal_their_single_runs(name: str, core: ci.CoreConfig | None) -> None:
@@ -117,7 +117,7 @@ def test_rows_of_a_padded_batch_equal_their_single_runs(name: str, core: ci.Core
             check_same_core(batch.core.row(b), single.core)
 
 
-@pytest.mark.parametrize(("name", "dtype"), half_slow(MODELS, ["bfloat16", "float16"]))
+@pytest.mark.parametrize(("name", "dtype"), one_quick_in(4, MODELS, ["bfloat16", "float16"]))
 def test_16_bit_batches_decode_what_one_forward_gives(name: str, dtype: str) -> None:
     params = random_model(MODELS[name], dtype=dtype)
     for core in (None, ci.CoreConfig(beta=1.0), ci.CoreConfig(beta=1.0, per_row=False)):

@@ -23,7 +23,7 @@ from coreinfer_jax.sparsity.linear import LinearFit
 from coreinfer_jax.sparsity.narrow import gather_core
 from coreinfer_jax.sparsity.rules import Contribution
 from coreinfer_jax.text.corpus import Beginnings
-from tests.support import LLAMA, MODELS, OPT, check_same_core, half_slow, random_model
+from tests.support import LLAMA, MODELS, OPT, check_same_core, first_quick, half_slow, random_model
 
 D, F = OPT.hidden_size, OPT.mlp_size
 CORE = ci.CoreConfig(beta=0.5, allocation="equal")
@@ -116,7 +116,7 @@ def test_directions_are_the_best_for_what_is_left_out() -> None:
     assert 0 < least <= left <= 1.001 * least
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", first_quick(["llama", "opt"]))
 def test_fits_of_a_model_are_those_of_all_its_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params, texts = random_model(MODELS[name]), corpus()
     monkeypatch.setattr(fitting, "directions_of", lambda config: config.hidden_size)
@@ -289,7 +289,7 @@ def test_turns_of_a_conversation_add_up() -> None:
     assert last.core.linear == (True, True, True)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", first_quick(["llama", "opt"]))
 def test_requests_put_into_rows_say_what_they_say_alone(name: str) -> None:
     params = explained(random_model(replace(MODELS[name], eos_ids=())))
     running = start(params, 2, 64, CORE.widths(params), CORE.linear_layers(params))

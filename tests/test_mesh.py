@@ -24,7 +24,7 @@ from coreinfer_jax.sparsity.choice import Chooser
 from coreinfer_jax.sparsity.narrow import gather_core
 from tests import test_clusters
 from tests.stand_ins import tale
-from tests.support import LLAMA, OPT, check_same_core, half_slow, random_model
+from tests.support import LLAMA, OPT, check_same_core, first_quick, half_slow, one_quick_in, random_model
 from tests.test_calibration import SMALL, Numbers, documents
 from tests.test_linear import explained
 from tests.test_prediction import AUTO, FUSED, SIMILARITY, STEADY, clusters, model, prompt
@@ -102,7 +102,7 @@ def test_weights_lie_where_they_are_used() -> None:
     assert over("opt", 8).token_embedding.sharding.is_fully_replicated  # 101 tokens
 
 
-@pytest.mark.parametrize("rule", ["votes", "griffin", "random", "norm"])
+@pytest.mark.parametrize("rule", half_slow(["votes", "random", "griffin", "norm"]))
 def test_every_kind_of_rule_ranks_as_on_one_device(rule: str) -> None:
     one = ci.generate(wide("opt"), ROWS, ci.CoreConfig(rule=rule, shards=4), max_new_tokens=2)
     check_same(one, ci.generate(over("opt", 4), ROWS, ci.CoreConfig(rule=rule), max_new_tokens=2))
@@ -119,7 +119,7 @@ def test_each_share_keeps_its_own_best() -> None:
             np.testing.assert_array_equal(own, (np.sort(best, axis=1) + F // n * np.arange(n)[:, None]).ravel())
 
 
-@pytest.mark.parametrize(("core", "compacted"), half_slow([SIMILARITY, FUSED, AUTO, STEADY], [True, False]))
+@pytest.mark.parametrize(("core", "compacted"), one_quick_in(4, [SIMILARITY, FUSED, AUTO, STEADY], [True, False]))
 def test_groups_choose_as_on_one_device(core: Chooser, compacted: bool) -> None:
     rows = [prompt(40, 0), prompt(9, 1)]
     spread = ci.spread(model(), ci.make_mesh(4))
@@ -161,7 +161,7 @@ def test_given_neurons_may_lie_anywhere() -> None:
         np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", first_quick(CONFIGS))
 def test_linear_neurons_are_shared_out_too(name: str) -> None:
     known = explained(wide(name))
     spread = ci.spread(known, ci.make_mesh(4))
@@ -281,7 +281,7 @@ def test_a_step_has_two_sums_over_devices_per_layer(name: str) -> None:
     assert not re.findall(COLLECTIVES, gather.as_text())
 
 
-@pytest.mark.parametrize("model", ["embedded:llama", "embedded:opt"])
+@pytest.mark.parametrize("model", first_quick(["embedded:llama", "embedded:opt"]))
 def test_a_checkpoint_is_loaded_as_it_is_spread(model: str) -> None:
     """Weights, and what a calibration knows of neurons; a device holds no more than its share."""
     mesh = ci.make_mesh(3)

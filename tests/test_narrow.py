@@ -15,7 +15,7 @@ from coreinfer_jax.model.layers import mlp_pass
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity import narrow as narrowing
 from coreinfer_jax.sparsity.narrow import padded_width
-from tests.support import LLAMA, MODELS, OPT, first_quick, half_slow, random_model
+from tests.support import LLAMA, MODELS, OPT, first_quick, half_slow, one_quick_in, random_model
 
 TOKENS = np.random.default_rng(0).integers(3, 101, (2, 17))
 
@@ -123,7 +123,7 @@ def padding(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(narrowing, "width_multiple", lambda weight: 16)
 
 
-@pytest.mark.parametrize(("name", "rows"), half_slow(MODELS, [None, 2]))
+@pytest.mark.parametrize(("name", "rows"), one_quick_in(4, MODELS, [None, 2]))
 def test_padded_widths_change_no_logits(name: str, rows: int | None, padding: Callable[[], None]) -> None:
     params = random_model(replace(MODELS[name], mlp_bias=True))
     sets = random_core(params.config, 30, rows=rows)

@@ -66,7 +66,7 @@ def check_same(on_host: ci.Params, params: ci.Params, tokens: list[list[int]], c
 @pytest.mark.parametrize(
     ("name", "core"),
     [
-        pytest.param(name, core, marks=[] if (i + j) % 3 == 0 else [pytest.mark.slow])
+        pytest.param(name, core, marks=[] if (i + j) % 6 == 0 else [pytest.mark.slow])
         for i, name in enumerate(["opt", "llama", "opt-350m-style"])
         for j, core in enumerate(CORES)
     ],
@@ -130,7 +130,9 @@ def test_conversations_go_on_and_use_rows_again() -> None:
     assert moved < before
 
 
-@pytest.mark.parametrize(("name", "multiple"), [("opt", 1), ("llama", 1), ("opt", 20)])
+@pytest.mark.parametrize(
+    ("name", "multiple"), [("opt", 20), ("llama", 1), pytest.param("opt", 1, marks=pytest.mark.slow)]
+)
 def test_only_rows_that_are_not_there_are_moved(name: str, multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a gather on the device, whatever overlaps; and no row is read of the host that is there already."""
     monkeypatch.setattr(narrowing, "width_multiple", lambda weight: multiple)  # as on accelerators, which pad
@@ -215,7 +217,8 @@ def open_weights(directory: Path) -> list[str]:
 @pytest.mark.usefixtures("drafts_always")
 @pytest.mark.parametrize(
     ("core", "cancel_at", "lossless"),
-    [("dense", 2, False), ("dense", 5, False), ("stability", 2, False), ("stability", 11, True)],
+    [("dense", 5, False), ("stability", 11, True)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("dense", 2, False), ("stability", 2, False))],
 )
 def test_a_call_that_is_cancelled_leaves_nothing_behind(
     core: str, cancel_at: int, lossless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from coreinfer_jax.engine.options import drawing_of
 from coreinfer_jax.engine.penalties import penalised
 from coreinfer_jax.engine.programs import decode
 from coreinfer_jax.engine.sampling import draw, make_sampling
-from tests.support import LLAMA, MODELS, OPT, random_model
+from tests.support import LLAMA, MODELS, OPT, first_quick, half_slow, random_model
 from tests.test_compilation import traced
 
 RNG = np.random.default_rng(0)
@@ -46,9 +46,9 @@ def test_logits_are_lowered_as_transformers_does(penalty: float, size: int) -> N
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", ["opt", "llama"])
-@pytest.mark.parametrize(("penalty", "size"), [(1.8, None), (None, 2), (1.3, 3)])
-def test_generate_equals_a_loop_with_transformers_processors(name: str, penalty: float | None, size: int) -> None:
+@pytest.mark.parametrize(("name", "asked"), half_slow(["llama", "opt"], [(1.3, 3), (1.8, None), (None, 2)]))
+def test_generate_equals_a_loop_with_transformers_processors(name: str, asked: tuple[float | None, int | None]) -> None:
+    penalty, size = asked
     params = random_model(MODELS[name])
     asked = {"repetition_penalty": penalty, "no_repeat_ngram_size": size}
     made = ci.generate(params, TEXTS[:3], None, max_new_tokens=40, **asked).tokens.tolist()
@@ -80,7 +80,7 @@ def test_a_vocabulary_that_is_used_up_may_repeat() -> None:
     assert (penalised(logits, sampling, every, jnp.asarray([OPT.vocab_size])) == logits).all()
 
 
-@pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
+@pytest.mark.parametrize("options", first_quick([{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}]))
 def test_a_conversation_looks_at_all_that_was_said(options: dict[str, float]) -> None:
     params, tokens = random_model(MODELS["opt"]), [2, *range(10, 30)]
     past = None

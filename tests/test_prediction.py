@@ -17,7 +17,7 @@ from coreinfer_jax.sparsity.choice import Chooser
 from coreinfer_jax.sparsity.choosers import Core, chooser_of
 from coreinfer_jax.sparsity.measures import nearest_group
 from coreinfer_jax.sparsity.votes import Tally
-from tests.support import LLAMA, OPT, check_same_core, half_slow, random_model
+from tests.support import LLAMA, OPT, check_same_core, first_quick, half_slow, one_quick_in, random_model
 from tests.test_bad_input import refusal
 from tests.test_compilation import traced
 from tests.test_votes import reference_votes
@@ -133,7 +133,7 @@ def test_distances_are_euclidean_and_ties_go_to_the_lower_group() -> None:
     assert nearest_group(votes, 4, jnp.asarray(centroids)).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("gamma", [0.01, 0.29, 0.5, 1.0])
+@pytest.mark.parametrize("gamma", half_slow([0.29, 0.01, 1.0, 0.5]))
 def test_gamma_is_honoured(gamma: float) -> None:
     core = replace(SIMILARITY, gamma=gamma)
     out = ci.generate(model(), [prompt(9, 0)], core, groups=groups(core), max_new_tokens=3)
@@ -148,7 +148,7 @@ def test_only_the_layers_asked_for_are_narrowed_and_the_deciding_layer_need_not_
         assert out.stats.choices[0].group == reference_group(prompt(9, 0))
 
 
-@pytest.mark.parametrize(("core", "compacted"), half_slow([SIMILARITY, STEADY, FUSED], [True, False]))
+@pytest.mark.parametrize(("core", "compacted"), one_quick_in(3, [SIMILARITY, STEADY, FUSED], [True, False]))
 def test_rows_of_a_batch_equal_their_single_runs(core: Chooser, compacted: bool) -> None:
     rows = [prompt(5, 0), prompt(45, 1), prompt(64, 2), prompt(33, 3)]
     ready = groups(SIMILARITY, compacted)
@@ -187,9 +187,11 @@ def test_fused_equals_numpy(length: int, prior: float) -> None:
         np.testing.assert_array_equal(out.core.layers[l], top(score, a.sum(axis=0), F // 2))
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
-@pytest.mark.parametrize(("length", "beta"), [(2, 0.5), (7, 0.5), (40, 0.2), (65, 0.7), (3, 1.0)])
-def test_stability_figure_equals_numpy(name: str, length: int, beta: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "sizes"), half_slow(["opt", "llama"], [(2, 0.5), (7, 0.5), (40, 0.2), (65, 0.7), (3, 1.0)])
+)
+def test_stability_figure_equals_numpy(name: str, sizes: tuple[int, float]) -> None:
+    length, beta = sizes
     params = random_model({"opt": OPT, "llama": LLAMA}[name])
     tokens = prompt(length, 1)
     out = ci.generate(params, [tokens], ci.Auto(beta=beta), max_new_tokens=2)
@@ -246,7 +248,7 @@ def test_an_unstable_prompt_without_groups_stays_with_its_own_neurons_and_says_s
     same(ci.generate(model(), [prompt(6, 0)], replace(VOTES, beta=0.5), max_new_tokens=5), out)
 
 
-@pytest.mark.parametrize("compacted", [True, False])
+@pytest.mark.parametrize("compacted", first_quick([True, False]))
 def test_different_ratios_of_prompts_and_groups(compacted: bool) -> None:
     core = replace(AUTO, gamma=0.25, least_stability=-1.0)
     ready = groups(core, compacted)
@@ -273,7 +275,7 @@ def test_switching_between_compacted_groups_traces_and_gathers_nothing(monkeypat
     assert [out.stats.choices[0].group for out in outs] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("core", [SIMILARITY, FUSED, STEADY], ids=lambda core: core.method)
+@pytest.mark.parametrize("core", first_quick([STEADY, SIMILARITY, FUSED]), ids=lambda core: core.method)
 def test_within_a_bucket_no_method_traces_again(core: Chooser) -> None:
     for length in (5, 40):  # `auto` has a program for either choice
         ci.generate(model(), [prompt(length, 0)], core, groups=groups(), max_new_tokens=9)
@@ -284,7 +286,7 @@ def test_within_a_bucket_no_method_traces_again(core: Chooser) -> None:
     assert messages == []
 
 
-@pytest.mark.parametrize("core", [SIMILARITY, FUSED, AUTO], ids=lambda core: core.method)
+@pytest.mark.parametrize("core", first_quick([AUTO, SIMILARITY, FUSED]), ids=lambda core: core.method)
 def test_a_conversation_is_that_of_its_whole_text(core: Chooser) -> None:
     first, second = prompt(30, 0), prompt(9, 1)[1:]
     *_, (_, conversation) = ci.converse(model(), first, core=core, groups=groups(), max_new_tokens=5)

@@ -11,7 +11,7 @@ from coreinfer_jax.lab.evaluation.settings import RANKINGS
 from coreinfer_jax.model.weights import Linear
 from coreinfer_jax.sparsity.ranking import _all_at_once, _each_alone
 from coreinfer_jax.sparsity.rules import RULES, Rule, mean_activations, places, with_prior
-from tests.support import LLAMA, random_model
+from tests.support import LLAMA, half_slow, random_model
 
 B, T, F, ALPHA = 2, 12, 40, 0.4
 
@@ -73,8 +73,7 @@ def scores_of(rule, a, compensation=0.0):
     return np.asarray(RANKINGS[rule].score(sums_of(rule, a), jnp.asarray(NORMS), jnp.float32(compensation)))
 
 
-@pytest.mark.parametrize("relu", [False, True], ids=["swiglu", "relu"])
-@pytest.mark.parametrize("rule", sorted(set(RANKINGS) - {"random"}))
+@pytest.mark.parametrize(("rule", "relu"), half_slow(sorted(set(RANKINGS) - {"random"}), [False, True]))
 def test_a_rule_ranks_as_numpy_does(rule, relu):
     a = activations(relu=relu)
     found = np.asarray(places(jnp.asarray(scores_of(rule, a))))
@@ -163,8 +162,7 @@ def test_places_of_parts_go_to_the_best_of_each_first():
     assert places(jnp.asarray([[4.0, 3.0, 1.0, 2.0]]), 2).tolist() == [[0, 2, 3, 1]]
 
 
-@pytest.mark.parametrize("shards", [1, 4])
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("rule", "shards"), half_slow(RULES.values(), [1, 4]))
 def test_layers_are_ranked_at_once_as_each_alone(rule: type[Rule], shards: int) -> None:
     """As GPUs do, and as CPUs do."""
     kept, rng = (40, 8, 8), np.random.default_rng(0)

@@ -12,7 +12,7 @@ from coreinfer_jax.engine.loop import begin
 from coreinfer_jax.engine.running import Running, advance, insert_request, start
 from coreinfer_jax.sparsity import narrow
 from coreinfer_jax.sparsity.choosers import Core
-from tests.support import MODELS, half_slow, random_model
+from tests.support import MODELS, one_quick_in, random_model
 from tests.test_compilation import traced
 
 RNG = np.random.default_rng(3)
@@ -80,7 +80,7 @@ CORES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "core", "multiple"), [*half_slow(["llama", "opt"], CORES, [1]), ("llama", "own neurons", 16)]
+    ("name", "core", "multiple"), [*one_quick_in(4, ["llama", "opt"], CORES, [1]), ("llama", "own neurons", 16)]
 )
 def test_each_request_says_what_it_says_alone(
     name: str, core: str, multiple: int, monkeypatch: pytest.MonkeyPatch

@@ -16,10 +16,12 @@ from tests.test_evaluation import log_softmax
 
 # Rows of unequal length; the longest continuation spans more than one block of logits.
 LENGTHS = ((9, 5), (30, 1), (4, BLOCK + 3))
-CASES = {model: (model, ci.CoreConfig(beta=0.4)) for model in MODELS} | {
-    "some layers, without BOS": ("opt", ci.CoreConfig(beta=0.3, layers=(0.3, 1.0), count_bos=False)),
-    "dense": ("llama", None),
-}
+CASES = [
+    ("opt", ci.CoreConfig(beta=0.3, layers=(0.3, 1.0), count_bos=False)),
+    ("llama", None),
+    ("llama", ci.CoreConfig(beta=0.4)),
+    *(pytest.param(name, ci.CoreConfig(beta=0.4), marks=pytest.mark.slow) for name in MODELS if name != "llama"),
+]
 
 
 def texts(seed=3):
@@ -49,7 +51,7 @@ def step_by_step(params, core, context, continuation):
     return log_softmax(np.asarray(logits, np.float64))
 
 
-@pytest.mark.parametrize(("model", "core"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("model", "core"), CASES)
 def test_one_pass_equals_steps_of_one_token(model, core):
     params = random_model(MODELS[model])
     contexts, continuations = texts()

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.robustness.signals import PROMPT, complaint, interrupted
+from tests.support import half_slow
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 ENTRY = "import sys; from coreinfer_command import main"
@@ -26,9 +27,8 @@ def ended(script: str, number: int) -> tuple[int, float, str]:
         return process.returncode, time.perf_counter() - began, told
 
 
-@BOTH
-@pytest.mark.parametrize("moment", [0.5, 2.0, pytest.param(4.0, marks=pytest.mark.slow)])
-def test_generate_ends_at_once(number, moment):
+@pytest.mark.parametrize(("moment", "number"), half_slow([0.5, 2.0, 4.0], [signal.SIGINT, signal.SIGTERM]))
+def test_generate_ends_at_once(moment, number):
     """While it imports, loads, compiles or generates, whichever it does then."""
     arguments = ["generate", PROMPT, "--max-new-tokens", "400"]
     assert complaint(number, *interrupted(arguments, moment, number)) is None
@@ -70,8 +70,7 @@ except BaseException:
 }
 
 
-@BOTH
-@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize(("work", "number"), half_slow(WORK, [signal.SIGINT, signal.SIGTERM]))
 def test_whatever_a_signal_meets(work, number):
     script = f"""
 {ENTRY}

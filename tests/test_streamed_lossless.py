@@ -76,6 +76,7 @@ def test_what_is_always_accepted_moves_weights_once_per_block() -> None:
     np.testing.assert_array_equal(state.reached, state.accepted)
 
 
+@pytest.mark.slow
 def test_what_is_always_rejected_costs_no_token() -> None:
     full = random_model(LLAMA)
     # What the full model finds most likely, this drafter finds least likely.
@@ -86,6 +87,7 @@ def test_what_is_always_rejected_costs_no_token() -> None:
     assert np.array(state.accepted[CORE]).sum() == 0
 
 
+@pytest.mark.slow
 def test_rows_end_within_a_draft() -> None:
     expected = dense("llama", NEW).tokens
     ends = (int(expected[0, 2]),)

@@ -25,7 +25,7 @@ from coreinfer_jax.model import unembed
 from coreinfer_jax.model.config import ModelConfig, Rope
 from coreinfer_jax.model.fingerprint import fingerprint
 from coreinfer_jax.text import load_tokenizer
-from tests.support import LLAMA, MODELS, random_model
+from tests.support import LLAMA, MODELS, first_quick, random_model
 
 plots = pytest.importorskip("matplotlib.image", reason="train draws with matplotlib")
 
@@ -35,7 +35,7 @@ RECIPES = {
     "opt": Recipe(family="opt", num_layers=2, **SIZES, **SCHEDULE),
     "llama": Recipe(family="llama", num_layers=1, **SIZES, **SCHEDULE),
 }
-FAMILIES = pytest.mark.parametrize("family", RECIPES)
+FAMILIES = pytest.mark.parametrize("family", first_quick(RECIPES))
 
 
 @contextmanager
@@ -91,9 +91,15 @@ def training() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def trained(texts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories of one uninterrupted run per family."""
+    """Directories of one uninterrupted run per family, made when they are asked for."""
     folder = tmp_path_factory.mktemp("runs")
-    return {family: train(folder / family, texts, recipe).parent for family, recipe in RECIPES.items()}
+
+    class Runs(dict[str, Path]):
+        def __missing__(self, family: str) -> Path:
+            self[family] = train(folder / family, texts, RECIPES[family]).parent
+            return self[family]
+
+    return Runs()
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -135,9 +141,9 @@ def interrupt(function: Callable, at: int, before: bool = False) -> Callable:
     [
         (SentencePieceTrainer, "train", 0),
         (preparation, "save_file", 0),
-        (trainer, "train_step", 0),
         (trainer, "train_step", 7),
-        (trainer, "train_step", 11),
+        pytest.param(trainer, "train_step", 0, marks=pytest.mark.slow),
+        pytest.param(trainer, "train_step", 11, marks=pytest.mark.slow),
         (curve, "draw_curve", 1),
         (checkpoints, "save_file", 2),
         (trainer, "save_state", 3),
