@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +42,8 @@ ALWAYS = {
     "always skipping": "layers without MLPs",
 }
 OFFLOADED = "transformers with accelerate"
+# What that is made of.
+PACKAGES = ("transformers", "accelerate", "torch")
 STORY = "Once upon a time, there was a little girl who lived in a small house near the forest. "
 PROMPTS = {
     "chat": "What should I see in Paris in two days? Give me a short plan.",
@@ -80,9 +83,12 @@ def measure(models: tuple[str, ...] = MODELS, mlps_on_host: bool = False) -> Ite
         described |= {"skipped": skipped, "layers": params.config.num_layers}
         with ExitStack() as stack:
             others = _offloaded(whole, stack) if mlps_on_host else {}
+            versions = {package: version(package) for package in PACKAGES if others}
             for kind, prompt in prompts.items():
                 ways = ways_of(params, whole, prompt, skipped) | others
-                yield environment() | described | {"kind": kind, "ways": compared(ways, prompt)}
+                made = environment()
+                made["versions"] |= versions
+                yield made | described | {"kind": kind, "ways": compared(ways, prompt)}
 
 
 def _prompts(tokenizer: Tokenizer) -> dict[str, list[int]]:
@@ -99,7 +105,7 @@ def _skipped(params: Params, prompts: Mapping[str, list[int]]) -> list[int]:
 
 def _offloaded(params: Params, stack: ExitStack) -> dict[str, Way]:
     """Transformers with accelerate, until `stack` is closed; nothing, and a line about it, where that is missing."""
-    absent = [name for name in ("torch", "accelerate") if find_spec(name) is None]
+    absent = [name for name in PACKAGES if find_spec(name) is None]
     if absent:
         told = f"{OFFLOADED} is left out, not installed: {', '.join(absent)}; pip install '.[accelerate]'"
         print(told, file=sys.stderr)

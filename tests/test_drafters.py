@@ -87,6 +87,16 @@ def test_the_mlp_that_does_nothing_is_missed_least():
     assert 2 in drafters.least_missed(without_outputs(params, [2]), PROMPT, 2)
 
 
+@pytest.mark.slow
+def test_no_way_changes_a_token():
+    params = random_model(MODELS["llama"])
+    ways = lossless.ways_of(params, params, PROMPT, [1], NEW)
+    assert set(ways) == {*lossless.WAYS, *lossless.ALWAYS}
+    found = lossless.compared(ways, PROMPT, NEW, rounds=1)
+    assert all(own["same_tokens"] for own in found.values())
+    assert [found[way]["drafts"]["core_steps"] > 0 for way in lossless.ALWAYS] == [True, False, True, True]
+
+
 def test_ways_are_compared_with_the_first_round_by_round():
     seconds = iter([9.0, 9.0, 2.0, 1.0, 4.0, 1.0])  # the first turn is not counted
 
