@@ -62,7 +62,11 @@ def current() -> dict[Path, str]:
         DOCS / "guides" / "batch.md": {"batch": batch.table},
         DOCS / "guides" / "convert.md": _of_newest({"gguf": gguf_evidence.table}),
         DOCS / "guides" / "groups.md": _of_newest({"group-switch": _group_switch, "prediction": _prediction}),
-        DOCS / "guides" / "lossless.md": {"lossless": lossless.table, "same tokens": same_tokens.table},
+        DOCS / "guides" / "lossless.md": {
+            "lossless": lossless.table,
+            "drafters": lossless.always_table,
+            "same tokens": same_tokens.table,
+        },
         DOCS / "guides" / "several-devices.md": {"shares": shares.table, "many devices": many_devices.table},
         DOCS / "robustness.md": {"robustness": robustness.table},
         DOCS / "how-it-works.md": _of_newest({"static-argument": _static_argument}),

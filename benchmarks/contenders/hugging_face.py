@@ -47,12 +47,12 @@ def run(trial: Trial) -> Report:
     prompts = random_prompts(shape_config(trial.fields), trial.rows, trial.prompt_tokens)
     ids = torch.from_numpy(prompts).long().to(device)
     options: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
-    runs = [_generate(model, ids, trial.new_tokens, options) for _ in range(trial.generations + 1)]
-    times, counts = zip(*runs[1:], strict=True)
+    runs = [generated(model, ids, trial.new_tokens, options) for _ in range(trial.generations + 1)]
+    times, made = zip(*runs[1:], strict=True)
     return Report(
         decode_seconds=[t[-1] - t[1] for t in times],
         first_token_seconds=[t[1] - t[0] for t in times],
-        made_tokens=list(counts),
+        made_tokens=[tokens.shape[1] for tokens in made],
         load_seconds=loaded - began,
         first_call_seconds=runs[0][0][-1] - runs[0][0][0],
         bytes_per_token=_bytes_per_token(model, trial),
@@ -61,8 +61,8 @@ def run(trial: Trial) -> Report:
 
 
 @torch.inference_mode()
-def _generate(model: Any, ids: torch.Tensor, tokens: int, options: dict[str, Any]) -> tuple[list[float], int]:
-    """When the request began and each token came, and how many came."""
+def generated(model: Any, ids: torch.Tensor, tokens: int, options: dict[str, Any]) -> tuple[list[float], torch.Tensor]:
+    """When the request began and each token came, and the new tokens [B, n] after ids [B, T]."""
     clock = _Clock()
     began = perf_counter()
     out = model.generate(
@@ -75,7 +75,7 @@ def _generate(model: Any, ids: torch.Tensor, tokens: int, options: dict[str, Any
         stopping_criteria=StoppingCriteriaList([clock]),
         **options,
     )
-    return [began, *clock.times], int(out.shape[1] - ids.shape[1])
+    return [began, *clock.times], out[:, ids.shape[1] :]
 
 
 def _bytes_per_token(model: Any, trial: Trial) -> float:

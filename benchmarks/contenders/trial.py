@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -72,3 +74,25 @@ class Report:
     device_bytes: int | None = None
     device_needed_bytes: int | None = None
     predictor_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Continued:
+    """One prompt, continued.
+
+    Attributes:
+        tokens: the new ones, int32 [n].
+        decode_seconds: of all tokens after the first.
+        moved_bytes: of MLPs, from the host to the device; None where that is not counted.
+        drafts: what came of drafts; None where there were none.
+    """
+
+    tokens: np.ndarray
+    decode_seconds: float
+    moved_bytes: int | None = None
+    drafts: dict[str, Any] | None = None
+
+    @property
+    def milliseconds(self) -> float:
+        """Per token after the first."""
+        return 1000 * self.decode_seconds / max(1, len(self.tokens) - 1)
