@@ -85,7 +85,9 @@ WAYS: dict[str, Callable[[], tuple[ci.Params, Core, ci.Groups | None]]] = {
 QUICK = ("own neurons", "auto")
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way in QUICK else [pytest.mark.slow]) for way in WAYS])
+@pytest.mark.parametrize(
+    "way", [*QUICK, *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way not in QUICK)]
+)
 def test_each_prompt_says_what_it_says_alone(way: str) -> None:
     params, core, groups = WAYS[way]()
     expected = {i: alone(params, prompt, core, groups=groups) for i, prompt in enumerate(PROMPTS)}

@@ -76,7 +76,7 @@ def test_tokens_and_core_neurons_are_the_same(name: str, core: str) -> None:
     check_same(with_mlps_on_host(params), params, PROMPTS[:1], CORES[core])
 
 
-@pytest.mark.parametrize("per_row", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("per_row", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_batches(per_row: bool) -> None:
     params = random_model(OPT)
     check_same(with_mlps_on_host(params), params, PROMPTS, ci.CoreConfig(beta=0.3, per_row=per_row))
