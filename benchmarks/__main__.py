@@ -23,6 +23,7 @@ from benchmarks import (
     linear_cost,
     linear_fallback,
     linear_neurons,
+    linear_votes,
     long_prompts,
     lossless,
     many_devices,
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         lambda o: linear_neurons.measure(o.texts),
         _add_texts,
     )
+    _add(commands, "linear-votes", "the same beside voted neurons", lambda o: linear_votes.measure(o.texts), _add_texts)
     _add(commands, "linear-cost", "what linear neurons take of a run", lambda _: linear_cost.measure())
     _add(
         commands,

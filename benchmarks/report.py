@@ -22,6 +22,7 @@ from benchmarks import (
     linear_cost,
     linear_fallback,
     linear_neurons,
+    linear_votes,
     long_prompts,
     lossless,
     many_devices,
@@ -93,6 +94,7 @@ def current() -> dict[Path, str]:
             **quality_page.sections(),
             "chat model": chat_model.summary,
             "linear neurons": linear_neurons.table,
+            "linear votes": linear_votes.table,
             **_of_newest({"keep-ratio": _keep_ratio}),
         },
     }

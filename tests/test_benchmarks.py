@@ -19,6 +19,7 @@ from benchmarks import (
     linear_cost,
     linear_fallback,
     linear_neurons,
+    linear_votes,
     lossless,
     memory,
     performance,
@@ -43,6 +44,7 @@ from coreinfer_jax.lab.evaluation.settings import described
 from coreinfer_jax.model.cache import KVCache
 from coreinfer_jax.model.structure import abstract_params
 from coreinfer_jax.model.weights import Linear
+from coreinfer_jax.sparsity.similarity import Auto
 from coreinfer_jax.text.documents import Documents
 from tests.support import MODELS, random_model
 from tests.test_linear import explained
@@ -652,3 +654,20 @@ def test_drafted_tokens_are_counted_by_place_over_all_texts():
     ]
     assert lossless.accepted_by_place(results, "core neurons") == [(3, 5), (1, 3)]
     assert lossless.accepted_by_place(results, "earlier words") == [(18, 18), (18, 18)]
+
+
+def test_voted_neurons_are_scored_with_and_without_linear_ones(monkeypatch):
+    params = explained(random_model(MODELS["llama"]))
+    for name, value in {"PROMPT": 6, "CONTINUATION": 5, "KEEPS": (0.5,), "ROWS": 2}.items():
+        monkeypatch.setattr(linear_votes, name, value)
+    rows = np.random.default_rng(0).integers(3, 60, (3, 11))
+    result = {"model": "a"} | linear_votes.of_model(params, rows)
+    for own in result["settings"]:
+        losses = [
+            [-ci.score_continuations(params, [row[:6]], [row[6:]], core).logprobs[0].mean() for row in rows.tolist()]
+            for core in (Auto(beta=0.5, linear=linear_votes.WAYS[own["name"]]), None)
+        ]
+        assert own["lost"]["mean"] == pytest.approx(np.mean(losses[0]) - np.mean(losses[1]), abs=1e-5)
+    result |= {"versions": {}, "hardware": "", "git_revision": "", "date": ""}
+    monkeypatch.setattr(linear_votes, "read_results", lambda name: [result])
+    assert linear_votes.table().splitlines()[2].startswith("| a, 50% | ")
