@@ -56,8 +56,8 @@ def answered(params: Params, tokenizer: Tokenizer) -> Excerpts:
     for chosen, real in batches(len(prompts), ROWS, "the model answers"):
         own = [prompts[i] for i in chosen]
         out = ci.generate(params, own, None, max_new_tokens=new, eos_ids=params.config.eos_ids)
-        rows = list(zip(own, out.tokens.tolist(), out.lengths, strict=True))[:real]
-        long += [(prompt, answer) for prompt, answer, length in rows if length == new]
+        found = list(zip(own, out.tokens.tolist(), out.lengths, strict=True))[:real]
+        long += [(prompt, answer) for prompt, answer, length in found if length == new]
     kept = long[: TEXTS.texts]
     rows = Beginnings.of([[*prompt, *answer] for prompt, answer in kept]).rows
     return Excerpts(rows, np.array([len(prompt) for prompt, _ in kept], np.int32), len(prompts) - len(long))

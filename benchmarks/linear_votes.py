@@ -41,7 +41,7 @@ def measure(texts: Path) -> Iterator[_Result]:
 
 
 def of_model(params: Params, rows: np.ndarray) -> _Result:
-    """What a token of texts [n, PROMPT + CONTINUATION or more] is less probable by, in nats, than for the full model."""
+    """By how many nats tokens of texts [n, PROMPT + CONTINUATION] are less probable than for the full model."""
     full = _losses(params, rows, None)
     figures = [
         {"name": name, "keep": keep}
