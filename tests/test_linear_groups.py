@@ -80,7 +80,7 @@ def test_a_group_decodes_with_what_its_set_leaves_to_them() -> None:
     for c in (0, 2):
         empty = init_cache(OPT, 1, 9, jnp.dtype("float32"))
         found, _, _ = extend(ready.narrowed[c], tokens, empty, jnp.zeros(1, jnp.int32), observe_nothing)
-        np.testing.assert_allclose(found, with_stand_ins(known(), ready.sets[c], tokens), rtol=5e-3, atol=5e-3)
+        np.testing.assert_allclose(found, with_stand_ins(known(), ready.cores[c], tokens), rtol=5e-3, atol=5e-3)
 
 
 def test_fused_sets_have_their_own_offsets() -> None:
@@ -182,3 +182,16 @@ def test_models_whose_mlps_stay_on_the_host_have_them(core: Chooser) -> None:
         np.testing.assert_array_equal(found.tokens, expected.tokens)
         check_same_core(found.core, expected.core)
         assert all(found.core.linear)
+
+
+def test_groups_are_made_ready_for_a_plan_without_reading_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("no MLP is needed")
+
+    monkeypatch.setattr("coreinfer_jax.sparsity.groups.layers_on_device", refuse)
+    on_host = with_mlps_on_host(known())
+    ready = ci.prepare_groups(on_host, clusters(), SIMILARITY, compacted=False)
+    assert ready.linear
+    assert SIMILARITY.to_narrow(on_host, ready, 1).linear == (True,) * L
+    with pytest.raises(AssertionError, match="no MLP is needed"):
+        ci.generate(on_host, [SHORT], SIMILARITY, groups=ready, max_new_tokens=2)

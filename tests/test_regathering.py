@@ -1,11 +1,13 @@
 """Core neurons that follow a text in lossless decoding: what is seen of it, when they are gathered, what it costs."""
 
+import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ import pytest
 import coreinfer_jax as ci
 from coreinfer_jax.cli.reply import facts
 from coreinfer_jax.engine import lossless
-from coreinfer_jax.engine.drafting import CORE, LOOKUP, Trust
+from coreinfer_jax.engine.drafting import CORE, LOOK_EVERY, LOOKUP, Trust
 from coreinfer_jax.engine.generation import make_request
 from coreinfer_jax.engine.lossless import Seconds
-from coreinfer_jax.engine.regathering import EVERY, Regathering, no_passes
-from coreinfer_jax.engine.verification import Drafted, spare_time
+from coreinfer_jax.engine.regathering import Regathering, no_passes
+from coreinfer_jax.engine.verification import Drafted, spare_time, watched_places
+from coreinfer_jax.sparsity.choice import Chosen
 from tests.support import LLAMA, MODELS, check_same_core, random_model, with_mlps_on_host
 from tests.test_compilation import traced
 from tests.test_generate import empty_cache, run_all
@@ -100,7 +103,7 @@ def test_sums_are_those_of_one_pass_over_all_that_was_accepted(monkeypatch: pyte
     assert sum(out.stats.drafting.accepted["core"]) > 0
     assert sum(out.stats.drafting.reached["core"]) > sum(out.stats.drafting.accepted["core"])
     known = made["summed_up"][-1]
-    assert (known.summed >= [len(prompt) + EVERY for prompt in PROMPTS]).all()
+    assert (known.summed >= [len(prompt) + LOOK_EVERY for prompt in PROMPTS]).all()
     expected = sums_of(random_model(LLAMA), beginnings(texts, known.summed))
     for own, of_layer in zip(known.sums, expected, strict=True):
         for b, row in enumerate(of_layer):
@@ -229,7 +232,47 @@ def test_core_neurons_follow_where_they_are_asked_to_and_can(core: object, optio
     assert make_request(random_model(LLAMA), PROMPTS, core, asked).regathers == expected
 
 
-def test_nothing_is_watched_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_weights_are_narrowed_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sets while others are gathered, whichever time it is."""
+    gathered, there = Regathering.gathered, []
+
+    def counted(self: Regathering, chosen: Chosen) -> Any:
+        known, narrow = gathered(self, chosen)
+        shape = narrow.layers[1].mlp.up.weight.shape
+        there.append(sum(array.shape == shape for array in jax.live_arrays()))
+        return known, narrow
+
+    monkeypatch.setattr(Regathering, "gathered", counted)
+    gc.collect()  # of what earlier tests left
+    lossless_and_dense(FEW, regather_at=0.0)
+    # The model gates: up and gate of the layers that keep as many.
+    assert len(there) > 1
+    assert len(set(there)) == 1
+
+
+def test_what_is_watched_is_counted_as_memory() -> None:
+    params, asked = random_model(LLAMA), {"lossless": True, "max_new_tokens": NEW}
+    stays = make_request(params, PROMPTS, FEW, asked)
+    follows = make_request(params, PROMPTS, FEW, asked | {"regather_at": 0.0})
+    watched = no_passes(params, np.zeros(len(PROMPTS), np.int32), places=watched_places(1), layers=follows.observed)
+    kept, sets = follows.gathered
+    narrowed = sum(3 * sets * width * LLAMA.hidden_size * 4 for width in kept)
+    added = follows.added_bytes - stays.added_bytes
+    assert added == pytest.approx(narrowed + watched.inputs.nbytes + watched.activations.nbytes)
+    short = asked | {"max_new_tokens": LOOK_EVERY}
+    assert not make_request(params, PROMPTS, FEW, short | {"regather_at": 0.0}).regathers
+
+
+def test_nothing_is_watched_on_where_core_neurons_do_not_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lossless, "_measured", lambda run: (run, Seconds(single=1.0, verify=1.0)))
+    states = _states(monkeypatch)
+    lossless_and_dense(FEW, regather_at=0.0)
+    assert states
+    assert all(state.watched is None for state in states)
+
+
+def _states(monkeypatch: pytest.MonkeyPatch) -> list[Drafted]:
+    """What passes are given, in order."""
     states, decode = [], lossless.decode_drafted
 
     def spied(params: ci.Params, narrow: ci.Params, state: Drafted, *rest: Any, size: int) -> Any:
@@ -237,6 +280,11 @@ def test_nothing_is_watched_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
         return decode(params, narrow, state, *rest, size=size)
 
     monkeypatch.setattr(lossless, "decode_drafted", spied)
+    return states
+
+
+def test_nothing_is_watched_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = _states(monkeypatch)
     out = ci.generate(random_model(LLAMA), PROMPTS, FEW, max_new_tokens=NEW, lossless=True)
     assert states
     assert all(state.watched is None for state in states)

@@ -5,7 +5,7 @@ from typing import Any
 
 from coreinfer_jax.cli import processes
 from coreinfer_jax.cli.arguments import add_lossless, add_regathering, check_text
-from coreinfer_jax.engine.options import GenerateOptions, drawing_of
+from coreinfer_jax.engine.options import GenerateOptions, drawing_of, lossless_of
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.io.generation_config import Recommended, read_recommended
 from coreinfer_jax.io.loading import model_path
@@ -84,6 +84,7 @@ def sampling(options: argparse.Namespace, config: ModelConfig, tokenizer: Tokeni
     # All names in `drawn` are options; a type checker cannot know that of a dict.
     asked = GenerateOptions(**drawn)  # type: ignore[typeddict-item]
     drawing_of(asked, config)
+    lossless_of(asked)
     if recommended is not None and recommended.not_honoured:
         _say(f"{recommended.where}: not honoured: {', '.join(recommended.not_honoured)}")
     if drawn["temperature"] == 0:

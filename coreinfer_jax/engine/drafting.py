@@ -29,6 +29,9 @@ PRIOR_TOKENS, PRIOR_SHARE = 1.0, 0.9
 # What is left of earlier experience with each further pass. So texts may change, and a drafter that was given up is
 # tried again after a hundred tokens or so.
 REMEMBERED = 0.97
+# Tokens of a row between two looks at how far its text has left the core neurons in use, and those that must be left to
+# make after one.
+LOOK_EVERY = 32
 # Instead of a plan: what costs and trust say is best; a single token.
 BEST, SINGLE = -1, 0
 

@@ -7,10 +7,10 @@ from typing import Unpack
 
 import numpy as np
 
-from coreinfer_jax.checks import check_flag, check_share, parse_bytes
+from coreinfer_jax.checks import parse_bytes
 from coreinfer_jax.engine.budget import check_plan, plan_request
 from coreinfer_jax.engine.loop import STREAM_CHUNK, run
-from coreinfer_jax.engine.options import GenerateOptions, drawing_of
+from coreinfer_jax.engine.options import GenerateOptions, drawing_of, lossless_of
 from coreinfer_jax.engine.programs import DISPATCH
 from coreinfer_jax.engine.prompts import Tokens, check_length, pad_prompts
 from coreinfer_jax.engine.request import Past, Request, checked_request
@@ -96,11 +96,13 @@ def make_request(
     Tokens are whole prompts, whatever of them `past` has read. With a budget it `tells` the plan on standard error.
     """
     check_dense(params)
-    drawing, lossless = drawing_of(options, params.config), options.get("lossless", False)
-    check_flag("lossless", lossless)
-    regather_at = options.get("regather_at")
-    if regather_at is not None:
-        _check_regathering(regather_at, lossless, params)
+    drawing = drawing_of(options, params.config)
+    lossless, regather_at = lossless_of(options)
+    if regather_at is not None and is_on_host(params):
+        raise CoreInferError(
+            f"regather_at={regather_at}: of a model whose MLPs stay on the host the prompt's core neurons draft; "
+            "leave it out"
+        )
     prompts = pad_prompts(tokens, params.config)
     new = options.get("max_new_tokens", MAX_NEW_TOKENS)
     check_length(int(prompts.lengths.max()), new, params.config)
@@ -111,18 +113,6 @@ def make_request(
     )
     budget = options.get("device_memory")
     return request if budget is None else _planned(request, parse_bytes("device_memory", budget), tells)
-
-
-def _check_regathering(regather_at: float, lossless: bool, params: Params) -> None:
-    """Refuse a drift that is no share, or where core neurons cannot follow the text."""
-    check_share("regather_at", regather_at)
-    if not lossless:
-        raise CoreInferError(f"regather_at={regather_at}: is of lossless generation; add lossless, or leave it out")
-    if is_on_host(params):
-        raise CoreInferError(
-            f"regather_at={regather_at}: of a model whose MLPs stay on the host the prompt's core neurons draft; "
-            "leave it out"
-        )
 
 
 def _planned(request: Request, budget: int, tells: bool) -> Request:

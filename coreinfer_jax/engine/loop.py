@@ -77,8 +77,10 @@ def run(request: Request, tokens_per_dispatch: int) -> Iterator[tuple[Chunk, Pas
         narrow = None if core is None or all(own is None for own in core.layers) else weights
         following = regathering(request, past.sums, begun.chosen)
         dispatches = drafted(request.params, narrow, there.whole, rows, tokens_per_dispatch, following)
+        del narrow  # they go when others are gathered in their place
     else:
         dispatches = undrafted(weights, rows, tokens_per_dispatch)
+    del weights
     began = perf_counter()
     for made in dispatches:
         check_finite(np.array(made.rows.finite).all())

@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from coreinfer_jax.engine.dispatch import Dispatch, bytes_read_per_token
-from coreinfer_jax.engine.drafting import BEST, CORE, DRAFTERS, SINGLE, could_pay
-from coreinfer_jax.engine.regathering import EVERY, Regathering, nothing_watched
+from coreinfer_jax.engine.drafting import BEST, CORE, DRAFTERS, LOOK_EVERY, SINGLE, could_pay
+from coreinfer_jax.engine.regathering import Regathering, nothing_watched
 from coreinfer_jax.engine.results import Drafting
 from coreinfer_jax.engine.rows import Rows
 from coreinfer_jax.engine.streamed_verification import decode_drafted_streamed
@@ -115,10 +115,12 @@ def drafted(
     watched = None if regathering is None else nothing_watched(regathering, size)
     state = nothing_drafted(rows, size, watched)
     run = _Run(full, narrow, moved, partial(decode, size=size), size, state, nothing, regathering)
+    del narrow, decode  # the run alone holds the narrowed weights, until others are gathered in their place
     run, seconds = _measured(run)
     if seconds.step is None:
-        run = replace(run, regathering=None)  # core neurons do not draft
-    most = tokens_per_dispatch if run.regathering is None else min(tokens_per_dispatch, EVERY)
+        # Core neurons do not draft: nothing is watched for them.
+        run = replace(run, regathering=None, state=replace(run.state, watched=None))
+    most = tokens_per_dispatch if run.regathering is None else min(tokens_per_dispatch, LOOK_EVERY)
     costs, made = agreed(seconds.costs, params.mesh), 0
     while True:
         made += sum(map(len, run.tokens))

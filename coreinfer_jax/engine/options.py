@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from coreinfer_jax.checks import check_flag, check_share
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model.config import ModelConfig
 from coreinfer_jax.sparsity.groups import Groups
@@ -191,3 +192,18 @@ def _typed_key(key: Array | int | None) -> Array:
     if array.shape != ():
         raise CoreInferError(f"key of shape {array.shape}: give a single key")
     return array
+
+
+def lossless_of(options: GenerateOptions) -> tuple[bool, float | None]:
+    """Whether `options` ask for the full model's tokens, and for core neurons that follow the text from which drift on.
+
+    Raises:
+        CoreInferError: what is no bool, a drift that is no share, or one without `lossless`.
+    """
+    lossless, regather_at = options.get("lossless", False), options.get("regather_at")
+    check_flag("lossless", lossless)
+    if regather_at is not None:
+        check_share("regather_at", regather_at)
+        if not lossless:
+            raise CoreInferError(f"regather_at={regather_at}: is of lossless generation; add lossless, or leave it out")
+    return lossless, regather_at

@@ -14,18 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from coreinfer_jax.engine.programs import DISPATCH
+from coreinfer_jax.engine.drafting import LOOK_EVERY
 from coreinfer_jax.engine.request import Request
 from coreinfer_jax.engine.rows import Rows
-from coreinfer_jax.engine.verification import Watched
+from coreinfer_jax.engine.verification import Watched, watched_places
 from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.shards import agreed, constrained, over_shards, specs
 from coreinfer_jax.model.weights import Params
 from coreinfer_jax.sparsity.choice import Chosen
 from coreinfer_jax.sparsity.rules import Observer, Summed
-
-# Tokens of a row between two looks at what it has become, and those that must be left to make after one.
-EVERY = 32
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Regathering:
     def is_due(self, rows: Rows) -> bool:
         """Whether some row has so many new tokens that it may have drifted, and some as many to make."""
         left = np.where(np.array(rows.done), 0, np.array(rows.sampling.budget) - np.array(rows.length))
-        return min((np.array(rows.position) - self.summed).max(), left.max()) >= EVERY
+        return min((np.array(rows.position) - self.summed).max(), left.max()) >= LOOK_EVERY
 
     @property
     def has_drifted(self) -> bool:
@@ -122,7 +119,8 @@ def regathering(request: Request, sums: list[Any], chosen: Chosen) -> Regatherin
 def nothing_watched(regathering: Regathering, size: int) -> Watched:
     """Room for what is read between two looks, up to `size` (n) drafted tokens at a time."""
     request = regathering.request
-    return no_passes(request.params, jnp.asarray(regathering.first), places=DISPATCH + size, layers=request.observed)
+    start, places = jnp.asarray(regathering.first), watched_places(size)
+    return no_passes(request.params, start, places=places, layers=request.observed)
 
 
 @partial(jax.jit, static_argnames=("places", "layers"))

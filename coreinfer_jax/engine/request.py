@@ -10,10 +10,13 @@ import jax
 import numpy as np
 
 from coreinfer_jax.device import check_memory
+from coreinfer_jax.engine.drafting import LOOK_EVERY
 from coreinfer_jax.engine.options import Drawing
 from coreinfer_jax.engine.programs import prefill_bytes
 from coreinfer_jax.engine.prompts import Prompts, without_first
+from coreinfer_jax.engine.verification import watched_places
 from coreinfer_jax.errors import CoreInferError
+from coreinfer_jax.model.backends import draft_size
 from coreinfer_jax.model.cache import KVCache, bucket, cache_bytes
 from coreinfer_jax.model.host import is_on_host
 from coreinfer_jax.model.shards import bytes_in_a_memory
@@ -134,7 +137,16 @@ class Request:
         stay on the host, the weights that neurons are ranked by are not at hand.
         """
         asked = self.lossless and self.regather_at is not None and not is_on_host(self.params)
-        return asked and bool(self.observed) and self.chooser.adds_up
+        is_long = self.max_new_tokens > LOOK_EVERY
+        return asked and is_long and bool(self.observed) and self.chooser.adds_up
+
+    @property
+    def _regathering_bytes(self) -> int:
+        """Bytes of what is watched of the observed layers' MLPs, for core neurons that follow the text."""
+        config, params = self.params.config, self.params
+        tokens = self.rows * watched_places(draft_size(params.token_embedding, self.rows, False))
+        numbers = len(self.observed) * (config.hidden_size + config.mlp_size)
+        return tokens * numbers * params.dtype.itemsize
 
     @cached_property
     def to_narrow(self) -> ToNarrow:
@@ -181,8 +193,10 @@ class Request:
         multiple = multiple_of(self.params)
         widths = [padded_width(neurons, config.mlp_size, multiple) for neurons in kept]
         narrowed = sum(narrowed_bytes(self.params, (l,), width, sets) for l, width in enumerate(widths))
-        # While weights are gathered anew, those before are there.
-        return self._new_cache_bytes + (2 if self.regathers else 1) * narrowed
+        if self.regathers:
+            # While weights are gathered anew, those before are there.
+            narrowed = 2 * narrowed + self._regathering_bytes
+        return self._new_cache_bytes + narrowed
 
     @property
     def needed_bytes(self) -> int:

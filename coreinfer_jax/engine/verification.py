@@ -43,6 +43,11 @@ from coreinfer_jax.model.weights import Layer, Params
 LOSS = 0.03
 
 
+def watched_places(size: int) -> int:
+    """Tokens of a row that there must be room for, where up to `size` (n) are drafted at a time."""
+    return DISPATCH + size
+
+
 @struct.dataclass
 class Watched:
     """What the full model's MLPs made of each row's latest tokens, with room for W of them, and what this has cost.

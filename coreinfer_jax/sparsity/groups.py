@@ -1,17 +1,23 @@
 """Groups of texts and their neurons: as stored (`Clusters`), and as a model decodes with them (`Groups`)."""
 
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import floor
 from typing import Literal
 
+import jax
 import numpy as np
 from jax import Array
 
 from coreinfer_jax.checks import check_flag, check_fraction
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.fingerprint import fingerprint
+from coreinfer_jax.model.host import is_on_host, layers_on_device
 from coreinfer_jax.model.weights import Params
+from coreinfer_jax.sparsity.calibration import explained_by
 from coreinfer_jax.sparsity.neurons import CoreNeurons
+from coreinfer_jax.sparsity.ranking import stand_ins
 from coreinfer_jax.sparsity.rules import Votes
 from coreinfer_jax.sparsity.votes import kept_neurons
 
@@ -121,12 +127,12 @@ class Groups:
         clusters: what is known of the groups.
         gamma: the keep ratio they are ready for.
         layers: the layers that are narrowed, as fractions of depth.
-        sets: the core neurons of each of the C groups.
+        sets: the core neurons of each of the C groups, without what stands for all others.
         narrowed: `params` narrowed to each of them, of equal shapes; () where groups are gathered when they are used.
         centroids: float32 [C, F].
         tables: of each narrowed layer, int32 [C, K].
         frequencies: of each narrowed layer, float32 [C, F].
-        offsets: of each narrowed layer, float32 [C, D], where linear neurons stand beside the groups' own; else empty.
+        linear: whether linear neurons stand beside the groups' own.
     """
 
     params: Params
@@ -138,12 +144,57 @@ class Groups:
     centroids: Array
     tables: list[Array]
     frequencies: list[Array]
-    offsets: list[Array]
+    linear: bool
 
-    @property
-    def linear(self) -> bool:
-        """Whether linear neurons stand beside the groups' own."""
-        return bool(self.offsets)
+    @cached_property
+    def offsets(self) -> list[Array]:
+        """Of each narrowed layer, float32 [C, D], where linear neurons stand beside the groups' own; else empty.
+
+        Made when first asked for: a plan of a model that is not loaded needs none.
+        """
+        if not self.linear:
+            return []
+        narrowed = _narrowed_layers(self.sets[0])
+        if not is_on_host(self.params):
+            return constants_written(self.params, narrowed, self.tables)
+        made: list[Array] = []
+        with closing(layers_on_device(self.params, {})) as layers:
+            for l, layer in enumerate(layers):
+                jax.block_until_ready(made)  # the MLP before this one is free then, and the next may come
+                if l in narrowed:
+                    there = replace(self.params, layers=(*self.params.layers[:l], layer, *self.params.layers[l + 1 :]))
+                    made += constants_written(there, (l,), [self.tables[narrowed.index(l)]])
+        return made
+
+    @cached_property
+    def cores(self) -> tuple[CoreNeurons, ...]:
+        """The core neurons of each of the C groups, with what stands for all others."""
+        return tuple(self._with_offsets(c, own) for c, own in enumerate(self.sets)) if self.linear else self.sets
+
+    def _with_offsets(self, c: int, own: CoreNeurons) -> CoreNeurons:
+        by_layer = dict(zip(_narrowed_layers(own), [offsets[c] for offsets in self.offsets], strict=True))
+        return CoreNeurons(own.layers, [by_layer.get(l) for l in range(len(own.layers))], linear=True)
+
+
+def _narrowed_layers(core: CoreNeurons) -> tuple[int, ...]:
+    return tuple(l for l, indices in enumerate(core.layers) if indices is not None)
+
+
+def constants_written(params: Params, layers: tuple[int, ...], indices: list[Array]) -> list[Array]:
+    """What the constants of linear fits write for all neurons outside of sets.
+
+    Args:
+        params: with linear neurons in their calibration.
+        layers: some of the model's.
+        indices: of each, ascending int32 [R, K].
+
+    Returns:
+        Of each, float32 [R, D].
+    """
+    known = explained_by(params)
+    assert known is not None, "linear neurons stand beside the sets"
+    downs, constants = [params.layers[l].mlp.down for l in layers], [known.fits[l].constants for l in layers]
+    return stand_ins(indices, downs, constants, mesh=params.mesh)
 
 
 def _ratio_of(neurons: int, mlp_size: int) -> float:

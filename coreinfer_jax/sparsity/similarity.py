@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -18,16 +17,13 @@ from coreinfer_jax.checks import check_fraction, check_number, check_whole
 from coreinfer_jax.errors import CoreInferError, shown
 from coreinfer_jax.model import MlpPass
 from coreinfer_jax.model.config import ModelConfig
-from coreinfer_jax.model.host import check_on_device, is_on_host, layers_on_device
+from coreinfer_jax.model.host import check_on_device
 from coreinfer_jax.model.shards import constrained
 from coreinfer_jax.model.weights import Layer, Params, check_dense
-from coreinfer_jax.sparsity.calibration import explained_by
 from coreinfer_jax.sparsity.choice import Choice, Chooser, Chosen, Ranked, Seen, ToNarrow, by_set, to_gather
-from coreinfer_jax.sparsity.groups import Clusters, Groups
+from coreinfer_jax.sparsity.groups import Clusters, Groups, constants_written
 from coreinfer_jax.sparsity.measures import fused, nearest_group, stability_figure
 from coreinfer_jax.sparsity.narrow import compact
-from coreinfer_jax.sparsity.neurons import CoreNeurons
-from coreinfer_jax.sparsity.ranking import stand_ins
 from coreinfer_jax.sparsity.rules import MOST_TOKENS, Observer, Sums, Votes
 from coreinfer_jax.sparsity.votes import Tally, Voting, count_each, kept_neurons, most_voted, some_tokens
 
@@ -245,7 +241,7 @@ class Fused(GroupChooser):
             kept=kept,
             shards=self.shards_of(seen.params),
         )
-        return indices, _stand_ins(seen.params, layers, indices) if linear else []
+        return indices, constants_written(seen.params, layers, indices) if linear else []
 
 
 @struct.dataclass
@@ -365,7 +361,7 @@ class Auto(GroupChooser):
         offsets: list[Any] = []
         if self.of_ratio(self.beta, seen.params)[1]:
             ranked = [seen.ranked[l][1] for l in narrowed if l in seen.ranked]
-            offsets = ranked or _stand_ins(seen.params, narrowed, own)
+            offsets = ranked or constants_written(seen.params, narrowed, own)
         if groups is not None and assigned is not None and by_group.any():
             own, offsets = _mixed((own, offsets), (groups.tables, groups.offsets), assigned, by_group)
         return to_gather(narrowed, own, offsets, seen.params, choices, bool(offsets))
@@ -377,7 +373,7 @@ class Auto(GroupChooser):
             return None
         sums, _ = by_set(self, seen)
         indices, _ = self._own_and_figures(seen.params, [sums[l]])
-        return indices[0], _stand_ins(seen.params, (l,), indices)[0]
+        return indices[0], constants_written(seen.params, (l,), indices)[0]
 
     def _own_and_figures(self, params: Params, sums: list[dict[str, Tally]]) -> tuple[list[Array], Array]:
         kept, _ = self.of_ratio(self.beta, params)
@@ -427,48 +423,19 @@ def prepare_groups(params: Params, clusters: Clusters, core: GroupChooser, *, co
     share = kept_neurons(core.group_ratio, params.config.mlp_size, shards)
     sets = clusters.sets(core.group_ratio, narrowed, shards, share - kept)
     tables = [jnp.stack([jnp.asarray(chosen.layers[l]) for chosen in sets]) for l in narrowed]
-    offsets = _stand_ins_of_groups(params, narrowed, tables) if linear else []
-    if linear:
-        sets = tuple(_with_linear(chosen, narrowed, [own[c] for own in offsets]) for c, chosen in enumerate(sets))
-    return Groups(
+    groups = Groups(
         params=params,
         clusters=clusters,
         gamma=core.group_ratio,
         layers=core.layers,
         sets=sets,
-        narrowed=tuple(compact(params, chosen) for chosen in sets) if compacted else (),
+        narrowed=(),
         centroids=jnp.asarray(clusters.centroids),
         tables=tables,
         frequencies=[jnp.asarray(clusters.frequencies[:, l]) for l in narrowed],
-        offsets=offsets,
+        linear=linear,
     )
-
-
-def _with_linear(core: CoreNeurons, narrowed: tuple[int, ...], offsets: list[Array]) -> CoreNeurons:
-    by_layer = dict(zip(narrowed, offsets, strict=True))
-    return CoreNeurons(core.layers, [by_layer.get(l) for l in range(len(core.layers))], linear=True)
-
-
-def _stand_ins(params: Params, layers: tuple[int, ...], indices: list[Array]) -> list[Array]:
-    """What the constants of linear fits write for all neurons outside of sets: of some layers, float32 [R, D]."""
-    known = explained_by(params)
-    assert known is not None, "linear neurons stand beside the sets"
-    downs, constants = [params.layers[l].mlp.down for l in layers], [known.fits[l].constants for l in layers]
-    return stand_ins(indices, downs, constants, mesh=params.mesh)
-
-
-def _stand_ins_of_groups(params: Params, narrowed: tuple[int, ...], tables: list[Array]) -> list[Array]:
-    """`_stand_ins` of all groups, wherever the MLPs are."""
-    if not is_on_host(params):
-        return _stand_ins(params, narrowed, tables)
-    made: list[Array] = []
-    with closing(layers_on_device(params, {})) as layers:
-        for l, layer in enumerate(layers):
-            jax.block_until_ready(made)  # the MLP before this one is free then, and the next may come
-            if l in narrowed:
-                there = replace(params, layers=(*params.layers[:l], layer, *params.layers[l + 1 :]))
-                made += _stand_ins(there, (l,), [tables[narrowed.index(l)]])
-    return made
+    return replace(groups, narrowed=tuple(compact(params, core) for core in groups.cores)) if compacted else groups
 
 
 def _of_assigned(chooser: Chooser, seen: Seen, assigned: Array, choices: tuple[Choice, ...]) -> Chosen:
@@ -477,7 +444,7 @@ def _of_assigned(chooser: Chooser, seen: Seen, assigned: Array, choices: tuple[C
     assert groups is not None, "there is something to be assigned to"
     if len(choices) == 1 and groups.narrowed:
         group = int(assigned[0])
-        return Chosen(groups.sets[group], None, groups.narrowed[group], choices)
+        return Chosen(groups.cores[group], None, groups.narrowed[group], choices)
     indices, offsets = _looked_up((groups.tables, groups.offsets), assigned)
     narrowed = chooser.narrowed_layers(config.num_layers)
     return to_gather(narrowed, indices, offsets, seen.params, choices, groups.linear)
