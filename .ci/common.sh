@@ -25,8 +25,18 @@ say() { printf '\n== %s (%s s)\n' "$*" "$SECONDS"; }
 # What needs one processor runs beside other things: `beside` begins it, `meet` waits for it and shows what it said.
 declare -A beside=()
 beside() { # name, command...
+    set -m # in a process group of its own, so that all of it can be ended
     "${@:2}" >"$work/$1.log" 2>&1 &
     beside[$1]=$!
+    set +m
+}
+end_beside() { # where something failed: what still runs is ended, and what it said is shown
+    local name
+    for name in "${!beside[@]}"; do
+        kill -- "-${beside[$name]}" 2>/dev/null || true
+        wait "${beside[$name]}" 2>/dev/null || true
+        cat "$work/$name.log"
+    done
 }
 meet() { # name
     local status=0

@@ -201,7 +201,7 @@ def _drafts(stats: ci.Stats) -> dict[str, Any] | None:
 
 def newest() -> list[_Result]:
     """The newest result of each model, place of its MLPs and kind of text."""
-    found = {(own["model"], own["on_host"], own["kind"]): own for own in read_results("lossless")}
+    found = {(_model(own), own["on_host"], own["kind"]): own for own in read_results("lossless")}
     return list(found.values())
 
 

@@ -18,8 +18,9 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def made_on(*results: Mapping[str, Any]) -> str:
-    """Hardware of the first result; versions, revisions and dates of all."""
+    """Hardware, versions, revisions and dates of all results."""
     versions = {name: number for result in results for name, number in result["versions"].items()}
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
     made = ", ".join(dict.fromkeys(f"{result['git_revision']} of {result['date']}" for result in results))
-    return f"{results[0]['hardware']}; {listed}; revision {made}."
+    hardware = " and ".join(dict.fromkeys(result["hardware"] for result in results))
+    return f"{hardware}; {listed}; revision {made}."
