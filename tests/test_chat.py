@@ -170,6 +170,14 @@ def test_a_mistake_leaves_what_was_read(typed, monkeypatch):
     assert " cached) + 12 new tokens" in err
 
 
+@pytest.mark.parametrize("options", [["--regather-at", "0.1"], ["--lossless", "--regather-at", "2"]])
+def test_core_neurons_that_cannot_follow_are_refused_before_the_first_turn(shallow, capsys, options):
+    assert main(["chat", "--model", str(shallow["opt"]), *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"coreinfer: error: regather_at=.*\n", err)
+
+
 def test_a_second_ctrl_c_drops_the_turn(typed, shallow, monkeypatch):
     add = chat.Reply.add
 

@@ -221,10 +221,7 @@ def test_what_following_takes_is_in_the_account() -> None:
         (SHARED_VOTES, {"regather_at": 0.5}, True),
         (FEW, {}, False),
         (FEW, {"regather_at": None}, False),
-        (None, {"regather_at": 0.0}, False),
-        (ci.CoreNeurons([range(9)] * 3), {"regather_at": 0.0}, False),
-        (ci.Auto(), {"regather_at": 0.0}, False),
-        (replace(SHARED_VOTES, rule=ci.rules.Votes(budget="mean")), {"regather_at": 0.0}, False),
+        ("recommended", {"regather_at": 0.0}, False),
     ],
 )
 def test_core_neurons_follow_where_they_are_asked_to_and_can(core: object, options: Any, expected: bool) -> None:
@@ -297,6 +294,20 @@ def test_a_drafter_is_forgotten_alone() -> None:
     np.testing.assert_array_equal(trust.accepted[:, LOOKUP], [2])
 
 
+@pytest.mark.parametrize(
+    "core",
+    [
+        None,
+        ci.CoreNeurons([range(9)] * 3),
+        ci.Auto(),
+        replace(SHARED_VOTES, rule=ci.rules.Votes(budget="mean")),
+    ],
+)
+def test_core_neurons_that_stay_are_refused(core: object) -> None:
+    with pytest.raises(ci.CoreInferError, match=r"regather_at=0.5: core neurons of this kind stay as they are"):
+        ci.generate(random_model(LLAMA), PROMPTS, core, max_new_tokens=NEW, lossless=True, regather_at=0.5)
+
+
 def test_mistakes_are_refused() -> None:
     params = random_model(LLAMA)
     with pytest.raises(ci.CoreInferError, match=r"regather_at=1.5: give a share from 0 to 1"):
@@ -304,4 +315,4 @@ def test_mistakes_are_refused() -> None:
     with pytest.raises(ci.CoreInferError, match=r"regather_at=0.1: is of lossless generation; add lossless"):
         ci.generate(params, PROMPTS, FEW, regather_at=0.1)
     with pytest.raises(ci.CoreInferError, match=r"regather_at=0.1: of a model whose MLPs stay on the host"):
-        ci.generate(with_mlps_on_host(params), PROMPTS, FEW, lossless=True, regather_at=0.1)
+        ci.generate(with_mlps_on_host(params), PROMPTS, FEW, max_new_tokens=NEW, lossless=True, regather_at=0.1)

@@ -19,7 +19,9 @@ from coreinfer_jax.engine.sampling import fill_id
 from coreinfer_jax.errors import CoreInferError
 from coreinfer_jax.model.host import is_on_host
 from coreinfer_jax.model.weights import Params, check_dense
+from coreinfer_jax.sparsity.choice import Choosing
 from coreinfer_jax.sparsity.choosers import Core, Recommended, chooser_for
+from coreinfer_jax.sparsity.groups import Groups
 from coreinfer_jax.sparsity.moving import NOTHING
 
 MAX_NEW_TOKENS = 128
@@ -98,21 +100,35 @@ def make_request(
     check_dense(params)
     drawing = drawing_of(options, params.config)
     lossless, regather_at = lossless_of(options)
-    if regather_at is not None and is_on_host(params):
-        raise CoreInferError(
-            f"regather_at={regather_at}: of a model whose MLPs stay on the host the prompt's core neurons draft; "
-            "leave it out"
-        )
     prompts = pad_prompts(tokens, params.config)
     new = options.get("max_new_tokens", MAX_NEW_TOKENS)
     check_length(int(prompts.lengths.max()), new, params.config)
     chooser = chooser_for(params, core)
+    if regather_at is not None:
+        # What is recommended may be all neurons.
+        _check_regathering(regather_at, params, chooser, options.get("groups"), asked=not isinstance(core, str))
     there = options.get("device_rows")
     request = checked_request(
         params, prompts, chooser, options.get("groups"), drawing, int(new), past, there, lossless, regather_at
     )
     budget = options.get("device_memory")
     return request if budget is None else _planned(request, parse_bytes("device_memory", budget), tells)
+
+
+def _check_regathering(
+    regather_at: float, params: Params, chooser: Choosing, groups: Groups | None, asked: bool
+) -> None:
+    """Refuse core neurons that cannot follow a text."""
+    if is_on_host(params):
+        raise CoreInferError(
+            f"regather_at={regather_at}: of a model whose MLPs stay on the host the prompt's core neurons draft; "
+            "leave it out"
+        )
+    if asked and not (chooser.adds_up and chooser.observed_layers(params.config, groups)):
+        raise CoreInferError(
+            f"regather_at={regather_at}: core neurons of this kind stay as they are; give a CoreConfig whose tokens "
+            "count one by one (not votes with the budget 'mean'), or leave it out"
+        )
 
 
 def _planned(request: Request, budget: int, tells: bool) -> Request:

@@ -49,8 +49,8 @@ class GenerateOptions(TypedDict, total=False):
             earlier in the text, only draft, and the full model keeps what it agrees with; False.
         regather_at: lossless, let core neurons follow the text: choose them anew now and then, from the prompt and all
             that was made since, and gather them anew where more than this share of those in use would be replaced, in
-            [0, 1]. Neurons that the caller gave stay, and so do those of `Auto` and of votes with the budget `mean`,
-            which ask for all tokens at once. None keeps the prompt's, the default.
+            [0, 1]. Refused for neurons that the caller gave, for `Auto` and for votes with the budget `mean`, which ask
+            for all tokens at once. None keeps the prompt's, the default.
     """
 
     groups: Groups | None
