@@ -222,7 +222,7 @@ class Fused(GroupChooser):
         sums, _ = by_set(self, seen)
         R, C = len(sums[l]["votes"]), len(seen.groups.centroids)
         # One after the other: a plan has room for one.
-        made = [self._ranked(seen, (l,), sums, jnp.full(R, c, jnp.int32)) for c in range(C)]
+        made = [jax.block_until_ready(self._ranked(seen, (l,), sums, jnp.full(R, c, jnp.int32))) for c in range(C)]
         indices, offsets = (jnp.stack([own for [own] in arrays], axis=1) for arrays in zip(*made, strict=True))
         return indices, offsets
 
